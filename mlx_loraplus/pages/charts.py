@@ -17,6 +17,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from .axes import Axis, fit_y_axis, linear_axis, log_ticks
+
 # The size of a chart's drawing area and the space around it, in units of the view box.
 _WIDTH, _HEIGHT = 400, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
@@ -62,27 +64,21 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class _Axis:
-    """Maps values to positions in the drawing; ``ticks`` are the values that get a label."""
+class Mark:
+    """A place on the x axis that gets a dashed line and a label."""
 
-    low: float
-    high: float
-    start: float  # position of ``low``
-    stop: float
-    ticks: Sequence[float]
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """Return the position of a value."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        share = (value - low) / (high - low)
-        return round(self.start + share * (self.stop - self.start), 1)
+    x: float
+    label: str
 
 
 def line_chart(
-    caption: str, curves: Sequence[Curve], x_label: str, *, log: bool = False, log_x: bool = False
+    caption: str,
+    curves: Sequence[Curve],
+    x_label: str,
+    *,
+    log: bool = False,
+    log_x: bool = False,
+    marks: Sequence[Mark] = (),
 ) -> Chart:
     """Return a chart of curves.
 
@@ -92,6 +88,7 @@ def line_chart(
         x_label: The unit of x.
         log: Whether the y axis is logarithmic if its values span more than a factor of ten.
         log_x: Whether the x axis is logarithmic; all x are positive.
+        marks: Places on the x axis; those outside the curves are left out.
     """
     # Leave out what can't be drawn.
     shown: list[Curve] = []
@@ -104,16 +101,19 @@ def line_chart(
     ys = [y for curve in shown for _, y in curve.points]
     left, right = _LEFT, _WIDTH - _RIGHT
     if log_x and min(xs) < max(xs):
-        x_axis = _Axis(min(xs), max(xs), left, right, _log_ticks(min(xs), max(xs)), log=True)
+        x_axis = Axis(min(xs), max(xs), left, right, log_ticks(min(xs), max(xs)), log=True)
     else:
-        x_axis = _linear_axis(min(xs), max(xs), left, right, whole=True)
-    y_axis = _fit_y(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
+        x_axis = linear_axis(min(xs), max(xs), left, right, whole=True)
+    y_axis = fit_y_axis(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
     # Draw from back to front.
     parts = [_draw_axes(x_axis, y_axis, x_label)]
     for number, curve in enumerate(shown):
         parts.append(_draw_curve(curve, number, x_axis, y_axis))
-    svg = _svg(f"{caption}: {_describe(shown)}", parts)
+    drawn = [mark for mark in marks if min(xs) <= mark.x <= max(xs)]
+    parts += _draw_marks(drawn, x_axis)
+    labels = "".join(f"; {mark.label}" for mark in drawn)
+    svg = _svg(f"{caption}: {_describe(shown)}{labels}", parts)
     return Chart(caption, svg, [curve.label for curve in shown])
 
 
@@ -202,69 +202,7 @@ def _thin(points: Sequence[Point]) -> Sequence[Point]:
     return [*kept, points[-1]]
 
 
-def _fit_y(values: Sequence[float], bottom: float, top: float, *, log: bool) -> _Axis:
-    """Return the y axis for values, logarithmic if they span more than a factor of ten."""
-    low, high = min(values), max(values)
-    if log and high > 10 * low > 0:
-        margin = (high / low) ** 0.03
-        low, high = low / margin, high * margin
-        return _Axis(low, high, bottom, top, _log_ticks(low, high), log=True)
-    return _linear_axis(low, high, bottom, top)
-
-
-def _linear_axis(
-    low: float, high: float, start: float, stop: float, *, whole: bool = False
-) -> _Axis:
-    """Return an axis from ``low`` to ``high`` with about five round ticks.
-
-    Args:
-        low: The smallest value.
-        high: The largest value.
-        start: The position of ``low``.
-        stop: The position of ``high``.
-        whole: Whether the axis shows steps: its ticks are whole numbers and it has no margins.
-    """
-    # Values that are all equal get a range around them. Numbers below zero appear only if needed.
-    if high == low:
-        margin = 0.5 if whole else abs(low) * 0.1 or 1.0
-    else:
-        margin = 0.0 if whole else (high - low) * 0.05
-    first, last = low - margin, high + margin
-    if first < 0 <= low:
-        first = 0.0
-
-    # The distance of the ticks is 1, 2 or 5 times a power of ten.
-    rough = (last - first) / 5
-    power = 10.0 ** math.floor(math.log10(rough))
-    distance = min((power * each for each in (1, 2, 5, 10)), key=lambda each: abs(each - rough))
-    if whole:
-        distance = max(1.0, distance)
-
-    count = math.floor(last / distance + 1e-9) - math.ceil(first / distance - 1e-9) + 1
-    base = math.ceil(first / distance - 1e-9)
-    return _Axis(first, last, start, stop, [(base + each) * distance for each in range(count)])
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    """Return about five ticks of a logarithmic axis: 1, 2 and 5, or fewer, of each decade."""
-    decades = math.log10(high / low)
-    if decades < 1.7:
-        digits = (1, 2, 5)
-    elif decades < 3:
-        digits = (1, 3)
-    else:
-        digits = (1,)
-
-    # Over very many decades, some are skipped.
-    every = math.ceil(decades / 6)
-    ticks: list[float] = []
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        if power % every == 0:
-            ticks += [digit * 10.0**power for digit in digits]
-    return [tick for tick in ticks if low <= tick <= high]
-
-
-def _draw_axes(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
+def _draw_axes(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
     """Return the grid, the labels of the ticks and the label of the x axis."""
     parts: list[str] = []
     for tick in y_axis.ticks:
@@ -283,7 +221,7 @@ def _draw_axes(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
     return "".join(parts)
 
 
-def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
+def _draw_curve(curve: Curve, number: int, x_axis: Axis, y_axis: Axis) -> str:
     """Return a curve, with a marker at each point if there are few."""
     places = [(x_axis(x), y_axis(y)) for x, y in curve.points]
     line = "L".join(f"{x} {y}" for x, y in places)
@@ -296,6 +234,20 @@ def _draw_curve(curve: Curve, number: int, x_axis: _Axis, y_axis: _Axis) -> str:
             mark = f'<circle class="mark-{number % 5 + 1}" cx="{x}" cy="{y}" r="2.5">'
             parts.append(f"{mark}<title>{title}</title></circle>")
     return "".join(parts)
+
+
+def _draw_marks(marks: Sequence[Mark], x_axis: Axis) -> list[str]:
+    """Return a dashed line for each mark; each label is in a row of its own, so none overlap."""
+    parts: list[str] = []
+    for row, mark in enumerate(marks):
+        # The label is on the side that has more space.
+        x = x_axis(mark.x)
+        is_left = x < (x_axis.start + x_axis.stop) / 2
+        anchor, beside = ("start", 5) if is_left else ("end", -5)
+        parts.append(f'<path class="limit" d="M{x} {_TOP}V{_HEIGHT - _BOTTOM}"/>')
+        label = _text(x + beside, _TOP + 12 + 16 * row, mark.label, anchor)
+        parts.append(f'<g class="label">{label}</g>')
+    return parts
 
 
 def _style(number: int, thin: str = "") -> str:

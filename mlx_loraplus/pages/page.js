@@ -20,7 +20,13 @@ if (refresh) {
   const show = () => {
     if (!heard) return 0;
     const age = Math.max(0, Math.round(Date.now() / 1000 - written));
-    heard.textContent = age < 120 ? `${age} s ago` : `${Math.round(age / 60)} min ago`;
+    const [minutes, hours] = [Math.round(age / 60), Math.round(age / hour)];
+    heard.textContent = age < 120 ? `${age} s ago` : minutes < 120 ? `${minutes} min ago` : `${hours} h ago`;
+    if (age >= hour) {
+      const state = document.querySelector(".state");
+      [state.textContent, state.className] = ["not ended", "state not-ended"];
+      document.getElementById("silent").hidden = false;
+    }
     return age;
   };
   // A page that nobody has written for an hour belongs to a run that was killed.

@@ -15,6 +15,7 @@ from .transcript import ChangeKind, ShownTurn
 
 _FOLDER = Path(__file__).parent
 TEMPLATE, SCRIPT = "page.html.jinja", "page.js"
+GENERATOR = "mlx_loraplus"  # names the program in the head of a page
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,8 @@ class Headline:
         text: How far it is, or what it is about in numbers.
         lead: The result, in one or two sentences.
         next_step: What to do next.
-        commands: (label, command) of what can be done next.
+        commands: (label, command) of what can be done next; on a live page, they appear if nothing
+            is heard for an hour.
         date: When it began.
         tiles: The most important numbers.
         share: Share of the steps that are done, while a run lasts.
@@ -100,8 +102,8 @@ class Headline:
 
 
 @dataclass(frozen=True)
-class RunLink:
-    """A run in a list of runs, with the address of its page."""
+class PageLink:
+    """A page in a list of pages: its name, its address and what it says first."""
 
     name: str
     address: str
@@ -126,13 +128,13 @@ def render_page(
         wall_time: Time of writing, in seconds since 1970.
     """
     body = _template().render_body(head, list(sections))
-    return str(_template().render_page(title, body, *_script(), refresh, wall_time)).encode()
+    return _whole_page(title, body, refresh, wall_time)
 
 
-def render_index(title: str, links: Sequence[RunLink], refresh: int | None) -> bytes:
-    """Return a page that lists runs; it loads itself again after ``refresh`` seconds."""
+def render_index(title: str, links: Sequence[PageLink], refresh: int | None) -> bytes:
+    """Return a page that lists pages; it loads itself again after ``refresh`` seconds."""
     body = _template().render_index(title, links)
-    return str(_template().render_page(title, body, *_script(), refresh, None)).encode()
+    return _whole_page(title, body, refresh, None)
 
 
 def render_notebook(sections: Iterable[Section], head: Headline | None = None) -> str:
@@ -143,6 +145,25 @@ def render_notebook(sections: Iterable[Section], head: Headline | None = None) -
 def render_card(line: str, chart: Chart | None, table: HTMLTable) -> str:
     """Return a line, a chart and a table as HTML for a notebook."""
     return str(_template().render_card(line, chart, table))
+
+
+def content_policy() -> str:
+    """Return what a browser may do with a page: show it, and run the pages' own script."""
+    _, digest = _script()
+    return (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:;"
+        f" script-src '{digest}'; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _whole_page(title: str, body: Any, refresh: int | None, wall_time: float | None) -> bytes:
+    """Return a page around its body."""
+    script, _ = _script()
+    return str(
+        _template().render_page(
+            title, body, script, content_policy(), GENERATOR, refresh, wall_time
+        )
+    ).encode()
 
 
 def _script() -> tuple[str, str]:

@@ -13,7 +13,9 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
               probes (what was found out about the model: gated_mlps {path: gate}, head,
               takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
               cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
-              self_check (what it found, if it was made); reference (a digest, with objective dpo,
+              self_check (what it found, if it was made); found_rate (the search for the learning
+              rate, if it was made: rate, default, method, critical, tried [{rate, change}], steps,
+              seconds, reason); reference (a digest, with objective dpo,
               ipo and kto)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
@@ -31,7 +33,8 @@ skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (diverged, not better, overfitting, still falling, levelled off, or
               null), minutes (of steps and validations), mean_tokens_per_second; reason if an
-              error ended the run; missing if a session was killed
+              error ended the run, and checkpointing_helps if gradient checkpointing would save the
+              memory that ran out; missing if a session was killed
 ============  ====================================================================================
 """
 

@@ -4,7 +4,7 @@ import shlex
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from .history import SETTINGS, Run
-from .verdict import advice, longer
+from .verdict import advice, longer, took_effect
 
 
 def closing(run: Run) -> list[str]:
@@ -34,7 +34,13 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     """Return what can be done with a run that has ended, as (label, command ready to paste)."""
     commands: list[tuple[str, str]] = []
     trend = run.verdict.trend
-    if not run.finished and trend != "diverged":
+
+    # A run that learned nothing keeps no useful adapter. One that diverged keeps its best one,
+    # but only at its end.
+    keeps_best = run.finished and run.progress.best_step is not None
+    if not took_effect(run) or (trend == "diverged" and not keeps_best):
+        return commands
+    if not run.finished:
         commands.append(("resume", resume_command(run)))
     elif trend == "still falling":
         commands.append(("longer", longer(run)))
@@ -54,4 +60,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
 
 def resume_command(run: Run) -> str:
     """Return the command that continues a run, ready to paste."""
-    return f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    command = f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    if run.history[-1].get("checkpointing_helps"):
+        command += " --grad-checkpoint on"
+    return command

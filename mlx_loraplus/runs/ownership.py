@@ -63,9 +63,8 @@ def is_run(folder: Path) -> bool:
     if not (folder / SETTINGS).is_file():
         return False
 
-    for path in (folder / CHECKPOINTS).glob("*"):
-        if _CHECKPOINT_NAME.fullmatch(path.name) and path.is_dir():
-            return True
+    if newest_step(folder) is not None:
+        return True
 
     # Only the history of a run begins with a schema.
     with suppress(OutputError, IndexError):
@@ -76,6 +75,12 @@ def is_run(folder: Path) -> bool:
             names = current_names(read_settings(folder / SETTINGS))
             return names.keys() >= set(setting_names(TrainConfig))
     return False
+
+
+def newest_step(folder: Path) -> int | None:
+    """Return the step of a run's newest checkpoint without reading it, or None if it has none."""
+    names = [path.name for path in (folder / CHECKPOINTS).glob("*") if path.is_dir()]
+    return max((int(name) for name in names if _CHECKPOINT_NAME.fullmatch(name)), default=None)
 
 
 def check_names(folder: Path) -> None:

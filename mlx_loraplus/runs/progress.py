@@ -32,6 +32,7 @@ Verbosity = Literal["silent", "quiet", "normal", "verbose"]
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
 _MIN_BARS, _MAX_BARS = 10, 32
+_LABEL_WIDTH = 26  # of the label and the number beside a sparkline
 
 
 def quiet(_: str) -> None:
@@ -257,10 +258,10 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
     It has the same lines from the first step to the last, so that nothing below it moves.
     """
     done = run.progress.step
-    parts: list[Any] = [Text(f"step {done}/{run.steps}  {time_left(run)}", "bold")]
+    lines = [Text(f"step {done}/{run.steps}  {time_left(run)}", "bold")]
 
     # One sparkline for each kind of loss that the run has; it fits beside the label and the number.
-    width = min(_MAX_BARS, max(_MIN_BARS, terminal.max_width - 26))
+    width = min(_MAX_BARS, max(_MIN_BARS, terminal.max_width - _LABEL_WIDTH))
     kinds = {"loss": "loss"}
     if run.start["valid"]["examples"]:
         kinds["valid_loss"] = "validation loss"
@@ -270,13 +271,18 @@ def moving(run: Run, terminal: ConsoleOptions) -> Group:
         if values:
             bars = sparkline(values, width=width, ascii_only=terminal.ascii_only)
             line = f"{label:<15} {values[-1]:8.4f}  {bars}"
-        parts.append(Text(line))
+        lines.append(Text(line))
 
     reports = [event for event in run.history if "loss" in event]
-    parts.append(Text(_pace(reports[-1]) if reports else "", "dim"))
+    lines.append(Text(_pace(reports[-1]) if reports else "", "dim"))
+
+    # A line that is too long is cut, because the display would jump if it were wrapped.
+    if terminal.max_width >= _LABEL_WIDTH + _MIN_BARS:
+        for line in lines:
+            line.no_wrap, line.overflow = True, "crop"
 
     # The bar comes last, because it does not end its line.
-    return Group(*parts, ProgressBar(total=run.steps or 1, completed=done))
+    return Group(*lines, ProgressBar(total=run.steps or 1, completed=done))
 
 
 def time_left(run: Run) -> str:
@@ -350,12 +356,18 @@ def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bo
     return "".join(bars[round((value - low) * scale)] for value in shown)
 
 
+def group_name(key: str) -> str:
+    """Return the name of the parameters that the rate ``key`` of a report belongs to."""
+    group = key.removeprefix("rate_")
+    return group.upper() if group in ("a", "b") else group
+
+
 def _pace(event: Event) -> str:
     """Return a report's learning rates, speed and peak memory."""
     rates: list[str] = []
     for name, rate in event.items():
         if name.startswith("rate_"):
-            rates.append(f"{name.removeprefix('rate_')} {rate:.2e}")
+            rates.append(f"{group_name(name)} {rate:.2e}")
 
     speed = f"{event['tokens_per_second']:,.0f} tokens/s"
     memory = f"{event['peak_memory_gb']:.2f} GB peak"

@@ -12,15 +12,15 @@ from typing import Any
 
 from ..device import gb
 from ..files import write_atomically
-from ..pages.charts import Chart, Curve, line_chart
+from ..pages.charts import Chart, Curve, Mark, line_chart
 from ..pages.pages import HTMLTable, Section, render_card, render_page
 from ..settings import settings_of
 from .command_line import changed_settings, train_command
 from .history import REPORT, Run
-from .progress import card
+from .progress import card, group_name
 from .report_answers import answers_section, other_answers
 from .report_changes import change_section
-from .report_headline import headline
+from .report_headline import failure_reason, headline, sentence
 from .state import Event
 from .verdict import Trend
 
@@ -219,8 +219,7 @@ def _stability_section(run: Run) -> Section:
     for event in run.history:
         for name in event:
             if name.startswith("rate_"):
-                label = name.removeprefix("rate_")
-                rates[name] = label.upper() if label in ("a", "b") else label
+                rates[name] = group_name(name)
     series = [
         _Series(gradient, {"grad_norm": "norm"}, log=True),
         _Series("Learning rates", rates, log=True),
@@ -232,6 +231,8 @@ def _stability_section(run: Run) -> Section:
         text = (
             f"{len(skipped):,} steps were skipped, because the loss or a gradient was not finite."
         )
+    if run.outcome == "failed":
+        text += " " + sentence(f"the run failed: {failure_reason(run)}")
     table = HTMLTable(skipped, ("step", "why"), "Skipped steps")
     return Section(
         "Is it stable?",
@@ -252,16 +253,23 @@ def _rate_section(run: Run) -> Section | None:
         f"The learning rate {found['rate']:.3g} was found before the first step ({found['method']},"
         f" the work of {found['steps']:.0f} steps); the default is {found['default']:.3g}."
     )
+    if found["critical"]:
+        text += f" The critical rate, of which it is a share, is {found['critical']:.3g}."
     if found["reason"]:
         text = f"The default, {found['rate']:.3g}, is used, because {found['reason']}."
 
-    # The charts have no logarithmic x axis.
+    # A change that was not finite is null in the history.
     tried: list[Event] = found["tried"]
-    points = [(math.log10(each["rate"]), each["change"]) for each in tried if each["change"]]
+    points = [(each["rate"], each["change"]) for each in tried if each["change"] is not None]
     charts: list[Chart] = []
     if len(points) > 1:
-        caption = "Change of the training loss at the rates that were tried"
-        charts = [line_chart(caption, [Curve("change", points)], "log10 of the learning rate")]
+        caption = "Change of the training loss at each rate that was tried; lower is better"
+        names = {"rate": "used", "critical": "critical", "default": "default"}
+        if found["reason"]:
+            names = {"rate": "used"}
+        marks = [Mark(found[name], f"{label}: {found[name]:.3g}") for name, label in names.items()]
+        curves = [Curve("change", points)]
+        charts = [line_chart(caption, curves, "learning rate", log_x=True, marks=marks)]
     return Section("How was the learning rate found?", text, charts=charts, is_question=True)
 
 

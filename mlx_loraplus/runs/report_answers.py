@@ -8,6 +8,8 @@ from ..pages.pages import AnswerCard, HTMLTable, Section, ShownAnswer
 from ..pages.transcript import chat_of, differences
 from .history import Run
 
+_EMPTY = "(an empty answer)"
+
 
 def answers_section(run: Run) -> Section | None:
     """Return the fixed prompts with the expected answer, the base's and the kept adapter's."""
@@ -34,6 +36,8 @@ def answers_section(run: Run) -> Section | None:
 
 def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
     """Return an answer, with its differences from the expected one if that is known."""
+    if not answer.strip():
+        return ShownAnswer(label, [("same", _EMPTY)])
     if expected is None:
         return ShownAnswer(label, [("same", answer.strip())])
     likeness = ""
@@ -72,7 +76,7 @@ def other_answers(run: Run) -> HTMLTable | None:
         for answer, same in groupby(given, key=lambda step: answers[step][number].strip()):
             first, *others = (f"{step:,}" for step in same)
             when = f"{first} to {others[-1]}" if others else first
-            rows.append((last[-80:], when, answer))
+            rows.append((last[-80:], when, answer or _EMPTY))
     return HTMLTable(rows, ("prompt", "steps", "answer"), "Other answers") if rows else None
 
 

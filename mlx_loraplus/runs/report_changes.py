@@ -27,7 +27,12 @@ _FUSED_LOSSES = {
 def change_section(run: Run) -> Section | None:
     """Answer what changed in the model: the adapters' norms, and what quantizing and fusing did."""
     tables: list[HTMLTable] = []
-    charts = [_norm_map(run, name, label) for name, label in _NORMS.items() if run.losses(name)]
+    charts: list[Chart] = []
+    for name, label in _NORMS.items():
+        # After a step that is not finite, no norm may be.
+        norms = np.array([values for _, values in run.losses(name)], float)
+        if np.isfinite(norms).any():
+            charts.append(_norm_map(run, name, label))
 
     errors = _read_json(run, RESIDUALS)
     if errors:

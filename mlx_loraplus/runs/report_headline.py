@@ -9,9 +9,12 @@ from ..errors import counted
 from ..pages.pages import Headline, Tile
 from .history import Run
 from .next_steps import next_commands
+from .ownership import newest_step
 from .progress import time_left
 from .report_answers import best_step
 from .verdict import Verdict, advice, ranking_of
+
+_LONG_REASON = 160  # characters
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
@@ -35,16 +38,23 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
         title=f"{_short_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
-        state="training" if live else run.outcome,
+        state=_state(run, found, live=live),
         text=text,
         lead=_lead(run, found, live=live),
         next_step=_next_step(run, found, live=live),
-        commands=[] if live else next_commands(run),
+        commands=next_commands(run),
         date=_started(run),
         tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
         share=done / max(1, run.steps) if live else None,
         is_live=live,
     )
+
+
+def _state(run: Run, found: Verdict, *, live: bool) -> str:
+    """Return the state of a run in a few words."""
+    if live:
+        return "training"
+    return "diverged" if run.finished and found.trend == "diverged" else run.outcome
 
 
 def sentence(text: str) -> str:
@@ -54,11 +64,14 @@ def sentence(text: str) -> str:
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     """Return whether the adapter is better than what it started from, in one or two sentences."""
-    if run.outcome == "failed":
-        reason = run.history[-1].get("reason") or "the device failed"
-        return sentence(f"the run stopped early: {reason}".rstrip("."))
     if found.trend == "diverged":
         return "Training has diverged: the last validation loss is not a number."
+    if run.outcome == "failed":
+        # Of a long reason, the first clause says what happened; a question below has all of it.
+        reason = failure_reason(run)
+        if len(reason) > _LONG_REASON:
+            reason = reason.partition(": ")[0]
+        return sentence(f"the run failed: {reason}")
     if found.before is None:
         return "" if live else "Whether training helps is unknown: nothing was validated."
     if found.after is None:
@@ -85,13 +98,21 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     return text
 
 
+def failure_reason(run: Run) -> str:
+    """Return why a run failed, as a phrase."""
+    return str(run.history[-1].get("reason") or "the device failed").rstrip(".")
+
+
 def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
-    """Return what to do next: the advice for a finished run, or that another one can be resumed."""
+    """Return the advice for a finished run, or from where another one can be resumed."""
     if live:
         return ""
     if next_step := advice(run, found):
         return sentence(next_step)
-    return "The run can be resumed where it stopped."
+    saved = newest_step(run.folder)
+    if saved is None:
+        return "No step is saved yet, so the command below starts from the beginning."
+    return f"Step {saved:,} is saved; the command below continues from there."
 
 
 def _started(run: Run) -> str:

@@ -1,8 +1,11 @@
 """``mlx_loraplus serve``: the pages of all runs in a folder, live, for browsers.
 
-The server only reads. It renders pages from the histories of the runs that it finds, and sends no
-other file. On this machine alone it needs no token. In a network, every request must have one: in
-the address the first time, and then in a cookie.
+The server only reads. It renders the pages of the runs that it finds from their histories. Of all
+files, it sends only pages that this package has saved, such as those of sweeps and plans; a browser
+runs no script in them but the pages' own.
+
+On this machine alone it needs no token. In a network, every request must have one: in the address
+the first time, and then in a cookie.
 """
 
 import hmac
@@ -11,7 +14,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +22,11 @@ from urllib.parse import quote
 
 from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
-from ..pages.pages import Headline, RunLink, render_index
-from .history import HISTORY, SETTINGS, Run
+from ..pages.pages import Headline, PageLink, content_policy, render_index
+from .history import HISTORY, REPORT, SETTINGS, Run
 from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
+from .saved_page import SavedPage, read_page
 
 _COOKIE = "mlx_loraplus_token"
 _MAX_DEPTH = 4  # folders between the served folder and a run
@@ -32,19 +36,20 @@ _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+_HTML, _TEXT = "text/html", "text/plain"
 _BROKEN = (LoRAPlusError, LookupError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A run's folder, and when its history was written, in seconds since 1970."""
+    """A run's folder or a saved page, and when it was last written, in seconds since 1970."""
 
-    folder: Path
+    path: Path
     written: float
 
-    def is_live(self, run: Run, now: float) -> bool:
-        """Return whether a run has not ended, and has written its history recently."""
-        return run.outcome == "not ended" and now - self.written < LIVE_SECONDS
+    def is_fresh(self, now: float) -> bool:
+        """Return whether it was written recently, so that more may follow."""
+        return now - self.written < LIVE_SECONDS
 
 
 def serve_folder(config: ServeConfig, log: Callable[[str], None], now: Callable[[], float]) -> None:
@@ -103,16 +108,12 @@ def make_app(folder: Path, token: str | None, now: Callable[[], float]) -> Any:
         return HTMLResponse(_index_page(folder, now()))
 
     def page(request: Request) -> Response:
-        # Only the names of runs that were found are known, so a name can't lead anywhere else.
-        found = dict(find_runs(folder)).get(request.path_params["name"])
-        if found is None:
-            return PlainTextResponse("there is no such run", 404)
-        try:
-            run = Run.load(found.folder)
-            live = found.is_live(run, now())
-            return HTMLResponse(report_page(run, live=live, heard=found.written))
-        except _BROKEN as problem:
-            return PlainTextResponse(f"this run can't be shown: {problem}", 500)
+        status, kind, content = _run_page(folder, request.path_params["name"], now())
+        return Response(content, status, media_type=kind)
+
+    def saved_page(request: Request) -> Response:
+        status, kind, content = _saved_page(folder, request.path_params["name"])
+        return Response(content, status, media_type=kind)
 
     async def guard(request: Request, call_next: Any) -> Response:
         if token is None:
@@ -126,14 +127,18 @@ def make_app(folder: Path, token: str | None, now: Callable[[], float]) -> Any:
             response = await call_next(request)
         else:
             response = _refused(request)
-        response.headers.update(_HEADERS)
+        response.headers.update(_HEADERS | {"Content-Security-Policy": content_policy()})
         return response
 
     def _refused(_: Request) -> Response:
         text = "give the whole address that mlx_loraplus serve has printed, with its token"
         return PlainTextResponse(text, 403)
 
-    routes = [Route("/", index), Route("/runs/{name:path}", page)]
+    routes = [
+        Route("/", index),
+        Route("/runs/{name:path}", page),
+        Route("/pages/{name:path}", saved_page),
+    ]
     return Starlette(routes=routes, middleware=[Middleware(BaseHTTPMiddleware, dispatch=guard)])
 
 
@@ -142,12 +147,33 @@ def find_runs(folder: Path) -> Iterator[tuple[str, _Found]]:
 
     A served folder that is a run itself has an empty name.
     """
-    for place, folders, files in os.walk(folder):
-        path = Path(place)
+    for path, files in _walk(folder):
         if HISTORY in files and SETTINGS in files and not (path / HISTORY).is_symlink():
             written = (path / HISTORY).stat().st_mtime
             name = path.relative_to(folder).as_posix()
             yield "" if name == "." else name, _Found(path, written)
+
+
+def find_pages(folder: Path) -> Iterator[tuple[str, _Found]]:
+    """Yield the path of each HTML file below a folder from there, and the file.
+
+    The report of a run is left out, because its page is rendered from its history.
+    """
+    for path, files in _walk(folder):
+        for name in files:
+            page = path / name
+            is_report = name == REPORT and HISTORY in files
+            if page.suffix == ".html" and name[0] != "." and not is_report:
+                if page.is_symlink() or not page.is_file():
+                    continue
+                yield page.relative_to(folder).as_posix(), _Found(page, page.stat().st_mtime)
+
+
+def _walk(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each folder that may hold runs or pages, and the names of its files."""
+    for place, folders, files in os.walk(folder):
+        path = Path(place)
+        yield path, sorted(files)
 
         # A run's own folders, such as checkpoints, hold no runs.
         depth = len(path.relative_to(folder).parts)
@@ -165,20 +191,63 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+def _run_page(folder: Path, name: str, now: float) -> tuple[int, str, bytes]:
+    """Return the status, the type and the content of the answer for a run."""
+    # Only the names of runs that were found are known, so a name can't lead anywhere else.
+    found = dict(find_runs(folder)).get(name)
+    if found is None:
+        return 404, _TEXT, b"there is no such run"
+    try:
+        run = Run.load(found.path)
+        live = run.outcome == "not ended" and found.is_fresh(now)
+        return 200, _HTML, report_page(run, live=live, heard=found.written)
+    except _BROKEN as problem:
+        return 500, _TEXT, f"this run can't be shown: {problem}".encode()
+
+
+def _saved_page(folder: Path, name: str) -> tuple[int, str, bytes]:
+    """Return the status, the type and the content of the answer for a saved page."""
+    found = dict(find_pages(folder)).get(name)
+    saved = None if found is None else _read_page(found)
+    if saved is None:
+        return 404, _TEXT, b"there is no such page"
+    return 200, _HTML, saved.content
+
+
 def _index_page(folder: Path, now: float) -> bytes:
-    """Return the page with all runs, the newest first."""
-    runs = sorted(find_runs(folder), key=lambda each: -each[1].written)
-    links: list[RunLink] = []
-    for name, found in runs:
-        address = f"/runs/{quote(name)}"
+    """Return the page with all runs and saved pages, the newest first."""
+    links: list[tuple[float, PageLink]] = []
+    for name, found in find_runs(folder):
         try:
-            run = _read(found.folder, found.written)
-            head = headline(run, live=found.is_live(run, now))
+            run = _read(found.path, found.written)
+            live = run.outcome == "not ended" and found.is_fresh(now)
+            head = headline(run, live=live)
         except _BROKEN as problem:
             head = Headline("can't be shown", "failed", str(problem))
-        links.append(RunLink(name or folder.absolute().name, address, head))
+        shown = name or folder.absolute().name
+        links.append((found.written, PageLink(shown, f"/runs/{quote(name)}", head)))
+
+    for name, found in find_pages(folder):
+        saved = _read_page(found)
+        if saved is not None:
+            head = replace(saved.head, is_live=saved.head.is_live and found.is_fresh(now))
+            links.append((found.written, PageLink(name, f"/pages/{quote(name)}", head)))
+
+    newest_first = sorted(links, key=lambda each: -each[0])
+    return _render_links(folder, [link for _, link in newest_first])
+
+
+def _render_links(folder: Path, links: list[PageLink]) -> bytes:
     is_live = any(link.head.is_live for link in links)
     return render_index(f"Runs in {folder.absolute().name}", links, REFRESH if is_live else None)
+
+
+def _read_page(found: _Found) -> SavedPage | None:
+    """Return a saved page, or None if it can't be read or is of another program."""
+    try:
+        return read_page(found.path)
+    except OSError:
+        return None
 
 
 @lru_cache(maxsize=256)

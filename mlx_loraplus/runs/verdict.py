@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..settings import default_rate
 from .state import Event
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
 
 def advice(run: "Run", found: Verdict) -> str | None:
     """Return a sentence on what to do next, or None for a run that can be resumed."""
-    if found.trend == "diverged":
+    if found.trend == "diverged" or not took_effect(run):
         return _advice_on_divergence(run, found)
     if not run.finished:
         return None
@@ -215,19 +216,31 @@ def advice(run: "Run", found: Verdict) -> str | None:
     return texts[found.trend]
 
 
+def took_effect(run: "Run") -> bool:
+    """Return whether any step changed the model; a step that is not finite is skipped."""
+    skipped = max((count for _, count in run.losses("skipped")), default=0)
+    return not skipped or skipped < run.progress.step
+
+
 def _advice_on_divergence(run: "Run", found: Verdict) -> str:
-    """Return what to do after validation losses that are not finite."""
+    """Return what to do after losses that are not finite."""
     since = _diverged_at(run)
+    rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
+    lower = f"a lower --learning-rate, such as {rate:.1e}"
+    if since is None:
+        return (
+            "nothing was learned, because the loss or a gradient was never finite: train from the"
+            f" start with {lower}"
+        )
     if since == 0:
         return (
             "the validation loss is not a number even before training: check the model's answers"
             " with mlx_loraplus.generate"
         )
-    rate = run.config.optimizer.learning_rate or 0.0
     kept = f" (the adapter of step {found.best_step} is kept)" if found.best_step else ""
     return (
-        f"the validation loss is not a number since step {since}{kept}: train from the start with a"
-        f" lower --learning-rate, such as {rate / 4:.1e}"
+        f"the validation loss is not a number since step {since}{kept}: train from the start with"
+        f" {lower}"
     )
 
 

@@ -38,6 +38,7 @@ from .sweep_folder import (
     check_sweep_folder,
     start_sweep_folder,
     write_findings,
+    write_live_page,
     write_trials,
 )
 from .sweep_result import Sweep, resume_sweep_command
@@ -159,6 +160,7 @@ class _Search:
         # Record the trial immediately, so that a killed sweep loses at most one trial.
         self.sweep.trials.append(trial)
         write_trials(Path(config.adapter_path), self.identity, self.sweep.trials)
+        write_live_page(self.sweep)
         self._report(trial)
         return trial.loss
 

@@ -132,6 +132,12 @@ def write_trials(folder: Path, identity: Mapping[str, Any], trials: Sequence[Tri
     write_atomically(folder / TRIALS, text.encode())
 
 
+def write_live_page(sweep: Sweep) -> None:
+    """Write the page of a sweep that is not at its end."""
+    page = sweep_page(sweep, live=True)
+    write_atomically(Path(sweep.config.adapter_path) / PAGE, page, durable=False)
+
+
 def write_findings(sweep: Sweep) -> None:
     """Write the page, the heat maps and, after a finished sweep, the settings to train with."""
     folder = Path(sweep.config.adapter_path)

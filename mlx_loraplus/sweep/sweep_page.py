@@ -1,6 +1,7 @@
 """The page of a sweep: the verdict, the losses of the trials, and the settings that were swept."""
 
 import math
+import time
 from collections.abc import Sequence
 from statistics import fmean, stdev
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
-from ..runs.report import plain
+from ..runs.report import REFRESH, plain
 from ..settings import settings_of
 from .heatmap import Heatmap
 from .sweep_result import Sweep, resume_sweep_command, train_best_command
@@ -16,12 +17,17 @@ from .sweep_result import Sweep, resume_sweep_command, train_best_command
 _MAX_CURVES = 5  # that a chart can tell apart
 
 
-def sweep_page(sweep: Sweep) -> bytes:
-    """Return a sweep as an HTML page."""
-    return render_page("sweep", sweep_headline(sweep), sweep_sections(sweep))
+def sweep_page(sweep: Sweep, *, live: bool = False) -> bytes:
+    """Return a sweep as an HTML page, which loads itself again if the sweep is live."""
+    head = sweep_headline(sweep, live=live)
+    refresh = REFRESH if live else None
+    now = round(time.time())
+    return render_page(
+        f"sweep: {head.state}", head, sweep_sections(sweep), refresh=refresh, wall_time=now
+    )
 
 
-def sweep_headline(sweep: Sweep) -> Headline:
+def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
     """Return what a reader should know first: which rates to train with, and why."""
     finalists = sweep.finalists()
     tiles: list[Tile] = []
@@ -39,11 +45,12 @@ def sweep_headline(sweep: Sweep) -> Headline:
     lines = (sweep.verdict(), *sweep.edges())
     return Headline(
         title=f"{sweep.config.model}: which rates?",
-        state=sweep.outcome,
+        state="running" if live else sweep.outcome,
         text=sweep.cost(),
         lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
         commands=[command],
         tiles=tiles,
+        is_live=live,
     )
 
 

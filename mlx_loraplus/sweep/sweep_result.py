@@ -123,6 +123,8 @@ class Sweep(RichDisplay):
     def edges(self) -> list[str]:
         """Return a line for each setting whose best value lies at the edge of the grid."""
         lines: list[str] = []
+        if not self.finalists():
+            return lines
         for name, wider in (("learning_rate", "learning_rates"), ("lr_ratio", "lr_ratios")):
             best = getattr(self.best, name)
             tried = {getattr(trial.point, name) for trial in self.trials}

@@ -249,14 +249,6 @@ def find_checkpoint(run: Path, log: Log, *, whole: bool = True) -> Checkpoint | 
     return None
 
 
-def newest_step(run: Path) -> int | None:
-    """Return the step of a run's newest checkpoint without reading it, or None if it has none."""
-    for step in reversed(_saved_steps(run)):
-        if checkpoint_folder(run, step).is_dir():
-            return step
-    return None
-
-
 def read_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     """Read a checkpoint without its arrays.
 

@@ -20,7 +20,7 @@ from ..files import remove_leftovers, write_atomically
 from ..models.model_folder import remove_model_files, save_model_folder
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.next_steps import resume_command
-from ..runs.ownership import holds_full_run
+from ..runs.ownership import holds_full_run, newest_step
 from ..runs.plots import write_picture
 from ..runs.progress import Log
 from ..runs.report import write_report
@@ -29,7 +29,6 @@ from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
     load_best,
-    newest_step,
     remove_checkpoints,
     save_best,
     save_checkpoint,
@@ -137,6 +136,8 @@ class RunWriter:
                 )
 
             event = self._end_event("failed" if no_effect else outcome)
+            if no_effect:
+                event["reason"] = "no step took effect"
             run.history.append(event | run.verdict.stored())
             if self.session.world.is_main:
                 self._write_end(outcome)
@@ -149,15 +150,22 @@ class RunWriter:
                     " with mlx_loraplus.generate"
                 )
 
-    def record_error(self, error: Exception) -> None:
+    def record_error(self, error: Exception, *, checkpointing_helps: bool = False) -> None:
         """Record in the history and on the page that an error has ended the run.
 
         Nothing else is written, because the arrays on the device may be lost. The error matters
         more than a history that can't be written.
+
+        Args:
+            error: The error.
+            checkpointing_helps: Whether memory ran out that gradient checkpointing would save.
         """
         run = self.session.run
         reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
-        run.history.append(self._end_event("failed") | {"reason": reason})
+        event = self._end_event("failed") | {"reason": reason}
+        if checkpointing_helps:
+            event["checkpointing_helps"] = True
+        run.history.append(event)
         if self.session.world.is_main:
             with suppress(OutputError):
                 write_history(run.folder, run.history)
@@ -166,19 +174,17 @@ class RunWriter:
     def record_failure(self, error: DeviceError) -> DeviceError:
         """Record that the device failed, and return the error with how to continue."""
         run, progress = self.session.run, self.state.progress
-        self.record_error(error)
+        is_memory = failure_of(error.__cause__) is MEMORY
+        self.record_error(error, checkpointing_helps=is_memory and self.state.can_checkpoint)
         if not self.session.world.is_main:
             return error
 
         # What is saved, and the command that continues from there.
         saved = newest_step(run.folder)
         kept = "no step is saved" if saved is None else f"step {saved:,} is saved"
-        command = resume_command(run)
-        if failure_of(error.__cause__) is MEMORY and self.state.can_checkpoint:
-            command += " --grad-checkpoint on"
         return DeviceError(
             f"{error}; the run stopped after step {progress.step:,}, and {kept}; to continue:"
-            f" {command}"
+            f" {resume_command(run)}"
         )
 
     def _end_event(self, outcome: Outcome) -> Event:

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from mlx_loraplus.pages.charts import Chart, Curve, heat_map, line_chart
+from mlx_loraplus.pages.charts import Chart, Curve, Mark, heat_map, line_chart
 
 
 def labels(chart: Chart, anchor: str) -> list[str]:
@@ -76,3 +76,14 @@ def test_a_map_has_a_label_for_each_band_and_empty_cells():
     assert labels(chart, "start") == ["1", "0"]
     assert chart.svg.count("<image") == 2
     ElementTree.fromstring(chart.svg)
+
+
+def test_marks_have_lines_and_labels_that_do_not_overlap():
+    curve = Curve("change", [(1e-4, 0.0), (1e-3, -1.0), (1e-2, 0.5)])
+    marks = [Mark(1e-3, "used"), Mark(1.1e-3, "default"), Mark(1.0, "outside")]
+    chart = line_chart("Loss", [curve], "rate", log_x=True, marks=marks)
+    assert chart.svg.count('class="limit"') == 2
+    heights = re.findall(r'<g class="label"><text x="[\d.]+" y="([\d.]+)"', chart.svg)
+    assert float(heights[1]) - float(heights[0]) > 13
+    assert "; used; default" in chart.svg
+    assert "outside" not in chart.svg

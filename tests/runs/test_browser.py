@@ -14,7 +14,7 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.kernels.choices import StepChoices
-from mlx_loraplus.pages.pages import RunLink, render_index
+from mlx_loraplus.pages.pages import PageLink, render_index
 from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.report_headline import headline
 from mlx_loraplus.sweep.sweep_page import sweep_page
@@ -78,7 +78,7 @@ def long_run(folder: Path, name: str) -> ml.Run:
     return run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     """A real browser."""
     if browser() is None:
@@ -190,7 +190,7 @@ def test_a_browser_shows_the_list_of_runs_and_a_comparison(
     place: Place, tmp_path: Path, chromium: Any
 ):
     runs = {name: ml.Run.load(place.folder / name) for name in ("plain", "plus")}
-    links = [RunLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
+    links = [PageLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
     listed, compared = tmp_path / "index.html", tmp_path / "compared.html"
     listed.write_bytes(render_index("Runs in sums", links, None))
     ml.compare_runs(*runs.values()).save(compared)
@@ -272,6 +272,16 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     assert "s ago" in view.inner_text("#heard")
     view.click("text=Is it stable?")
     view.wait_for_timeout(100)
+
+    # Nothing was heard for an hour, so the run was killed.
+    silent = tmp_path / "silent.html"
+    silent.write_text(re.sub(r'data-written="\d+"', 'data-written="1"', page))
+    other = chromium.new_page()
+    other.goto(silent.as_uri())
+    assert other.inner_text(".state") == "not ended"
+    assert "--resume" in other.inner_text("#silent")
+    other.close()
+    assert not view.is_visible("#silent")
 
     finished = report_page(long_run(folder, "30 steps"))
     place.write_bytes(finished)

@@ -85,13 +85,14 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     run.history.pop()
     live = headline(run, live=True)
     assert live.next_step == ""
-    assert live.commands == []
+    page = report_page(run, live=True).decode()
+    assert re.search(r'<div id="silent" hidden>.*killed.*--resume</code>', page, re.DOTALL)
     assert "left" in live.text
     assert live.tiles[0].name == "Best validation loss"
     run.history.append({"step": 6, "outcome": "failed", "reason": "out of memory", "best_step": 6})
     failed = headline(run)
-    assert failed.lead == "The run stopped early: out of memory."
-    assert failed.next_step == "The run can be resumed where it stopped."
+    assert failed.lead == "The run failed: out of memory."
+    assert failed.next_step == "Step 6 is saved; the command below continues from there."
     assert [label for label, _ in failed.commands] == ["resume", "try it", "fuse it"]
     assert failed.commands[0][1].endswith("--resume")
     assert "No step was skipped" in report_page(run).decode()
@@ -100,7 +101,8 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     run.history.insert(-1, {"step": 6, "valid_loss": math.nan, "valid_seconds": 0.1})
     diverged = headline(run)
     assert "train from the start with a lower --learning-rate" in diverged.next_step
-    assert [label for label, _ in diverged.commands] == ["try it", "fuse it"]
+    assert diverged.commands == [], "the last adapter is not the best one"
+    assert "The run failed: out of memory." in report_page(run).decode()
 
 
 def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
@@ -111,6 +113,35 @@ def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path:
     head = headline(run)
     assert "it was killed, or it trains without being heard from" in head.text
     assert [label for label, _ in head.commands] == ["resume"]
+    assert head.next_step.startswith("No step is saved yet")
+
+
+def test_the_page_of_a_run_whose_norms_are_not_finite(folder: Path):
+    run = ml.Run.load(folder)
+    for event in run.history:
+        for name in ("norm_a", "norm_b", "norm_change"):
+            if name in event:
+                event[name] = [math.nan] * len(event[name])
+    run.history.insert(-1, {"step": 6, "valid_loss": math.nan, "valid_seconds": 0.1})
+    assert "What changed in the model?" not in report_page(run).decode()
+    head = headline(run)
+    assert head.state == "diverged"
+    assert [label for label, _ in head.commands] == ["try it", "fuse it"], "the best one is kept"
+    run.progress.best_step = None
+    assert headline(run).commands == []
+
+
+def test_a_run_without_effect_is_not_to_be_resumed(folder: Path):
+    run = ml.Run.load(folder)
+    skipped = {"step": 6, "skipped": 6, "reason": "loss nan"}
+    run.history = [run.history[0], skipped, {"step": 6, "outcome": "failed", "reason": "no effect"}]
+    head = headline(run)
+    assert head.lead == "The run failed: no effect."
+    run.history[-1]["reason"] = f"memory ran out: {'x' * 200}"
+    assert headline(run).lead == "The run failed: memory ran out."
+    assert "x" * 200 in report_page(run).decode()
+    assert "nothing was learned" in head.next_step.lower()
+    assert head.commands == []
 
 
 def test_a_run_without_validations_or_date_has_a_headline(folder: Path):

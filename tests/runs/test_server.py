@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 
 import mlx_loraplus as ml
+from mlx_loraplus.command_config import SweepConfig
+from mlx_loraplus.pages.pages import content_policy
 from mlx_loraplus.runs.history import encode_history
 from mlx_loraplus.runs.server import find_runs, is_loopback, make_app
 from mlx_loraplus.serve import main
+from mlx_loraplus.sweep.sweep_page import sweep_page
+from mlx_loraplus.sweep.sweep_result import Sweep
+from mlx_loraplus.sweep.trial import Point
 from tests.training.tiny_runs import Place
 
 testclient = pytest.importorskip("starlette.testclient")
@@ -78,6 +83,45 @@ def test_new_events_are_shown_at_the_next_request(runs: Path):
         history.write_bytes(encode_history(run.history[:3]))
         os.utime(history, (1, history.stat().st_mtime + 1))
         assert "step 1 of 6" in http.get("/").text
+
+
+def test_saved_pages_are_listed_and_sent_as_they_are(runs: Path):
+    sweep, plan = runs / "sweeps" / "sweep.html", runs / "a plan.html"
+    sweep.parent.mkdir()
+    sweep.write_bytes(sweep_page(Sweep(SweepConfig(), Point(1e-4, 1.0, 8, 16.0), []), live=True))
+    planned = ml.plan_memory("gemma-3-1b", memory="16GB", batch_size=4)
+    planned.save(plan)
+    with client(runs) as http:
+        page = http.get("/").text
+        addresses = set(re.findall(r'href="(/pages/[^"]+)"', page))
+        assert addresses == {"/pages/sweeps/sweep.html", "/pages/a%20plan.html"}
+        assert "gemma-3-1b: does training fit?" in page
+        assert f">{planned.verdict}</span>" in page
+        assert "The run takes" in page
+        assert '<span class="state running">running</span>' in page
+        assert "No full trial has ended yet.</p>" in page, "nothing is best yet"
+
+        for name, path in (("sweeps/sweep.html", sweep), ("a%20plan.html", plan)):
+            answer = http.get(f"/pages/{name}")
+            assert answer.content == path.read_bytes()
+            assert answer.headers["content-type"].startswith("text/html")
+            assert answer.headers["content-security-policy"] == content_policy()
+
+
+def test_pages_of_other_programs_are_not_served(runs: Path):
+    foreign = "<html><head><script>alert(1)</script></head><body><h1>mine</h1></header>"
+    (runs / "notes.html").write_text(foreign)
+    (runs / "late.html").write_text(f'{foreign}<meta name="generator" content="mlx_loraplus">')
+    (runs / "linked.html").symlink_to(runs / "plus" / "report.html")
+    with client(runs) as http:
+        assert "/pages/" not in http.get("/").text
+        for name in ("notes.html", "late.html", "linked.html", "plus/report.html", "plus/run.yaml"):
+            assert http.get(f"/pages/{name}").status_code == 404
+
+        # What a hostile page says first is text.
+        ours = '<html><head><meta name="generator" content="mlx_loraplus"></head><body>'
+        (runs / "notes.html").write_text(f"{ours}<h1><script>alert(1)</script></h1></header>")
+        assert "&lt;script&gt;alert(1)" in http.get("/").text
 
 
 def test_the_folder_may_be_a_run(runs: Path):

@@ -11,6 +11,7 @@ from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
+from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.interrupts import explain_failure
 from tests.conftest import same
@@ -122,6 +123,8 @@ def test_a_failed_run_is_recorded_and_resumes_bit_exactly(place: Place, text: st
 
     # Everything up to the failure is in the history, and the checkpoint is whole.
     failed = ml.Run.load(folder)
+    assert next_commands(failed)[0] == ("resume", command)
+    assert f"<code>{command}</code>" in (folder / "report.html").read_text()
     assert failed.outcome == "failed"
     assert text in failed.history[-1]["reason"]
     assert [step for step, _ in failed.losses()] == [1, 2, 3, 4, 5]

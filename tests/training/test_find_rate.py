@@ -245,7 +245,7 @@ def test_a_run_stores_the_rate_and_never_searches_again(place: Place):
     assert resumed.start["found_rate"] == search
     report = (run.folder / "report.html").read_text()
     assert "How was the learning rate found?" in report
-    assert "log10 of the learning rate" in report
+    assert "Change of the training loss at each rate" in report
 
     # The same run with the number, from the start, is bit-exactly the same.
     direct = place.run("direct", **AUTO | {"learning_rate": rate})

@@ -83,7 +83,7 @@ def test_the_folder_holds_everything(smollm2_run):
     events = [json.loads(line) for line in (run.folder / HISTORY).read_text().splitlines()]
     assert events == run.history
     assert (run.folder / PLOT).read_bytes().startswith(b"\x89PNG")
-    assert any("rates a 5.00e-04, b 8.00e-03" in line or "rates a" in line for line in told)
+    assert any("rates A 5.00e-04, B 8.00e-03" in line or "rates A" in line for line in told)
     assert "<table>" in run._repr_html_()
     assert run.finished
 

@@ -1,0 +1,85 @@
+"""The axes of charts: where a value is drawn, and which values get a label."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps values to positions in the drawing; ``ticks`` are the values that get a label."""
+
+    low: float
+    high: float
+    start: float  # position of ``low``
+    stop: float
+    ticks: Sequence[float]
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the position of a value."""
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        share = (value - low) / (high - low)
+        return round(self.start + share * (self.stop - self.start), 1)
+
+
+def fit_y_axis(values: Sequence[float], bottom: float, top: float, *, log: bool) -> Axis:
+    """Return the y axis for values, logarithmic if they span more than a factor of ten."""
+    low, high = min(values), max(values)
+    if log and high > 10 * low > 0:
+        margin = (high / low) ** 0.03
+        low, high = low / margin, high * margin
+        return Axis(low, high, bottom, top, log_ticks(low, high), log=True)
+    return linear_axis(low, high, bottom, top)
+
+
+def linear_axis(low: float, high: float, start: float, stop: float, *, whole: bool = False) -> Axis:
+    """Return an axis from ``low`` to ``high`` with about five round ticks.
+
+    Args:
+        low: The smallest value.
+        high: The largest value.
+        start: The position of ``low``.
+        stop: The position of ``high``.
+        whole: Whether the axis shows steps: its ticks are whole numbers and it has no margins.
+    """
+    # Values that are all equal get a range around them. Numbers below zero appear only if needed.
+    if high == low:
+        margin = 0.5 if whole else abs(low) * 0.1 or 1.0
+    else:
+        margin = 0.0 if whole else (high - low) * 0.05
+    first, last = low - margin, high + margin
+    if first < 0 <= low:
+        first = 0.0
+
+    # The distance of the ticks is 1, 2 or 5 times a power of ten.
+    rough = (last - first) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    distance = min((power * each for each in (1, 2, 5, 10)), key=lambda each: abs(each - rough))
+    if whole:
+        distance = max(1.0, distance)
+
+    count = math.floor(last / distance + 1e-9) - math.ceil(first / distance - 1e-9) + 1
+    base = math.ceil(first / distance - 1e-9)
+    return Axis(first, last, start, stop, [(base + each) * distance for each in range(count)])
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return about five ticks of a logarithmic axis: 1, 2 and 5, or fewer, of each decade."""
+    decades = math.log10(high / low)
+    if decades < 1.7:
+        digits = (1, 2, 5)
+    elif decades < 3:
+        digits = (1, 3)
+    else:
+        digits = (1,)
+
+    # Over very many decades, some are skipped.
+    every = math.ceil(decades / 6)
+    ticks: list[float] = []
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        if power % every == 0:
+            ticks += [digit * 10.0**power for digit in digits]
+    return [tick for tick in ticks if low <= tick <= high]
