@@ -7,6 +7,8 @@ is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# First, because it handles Ctrl-C while the others are imported
+from . import startup as _startup  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from ._runtime import check_backend, prepare
 from .errors import (
     AdapterError,

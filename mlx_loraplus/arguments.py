@@ -21,7 +21,6 @@ from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nea
 from .failures import failure_of, reason_text
 from .foreign_names import find_foreign, foreign_hint, meant_setting
 from .help_text import help_text
-from .launching import LAUNCHED
 from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import (
@@ -32,10 +31,9 @@ from .settings import (
     setting_names,
     settings_of,
 )
+from .startup import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .tyro_errors import unboxed
 from .userpaths import path_of
-
-INTERRUPTED = 130  # the exit code after Ctrl-C, so that `train … && fuse …` stops
 
 # Names of other programs' settings that are options of commands here
 _SWITCHES = ("test",)
@@ -286,6 +284,8 @@ def command(
         arguments: The words after the command's name. Default: the arguments of the process.
         switches: The command's other options.
     """
+    expect_interrupts()
+
     # A terminal without Unicode shows question marks instead of raising.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
@@ -311,6 +311,7 @@ def command(
         _report_backend()
         raise
     except KeyboardInterrupt:
+        report_interrupt()
         raise SystemExit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of the output has closed, so nothing is reported
         _discard_output()

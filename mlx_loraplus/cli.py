@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from . import __version__
-from .arguments import INTERRUPTED, Output, Switches, command, given_names, log
+from .arguments import Output, Switches, command, given_names, log
 from .command_config import (
     ChatConfig,
     CompareConfig,
@@ -29,6 +29,7 @@ from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .launching import launch
 from .settings import Config, configure, settings_of
+from .startup import INTERRUPTED
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -102,6 +103,7 @@ def train(arguments: Arguments = None) -> None:
         from .inference.generate import load
         from .memory.plan import check_fit
         from .runs.progress import make_view, with_browser
+        from .runs.trackers import check_trackers
         from .training.checkpoint import check_folder
         from .training.distributed import World
         from .training.dry_run import rehearse
@@ -126,6 +128,7 @@ def train(arguments: Arguments = None) -> None:
             with world.sync_errors():
                 check_model_name(config.model)
                 if world.is_main:
+                    check_trackers(config)
                     check_folder(config)
                 check_rows(config)
                 check_fit(config, group)

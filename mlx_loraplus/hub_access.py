@@ -61,4 +61,7 @@ def reason_of(problem: Exception) -> str:
     token = get_token()
     if token:
         reason = reason.replace(token, "(token)")
-    return f"{reason}; check the name, or run hf auth login"
+    advice = "check the name, or run hf auth login"
+    if not hub_reachable():
+        advice = "the hub can't be reached: connect, or set HF_HUB_OFFLINE=0 if it is set"
+    return f"{reason}; {advice}"

@@ -18,8 +18,8 @@ from contextlib import ExitStack
 
 from ._runtime import check_backend, has_cuda
 from .errors import ConfigError, LoRAPlusError, join_problems
+from .startup import LAUNCHED
 
-LAUNCHED = "MLX_LORAPLUS_LAUNCHED"  # set in the processes that --launch starts
 GRACE = 15.0  # seconds for the other processes to end after one has failed
 _POLL = 0.1  # seconds
 Process = subprocess.Popen[bytes]

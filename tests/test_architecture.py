@@ -31,7 +31,7 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors"},
+    {"errors", "startup"},
     {"userpaths", "hub_access", "rich_display", "foreign_names"},
     {"setting_types", "files", "device", "failures", "call_checks", "pages"},
     {"config"},

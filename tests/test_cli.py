@@ -50,6 +50,27 @@ def test_bad_data_is_told_before_a_model_is_loaded(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "wrong"),
+    [
+        (["--valid-split", "0.2"], "valid_split holds out training rows, but the data already has"),
+        (["--report-to", "wandb"], "report_to wandb needs its library"),
+    ],
+)
+def test_what_the_data_and_the_machine_lack_is_told_before_a_model_is_loaded(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    wrong: str,
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    folder = data(tmp_path / "data", ROW)
+    (tmp_path / "data" / "valid.jsonl").write_text(json.dumps(ROW))
+    place = ["--data", folder, "--adapter-path", str(tmp_path / "run")]
+    assert wrong in fails(train.main, ["--model", "nowhere", *place, *words], capsys)
+
+
 @pytest.mark.parametrize("name", ["gema-3", "nowhere/at/all", "missing.gguf"])
 def test_an_unknown_model_is_told_with_the_nearest(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -133,22 +133,30 @@ def _make_projections(config: AdapterConfig, modules: Iterable[nn.Module]) -> Pr
     return None
 
 
+def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
+    """Check that the rank of a module's adapter is at most its smaller side.
+
+    Raises:
+        ConfigError: The rank is larger.
+    """
+    # Shared projections may have any rank.
+    is_limited = layer_class(config.adapter, module, path).make_projections is None
+    smaller = min(base_shape(module))
+    if is_limited and config.rank is not None and config.rank > smaller:
+        raise ConfigError(
+            f"rank {config.rank} is above {smaller}, the smaller side of {path}: lower it"
+        )
+
+
 def _check_target(path: str, module: nn.Module, config: AdapterConfig, original: str) -> None:
     """Check that a module supports the settings.
 
     Raises:
         ConfigError: The module does not support one of them.
     """
-    rows, columns = base_shape(module)
-    smaller = min(rows, columns)
+    check_rank(path, module, config)
+    _, columns = base_shape(module)
     layer = layer_class(config.adapter, module, path)
-
-    # Shared projections may have any rank.
-    is_limited = layer.make_projections is None
-    if is_limited and config.rank is not None and config.rank > smaller:
-        raise ConfigError(
-            f"rank {config.rank} is above {smaller}, the smaller side of {path}: lower it"
-        )
     if config.init != "init1" and not issubclass(layer, LoRA):
         raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
 

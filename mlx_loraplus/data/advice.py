@@ -41,6 +41,9 @@ PAIRS = (
 )
 """Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
+_GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", "title", "history")
+"""Columns that belong to what is asked."""
+
 ADVICE = "; choose, such as"
 """The beginning of advice that depends on the values of a row."""
 
@@ -68,6 +71,11 @@ _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNOREC
 _NOT_LABEL = re.compile(
     r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)|unnamed.*|",
     re.IGNORECASE,
+)
+
+
+_NOT_ANSWER = re.compile(
+    r".*(^|_|\b)(id|uuid|idx|index|line|row|hash|url|timestamp)|unnamed.*|", re.IGNORECASE
 )
 
 
@@ -128,8 +136,10 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
     """Return the advice for the one missing field, or "" if several fields are missing."""
     lacking = [field for field, column in needed.items() if not column]
 
-    # Do not suggest a column that already holds another field.
+    # Do not suggest a column that already holds another field, nor part of a question as answer.
     free = [column for column in texts if column not in needed.values()]
+    if lacking == [list(needed)[-1]]:
+        free = [column for column in free if column.lower() not in _GIVEN]
     if len(lacking) != 1 or not free:
         return ""
 
@@ -142,14 +152,21 @@ def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
 def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
     """Suggest the two longest texts as prompt and completion, or a single one and its label.
 
-    A single text without a label is suggested as text.
+    A single text without a clear label is suggested as text, and also as the prompt if another
+    column may be its answer.
     """
     if len(texts) == 1:
         labels = [name for name, value in columns.items() if _is_label(name, value)]
-        if len(labels) != 1:
+        others = labels or [name for name, value in columns.items() if _may_answer(name, value)]
+        answers = [name for name in others if name != texts[0]]
+        if not answers:
             return _suggest_fields({"text": texts[0]})
-        label = labels[0] if isinstance(columns[labels[0]], str) else f"{{{labels[0]}}}"
-        return _suggest_fields({"prompt": texts[0], "completion": label})
+
+        answer = answers[0] if isinstance(columns[answers[0]], str) else f"{{{answers[0]}}}"
+        pair = {"prompt": texts[0], "completion": answer}
+        if len(labels) == 1:
+            return _suggest_fields(pair)
+        return f"{_suggest_fields({'text': texts[0]})} or --fields {_write_fields(pair)}"
 
     by_length = sorted(texts, key=lambda column: -len(columns[column]))
     prompt, answer = [column for column in texts if column in by_length[:2]]
@@ -192,6 +209,14 @@ def _is_label(name: str, value: object) -> bool:
     if isinstance(value, str):
         return _LABEL.fullmatch(value) is not None
     return isinstance(value, int | float)
+
+
+def _may_answer(name: str, value: object) -> bool:
+    """Return whether a column that is no text, such as a year or a price, may be an answer."""
+    is_braced = "{" in name or "}" in name
+    if _NOT_ANSWER.fullmatch(name) or is_braced or isinstance(value, bool):
+        return False
+    return isinstance(value, int | float) or (isinstance(value, str) and bool(value.strip()))
 
 
 def _can_train(value: object) -> bool:

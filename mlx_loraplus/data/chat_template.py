@@ -16,11 +16,14 @@ from typing import Any
 from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .lost_content import find_lost
 from .messages import BadRowError
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
     Message,
+    answer_of,
+    fill_empty_block,
     find_open_tags,
     is_empty_block,
     remove_thought_tags,
@@ -118,8 +121,7 @@ class ChatTemplate:
             options["tools"] = list(tools)
         if self.day is not None:
             options |= dated(self.tokenizer, self.day.strftime)
-        # Without the variable, mlx-lm turns thoughts off for a tokenizer without tokens for them.
-        options |= {"enable_thinking": True} if thinking else self.without_thoughts
+        options |= self.with_thoughts if thinking else self.without_thoughts
         return self._apply(messages, ask, options)
 
     def _apply(self, messages: Sequence[Message], ask: bool, options: Mapping[str, Any]) -> str:
@@ -148,6 +150,16 @@ class ChatTemplate:
             return _QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
         except _TEMPLATE_ERRORS:
             return False
+
+    @cached_property
+    def with_thoughts(self) -> dict[str, Any]:
+        """The options that let the generation prompt open a block of thoughts."""
+        # Without the variable, mlx-lm turns thoughts off for a tokenizer without tokens for them.
+        options: dict[str, Any] = {"enable_thinking": True}
+        other: dict[str, Any] = options | {"thinking": True}
+        if not self._opens_thoughts(options) and self._opens_thoughts(other):
+            return other
+        return options
 
     @cached_property
     def without_thoughts(self) -> dict[str, Any]:
@@ -183,6 +195,12 @@ class ChatTemplate:
                 return key
         return None
 
+    @cached_property
+    def thought_tags(self) -> tuple[str, str] | None:
+        """The tags that the template itself writes around thoughts, if it has any."""
+        template = str(self.tokenizer.chat_template)
+        return next((tags for tags in THOUGHT_TAGS if tags[1] in template), None)
+
     # --- turns ----------------------------------------------------------------------------------
 
     def write_turn(
@@ -209,17 +227,19 @@ class ChatTemplate:
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
             stop = self._end_of_turn(whole, len(prompt))
-            return Turn(prompt, whole[len(prompt) : stop], whole[stop:])
+            answer = fill_empty_block(whole[len(prompt) : stop], prompt, messages[turn])
+            return Turn(prompt, answer, whole[stop:])
 
         # With others, the turn begins after the header that the prompt adds to the history.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
         seam = _find_seam(prompt, whole, prompt.removeprefix(history))
-        if seam is None:
+        if seam is None or _shows_later(messages[:turn], whole, seam):
             raise UnsupervisableError(
                 "this chat template can't be supervised by turn: the text before"
                 f" messages[{turn}] differs from the prompt that asks for it"
             )
         answer = whole[seam : self._end_of_turn(whole, seam)]
+        answer = fill_empty_block(answer, prompt, messages[turn])
         return Turn(prompt, _fit_to_prompt(answer, prompt, messages[turn]))
 
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
@@ -297,17 +317,36 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
     return seam + 1 if whole[seam:].startswith("\n") else seam
 
 
+def _shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:
+    """Return whether a chat shows a message of the history only after the place of the turn.
+
+    The turn would then include this message, such as the result of a tool between two calls.
+    """
+    return any(
+        "content" in find_lost(message, whole[:seam]) and "content" not in find_lost(message, whole)
+        for message in history
+    )
+
+
 def _fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
-    """Return the answer as the continuation of a block of thoughts that the prompt opens."""
+    """Return the answer as the continuation of a block of thoughts that the prompt writes."""
     tags = find_open_tags(prompt)
     if tags is None:
+        # The prompt may have closed the block that the chat closes.
+        closings = [closing for _, closing in THOUGHT_TAGS if prompt.rstrip().endswith(closing)]
+        for closing in closings:
+            if answer.lstrip().startswith(closing):
+                return answer.lstrip().removeprefix(closing)
         return answer
 
     opening, closing = tags
     answer = answer.lstrip()
     if answer.startswith(opening):
         return answer.removeprefix(opening).lstrip("\n")
-    return f"{thoughts_of(message).strip()}\n{closing}\n\n{answer}"
+    thoughts = thoughts_of(message).strip()
+    if closing in answer and answer.startswith((closing, thoughts)):
+        return answer
+    return f"{thoughts}\n{closing}\n\n{answer_of({'content': answer})}"
 
 
 def _common_length(one: str, other: str) -> int:

@@ -18,7 +18,7 @@ from .chat_template import ChatTemplate, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .message_forms import chat_forms
 from .messages import BadRowError, assistant_turns
-from .thoughts import Message, answer_of, thoughts_of
+from .thoughts import Message, answer_of, has_block_after_empty_block, thoughts_of
 
 TrainOn = Literal["turns", "last", "everything"]
 
@@ -101,7 +101,8 @@ class ChatWriter:
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
-        for form in chat_forms(chat.messages, self.template.thought_key):
+        template = self.template
+        for form in chat_forms(chat.messages, template.thought_key, template.thought_tags):
             try:
                 if self.train_on == "everything":
                     written = self._write_everything(chat, form)
@@ -135,6 +136,8 @@ class ChatWriter:
         """Return the whole chat as one row in which every token is supervised."""
         thinking = any(thoughts_of(message) for message in chat.messages)
         text = self.template.render(form, ask=False, thinking=thinking, tools=chat.tools)
+        if has_block_after_empty_block(text):
+            raise BadRowError("the chat template writes two blocks of thoughts for one turn")
 
         notes: list[str] = []
         parts = _split_by_message(chat.messages, text)
@@ -199,7 +202,10 @@ class ChatWriter:
     def _shows_tools(self, form: Sequence[Message], tools: Sequence[Any]) -> bool:
         """Return whether the rendered chat depends on the tools."""
         thinking = bool(thoughts_of(form[-1]))
-        without_tools = self.template.render(form, ask=False, thinking=thinking)
+        try:
+            without_tools = self.template.render(form, ask=False, thinking=thinking)
+        except BadRowError:  # a template for chats with tools only
+            return True
         with_tools = self.template.render(form, ask=False, thinking=thinking, tools=tools)
         return with_tools != without_tools
 
@@ -218,7 +224,13 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     if unusable:
         if "tool calls" in unusable:
             remedy = (
-                "use a model whose template supports tools, or skip such rows with --on-bad drop"
+                "use a model whose template supports tools, or write the call into the content as"
+                " this model writes it, or skip such rows with --on-bad drop"
+            )
+        elif message.get("tool_calls"):
+            remedy = (
+                "it may write no content beside tool calls: remove the content, or skip such rows"
+                " with --on-bad drop"
             )
         else:
             remedy = (

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from .thoughts import THOUGHT_KEYS, Message, answer_of, thoughts_of
+from .thoughts import THOUGHT_KEYS, THOUGHT_TAGS, Message, answer_of, thoughts_of
 
 ThoughtForm = Literal["given", "key", "inline"]
 
@@ -24,6 +24,7 @@ class MessageForm:
     empty_content: str | None  # the content of a message that has only tool calls
     thoughts: ThoughtForm  # unchanged, under a key, or inside the content
     thought_key: str
+    thought_tags: tuple[str, str]  # around thoughts inside the content
 
     def write(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
@@ -39,11 +40,15 @@ class MessageForm:
             return written
 
         # Move the thoughts to where this form has them.
+        is_inline = bool(thoughts_of({"content": message.get("content")}))
         content: str | None = answer_of(message)
+        if is_inline:
+            thoughts, content = thoughts.strip("\n"), content.lstrip("\n")
         for key in THOUGHT_KEYS:
             written.pop(key, None)
         if self.thoughts == "inline":
-            written["content"] = f"<think>\n{thoughts}\n</think>\n\n{content}"
+            opening, closing = self.thought_tags
+            written["content"] = f"{opening}\n{thoughts}\n{closing}\n\n{content}"
             return written
 
         if calls and not content:
@@ -54,14 +59,19 @@ class MessageForm:
 
 
 def chat_forms(
-    messages: Sequence[Message], thought_key: str | None
+    messages: Sequence[Message],
+    thought_key: str | None,
+    thought_tags: tuple[str, str] | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
     """Yield a chat in each form that templates expect, beginning with the most common form.
 
     Args:
         messages: The messages in OpenAI's form.
         thought_key: The message key that the template reads thoughts from, if it is known.
+        thought_tags: The tags that the template writes around thoughts, if it has any.
     """
+    tags = thought_tags or THOUGHT_TAGS[0]
+
     # Vary only the parts that this chat contains.
     json_arguments: Sequence[bool] = [False]
     empty_contents: Sequence[str | None] = [""]
@@ -70,12 +80,15 @@ def chat_forms(
         json_arguments = [False, True]
         empty_contents = ["", None]
     if any(thoughts_of(message) for message in messages):
-        thought_forms = ["given", "key", "inline"]
+        # A template's own key and tags come first, so that they replace other tags in the content.
+        own_key: Sequence[ThoughtForm] = ["key"] if thought_key is not None else []
+        own_tags: Sequence[ThoughtForm] = ["inline"] if tags != THOUGHT_TAGS[0] else []
+        thought_forms = [*own_key, *own_tags, "given", "key", "inline"]
 
     # Skip forms that are equal for this chat.
     seen: list[list[dict[str, Any]]] = []
     for choice in product(json_arguments, empty_contents, thought_forms):
-        form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0])
+        form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0], thought_tags=tags)
         chat = [form.write(message) for message in messages]
         if chat not in seen:
             seen.append(chat)

@@ -25,9 +25,7 @@ LONGEST_ROW = 64 * 2**20
 # Number of characters to read at once
 PIECE = 2**20
 
-# UTF-32 files begin with one of these marks too, or with two zero bytes
-WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # some of UTF-32 files too
 BLANKS = " \t\r\n"
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _SEPARATORS = re.compile(f"[{BLANKS},]*")
@@ -183,7 +181,7 @@ def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
 def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the rows of a table with a header line as dicts, with their line numbers.
 
-    The columns are separated by commas, semicolons or tabs.
+    The columns are separated by commas, semicolons, tabs or bars.
 
     Args:
         path: The file.
@@ -216,7 +214,7 @@ def _guess_delimiter(raw: Any) -> str:
     start = raw.tell()
     header = raw.readline(PIECE)
     raw.seek(start)
-    return max(",;\t", key=lambda character: header.count(character.encode()))
+    return max(",;\t|", key=lambda character: header.count(character.encode()))
 
 
 def _read_header(path: Path, lines: Iterator[list[str]]) -> list[str]:
@@ -326,7 +324,9 @@ def _open(path: Path) -> Any:
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror}") from None
 
-    if start.startswith(WIDE_MARKS) or start == codecs.BOM_UTF32_BE:
+    # Without a mark, every second byte of plain letters is zero
+    is_wide = b"\0\0" in (start[::2], start[1::2])
+    if start.startswith((*WIDE_MARKS, codecs.BOM_UTF32_BE)) or is_wide:
         file.close()
         raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
     file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
@@ -347,7 +347,7 @@ def _has_undecoded(text: str) -> bool:
 
 
 def _decoder(repeated_keys: list[str]) -> json.JSONDecoder:
-    """Return a decoder that reads NaN and infinities as null.
+    """Return a decoder that reads NaN as null, as tables store it.
 
     It appends the repeated keys of an object to ``repeated_keys``.
     """
@@ -359,7 +359,10 @@ def _decoder(repeated_keys: list[str]) -> json.JSONDecoder:
             repeated_keys.append(next(name for name in names if names.count(name) > 1))
         return made
 
-    return json.JSONDecoder(object_pairs_hook=make_object, parse_constant=lambda _: None)
+    def read_constant(name: str) -> float | None:
+        return None if name == "NaN" else float(name)
+
+    return json.JSONDecoder(object_pairs_hook=make_object, parse_constant=read_constant)
 
 
 def _repeated_key(repeated_keys: list[str]) -> BadRowError:

@@ -26,6 +26,7 @@ from .demo import demo_rows
 from .hub_rows import dataset_rows
 from .missing_data import check_spaces, missing_hint
 from .readers import READERS, RawRow
+from .shards import check_shards, find_unused, stem_of
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
@@ -44,7 +45,6 @@ STORED_ROWS = "python"
 _STORED_NAME = re.compile(r"(\d+)-rows-[0-9a-f]{16}")
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_SHARD_NUMBER = re.compile(r"-\d+-of-\d+$")
 
 
 @dataclass(frozen=True)
@@ -201,16 +201,11 @@ def _find_local(name: str) -> Source | None:
     return {"train": [replace(table, notes=_unused_siblings(path))]}
 
 
-def _stem(path: Path) -> str:
-    """Return a file's name in lower case, without the suffix and the shard number."""
-    return _SHARD_NUMBER.sub("", path.stem).lower()
-
-
 def _unused_siblings(path: Path) -> list[str]:
     """Return a note if the folder of a named file also has validation or test files."""
     siblings: list[str] = []
     for other in sorted(path.absolute().parent.iterdir()):
-        is_evaluation = SPLIT_NAMES.get(_stem(other)) in ("valid", "test")
+        is_evaluation = SPLIT_NAMES.get(stem_of(other)) in ("valid", "test")
         if is_evaluation and other.suffix.lower() in READERS and other.name != path.name:
             siblings.append(other.name)
     if not siblings:
@@ -218,7 +213,7 @@ def _unused_siblings(path: Path) -> list[str]:
 
     names = ", ".join(siblings)
     advice = f"give the folder instead: --data {path.parent}"
-    if SPLIT_NAMES.get(_stem(path)) != "train":
+    if SPLIT_NAMES.get(stem_of(path)) != "train":
         advice = f"rename {path.name} to train{path.suffix} and {advice}"
     return [f"files next to {path.name} are not used: {names:.200}; to use them, {advice}"]
 
@@ -231,7 +226,7 @@ def _folder_source(folder: Path) -> Source:
     """
     # A split must not be left out silently because its file can't be read
     for path in sorted(folder.iterdir()):
-        is_split = path.suffix.lower() in SUFFIXES and _stem(path) in SPLIT_NAMES
+        is_split = path.suffix.lower() in SUFFIXES and stem_of(path) in SPLIT_NAMES
         if is_split and is_no_file(path):
             raise DataError(
                 f"can't read {path}: it is {describe_entry(path)}; replace it by an ordinary file,"
@@ -243,15 +238,17 @@ def _folder_source(folder: Path) -> Source:
     files = sorted(path for path in files if path.is_file())
     found: dict[SplitName, dict[str, list[Path]]] = {}
     for path in files:
-        stem = _stem(path)
+        stem = stem_of(path)
         if stem in SPLIT_NAMES:
             choices = found.setdefault(SPLIT_NAMES[stem], {})
             choices.setdefault(stem + path.suffix.lower(), []).append(path)
 
+    check_shards([path for path in files if stem_of(path) in SPLIT_NAMES])
+
     # A folder that only has documents needs no train file
     only_documents = all(path.suffix.lower() == DOCUMENT for path in files)
     if "train" not in found and only_documents:
-        found["train"] = {"documents": [path for path in files if _stem(path) not in SPLIT_NAMES]}
+        found["train"] = {"documents": [path for path in files if stem_of(path) not in SPLIT_NAMES]}
 
     # Each split has one table or one set of shards
     source: dict[SplitName, list[Table]] = {}
@@ -265,16 +262,26 @@ def _folder_source(folder: Path) -> Source:
 
     if not source.get("train"):
         entries = sorted(entry.name for entry in folder.iterdir())
-        advice = "rename the training file, or give its path"
-        if "config.json" in entries:
-            advice = "it looks like a model: are --model and --data swapped?"
-        if "history.jsonl" in entries:
-            advice = "it is a run: give the data that it was trained on, which its run.yaml names"
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
-            f" {', '.join(entries[:8]) or 'nothing'}; {advice}"
+            f" {', '.join(entries[:8]) or 'nothing'}; {_advise_train_file(entries)}"
         )
+
+    used = {path for choices in found.values() for paths in choices.values() for path in paths}
+    first, *others = source["train"]
+    source["train"] = [replace(first, notes=find_unused(folder, used)), *others]
     return source
+
+
+def _advise_train_file(entries: Sequence[str]) -> str:
+    """Return what to do about a folder without a training file, by the names in it."""
+    if "history.jsonl" in entries:
+        return "it is a run: give the data that it was trained on, which its run.yaml names"
+    if "config.json" in entries:
+        return "it looks like a model: are --model and --data swapped?"
+    if any(name.lower().endswith(tuple(SUFFIXES)) for name in entries):
+        return "rename the training file, or give its path"
+    return "save the training rows there as one of these, with one row a line in train.jsonl"
 
 
 def _tables_of(paths: Sequence[Path]) -> list[Table]:
@@ -331,7 +338,8 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
         from datasets import config, load_dataset, load_from_disk
     except ImportError:
         need = (
-            f"{name!r} is not a local file or folder; loading it from the Hugging Face hub"
+            f"{name!r} is not a local file or folder{missing_hint(name)}: check the path; a data"
+            " set of the Hugging Face hub"
             if folder is None
             else f"loading the saved data set {name!r}"
         )

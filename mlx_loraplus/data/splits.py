@@ -58,14 +58,17 @@ def check_rows(config: TrainConfig) -> None:
     """Check the first rows of every file without a tokenizer, before the model is downloaded.
 
     Raises:
-        DataError: The data can't be found, or ``on_bad`` is "error" and there are bad rows. The
-            message reports them together.
+        DataError: The data can't be found, ``valid_split`` is set although there are validation
+            files, or ``on_bad`` is "error" and there are bad rows. The message reports them
+            together.
     """
     names = parse_names(config.data.fields)
     make, needed = row_format(config.objective)
     bad = 0
     places: list[str] = []
-    for source in find_sources(config.data.data):
+    sources = find_sources(config.data.data)
+    _holds_out(config.data, sources)
+    for source in sources:
         for table in chain(*source.values()):
             # Reading the rows collects their problems
             problems = RowProblems()

@@ -18,6 +18,7 @@ THOUGHT_TAGS = (
     ("<|channel>thought", "<channel|>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|inner_prefix|>", "<|inner_suffix|>"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 """The tags that open and close a block of thoughts, in the templates of public models."""
 
@@ -82,6 +83,62 @@ def find_open_tags(prompt: str) -> tuple[str, str] | None:
         if prompt.rstrip().endswith(opening):
             return opening, closing
     return None
+
+
+def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
+    """Return an answer with the message's thoughts in the block that the template left empty.
+
+    Some templates write an empty block for every turn that they count as an earlier one. The
+    thoughts may also follow the empty block, in a block of their own; it is then removed.
+
+    Args:
+        answer: The text of the turn after its prompt.
+        prompt: The prompt, which may open the block.
+        message: The message of the turn.
+    """
+    thoughts = thoughts_of(message).strip()
+    block = _find_empty_block(answer, prompt)
+    if not thoughts or block is None:
+        return answer
+
+    # Remove the block in front of another one. If the prompt has opened the first, the other one's
+    # opening tag is in the prompt already.
+    opening, space, closing, rest = block
+    is_open = find_open_tags(prompt) is not None
+    if rest.lstrip().startswith(opening):
+        rest = rest.lstrip()
+        return rest.removeprefix(opening).lstrip("\n") if is_open else rest
+    if thoughts in rest:
+        return answer
+
+    separator = "\n" if "\n" in space or (is_open and prompt.endswith("\n")) else ""
+    filled = f"{thoughts}{separator}{closing}{rest}"
+    return filled if is_open else f"{opening}{separator}{filled}"
+
+
+def _find_empty_block(answer: str, prompt: str) -> tuple[str, str, str, str] | None:
+    """Return an empty block at the start of an answer, and the rest of the answer.
+
+    Returns:
+        The opening tag, the white space after it, the closing tag and the rest; or None.
+    """
+    tags = find_open_tags(prompt)
+    for opening, closing in THOUGHT_TAGS if tags is None else [tags]:
+        body = answer.lstrip()
+        if tags is None and not body.startswith(opening):
+            continue
+        body = body.removeprefix(opening)
+        inside = body.lstrip()
+        if inside.startswith(closing):
+            space = body[: len(body) - len(inside)]
+            return opening, space, closing, inside.removeprefix(closing)
+    return None
+
+
+def has_block_after_empty_block(text: str) -> bool:
+    """Return whether an empty block of thoughts comes directly before another block."""
+    squeezed = "".join(text.split())
+    return any(f"{opening}{closing}{opening}" in squeezed for opening, closing in THOUGHT_TAGS)
 
 
 def remove_thought_tags(text: str) -> str:

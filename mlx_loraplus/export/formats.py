@@ -88,7 +88,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     with replacing_folder(save_path, is_ours=is_one_of(ours)) as folder:
         match config.to:
             case None:
-                _write_adapter(config, loaded, folder, log)
+                _write_adapter(loaded, folder)
             case "peft":
                 _write_peft(loaded, folder, log)
             case "gguf" if config.merged is not None:
@@ -105,6 +105,8 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     log(f"{save_path}: {', '.join(written)}")
     if line := what_stays(save_path, ours):
         log(line)
+    if config.to is None:
+        log(f"try it: mlx_loraplus.generate {shlex.quote(config.save_path)} --prompt '...'")
 
 
 def _for_whole_model(config: ExportConfig, log: Callable[[str], None]) -> ExportConfig:
@@ -153,14 +155,11 @@ def _load(
     return _Loaded(model, tokenizer, source, stored)
 
 
-def _write_adapter(
-    config: ExportConfig, loaded: _Loaded, folder: Path, log: Callable[[str], None]
-) -> None:
+def _write_adapter(loaded: _Loaded, folder: Path) -> None:
     """Write an adapter from another program in our own format."""
     from ..adapters.storage import write_adapter
 
     write_adapter(loaded.model, folder)
-    log(f"try it: mlx_loraplus.generate {shlex.quote(config.save_path)} --prompt '...'")
 
 
 def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> None:
@@ -169,7 +168,8 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
 
     refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
     if refusals:
-        log(f"PEFT loads this adapter, but vLLM does not: {join_problems(refusals, most=3)}")
+        problems = join_problems(refusals, most=3)
+        log(f"PEFT loads this adapter, but vLLM does not serve it as it is: {problems}")
     if line := unchecked_names(loaded.model):
         log(line)
 
@@ -201,10 +201,11 @@ def _write_gguf_lora(
 
     # The base is not copied, so the user has to place it in this folder.
     base = Path(loaded.source.name)
-    command = ""
+    remedy = "put it there, or export with --merged q8_0, which needs no base"
     if base.suffix.lower() == ".gguf":
-        command = f"; run ln -s {base.resolve()} {Path(config.save_path) / 'base.gguf'}"
-    log(f"the Modelfile expects the base as base.gguf in the same folder{command}")
+        link = Path(config.save_path) / "base.gguf"
+        remedy = f"run ln -s {shlex.quote(str(base.resolve()))} {shlex.quote(str(link))}"
+    log(f"the Modelfile expects the base as base.gguf in the same folder; {remedy}")
 
 
 def _publish(

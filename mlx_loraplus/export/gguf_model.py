@@ -96,6 +96,8 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
         config |= ministral3_rope(config)
     if kind == "granitemoehybrid" and "mamba" not in config["layer_types"]:
         config["model_type"] = "granite"  # a Granite 4 that differs from Granite 3 only in its name
+    if kind == "llama4":  # true in every config, as 1, 4 or True
+        config["attn_temperature_tuning"] = bool(config["attn_temperature_tuning"])
     if kind == "gpt_oss":
         config["layer_types"] = text.model.layer_types
     if kind == "gemma4_text":

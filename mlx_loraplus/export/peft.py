@@ -101,7 +101,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         folder: The folder to write into.
 
     Returns:
-        The parts of the adapter that vLLM refuses, although PEFT loads them.
+        The parts of the adapter that vLLM refuses or applies otherwise, although PEFT loads them.
 
     Raises:
         AdapterError: PEFT can't express the adapter.
@@ -137,7 +137,16 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     with replacing(folder / WEIGHTS) as file:
         mx.save_safetensors(file, tensors)
     write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return vllm_refusals(config, tensors, kind)
+    return vllm_refusals(config, tensors, kind, _keys_as_values(model))
+
+
+def _keys_as_values(model: nn.Module) -> list[str]:
+    """Return the names of the k_proj whose outputs are also the values, as in Gemma 4 31B."""
+    names: list[str] = []
+    for path, module in model.named_modules():
+        if getattr(module, "use_k_eq_v", False) and getattr(module, "has_kv", False):
+            names.append(hub_path(f"{path}.k_proj", str(getattr(model, "model_type", ""))))
+    return names
 
 
 def _peft_config(

@@ -52,6 +52,7 @@ class PEFTConfig(pydantic.BaseModel):
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    modules_to_save: list[str] | None = None
     alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
     init_lora_weights: bool | str | None = True
     bias: Literal["none"] = "none"
@@ -177,7 +178,19 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
 
     for (module, ours), group in experts.items():
         found.layers.setdefault(module, {})[ours] = _stack_experts(group, module, file)
+    _check_saved(found, config, file)
     return found
+
+
+def _check_saved(found: StoredAdapter, config: PEFTConfig, file: Path) -> None:
+    """Raise ``AdapterError`` if a module in ``modules_to_save`` has no arrays in the file."""
+    for name in config.modules_to_save or ():
+        path = f".{_without_tower(name)}."
+        if not any(path in f".{learned}" for learned in found.learned):
+            raise AdapterError(
+                f"{file} is incomplete: {name[:80]} is in modules_to_save, but its weights are"
+                " missing; save the adapter again with save_pretrained"
+            )
 
 
 def _without_tower(path: str) -> str:

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
-from ..adapters.attach import layer_class
+from ..adapters.attach import check_rank, layer_class
 from ..adapters.full import check_full, trained_modules
 from ..adapters.layers import (
     EMBEDDINGS,
@@ -43,7 +43,7 @@ def measure(
         original: Name of the unquantized model, for the error message of adapter full.
 
     Raises:
-        ConfigError: A target matches nothing.
+        ConfigError: A target matches nothing, or the rank is too large for one.
         ModelError: The structure of the model is not supported.
     """
     if config.adapter == "full":
@@ -62,12 +62,12 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         return _measure_full(model, config, itemsize)
     attached = find_adapters(model)
     assert config.rank is not None
-    targets = [(adapter.base, type(adapter)) for adapter in attached.values()] or [
-        (module, layer_class(config.adapter, module, path))
-        for path, module in find_targets(
-            model, config.target_modules, config.num_layers, config.rank
-        ).items()
-    ]
+    targets = [(adapter.base, type(adapter)) for adapter in attached.values()]
+    if not attached:
+        found = find_targets(model, config.target_modules, config.num_layers, config.rank)
+        for path, module in found.items():
+            check_rank(path, module, config)
+            targets.append((module, layer_class(config.adapter, module, path)))
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     # A module that trains in full saves its input, as a LoRA layer does.
     chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)

@@ -55,7 +55,7 @@ def plan_sections(plan: "Plan") -> list[Section]:
         sections.append(Section("What makes it fit?", "Each of these:", HTMLTable(rows)))
 
     # A part that takes nothing, such as the traces of a step that is not compiled, has no bar.
-    bars = [(part, float(size), gb(size)) for part, size in vars(memory).items() if size]
+    bars = [(part, float(size), gb(size)) for part, size in plan.parts.items() if size]
     bars.append(("in all", float(memory.total), gb(memory.total)))
     caption = f"Memory at the peak; the dashed line is what may be used, {gb(fitting.budget)}"
     text = _MEANING

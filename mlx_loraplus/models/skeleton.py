@@ -1,7 +1,9 @@
 """Make a model's skeleton, which is the model without weights, and read the config it needs."""
 
 import copy
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +70,15 @@ def _check_installed(model_type: str) -> None:
 
     In this case mlx-lm would exit the process. Other errors are reported when the model is made.
     """
+    printed = io.StringIO()
     try:
-        _get_classes({"model_type": model_type})
+        with redirect_stdout(printed):
+            _get_classes({"model_type": model_type})
     except SystemExit:
+        advice = " ".join(printed.getvalue().split())
         raise ModelError(
-            f"mlx-lm needs a package that is not installed for models of the kind {model_type}: "
-            f"python -c 'import mlx_lm.models.{model_type}' names it"
+            f"mlx-lm needs a package that is not installed for models of the kind {model_type}:"
+            f" {advice or 'no package is named'}"
         ) from None
     except Exception:  # noqa: BLE001
         return

@@ -8,7 +8,8 @@ from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
 from ..errors import ModelError
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, sizes
-from .skeleton import config_of
+from .registry import find_config
+from .skeleton import config_of, read_config
 
 _CHECKED_VERSION = "0.32.2"
 
@@ -38,13 +39,16 @@ def check_trainable(name: str) -> None:
     """Check that mlx-lm can train the family of a model. Only its config is downloaded.
 
     Raises:
-        ModelError: mlx-lm can't train it. The message names models that can be trained.
+        ModelError: mlx-lm can't train it, with the models that can be trained instead, or needs
+            a package for it.
     """
     try:
-        model_type = config_of(name)["model_type"]
+        path = None if name in KNOWN else find_config(name)
     except ModelError:
         return  # the model itself can't be found either, which is reported when it is loaded
 
+    config = read_config(path) if path else config_of(name)
+    model_type = config["model_type"]
     found = _UNTRAINABLE.get(model_type)
     if found and version("mlx-lm") == _CHECKED_VERSION:
         raise ModelError(
@@ -77,5 +81,4 @@ def _relatives(model_type: str) -> str:
     if not names:
         chosen = " or ".join(CHOSEN_BY_MEMORY)
         return f"use a newer mlx-lm, or another model, such as {chosen} (--list-models)"
-    smallest = ", ".join(sorted(names, key=lambda name: KNOWN[name].repo)[:4])
-    return f"use a newer mlx-lm, or a relative of it: {smallest}"
+    return f"use a newer mlx-lm, or a relative of it: {', '.join(names[:4])}"

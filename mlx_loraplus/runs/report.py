@@ -204,7 +204,7 @@ def _learning_text(run: Run) -> str:
         "overfitting": f"it has risen since step {found.best_step:,}: the model overfits",
         "still falling": "it is still falling",
         "levelled off": "it has levelled off",
-        None: "there are too few validations to say more",
+        None: "there are too few steps or validations to say more",
     }
     return (
         f"The validation loss was {found.before:.4f} before training and {found.after:.4f} at best"

@@ -8,6 +8,9 @@ Validation losses decide. With the best loss b, reached at step n, and the loss 
 - still falling: the last validation is the best, and since the one before it the loss fell by more
   than 5% of the whole fall f - b
 - levelled off: otherwise
+
+Nothing is called levelled off in fewer than 30 steps, or with fewer than 3 validations after the
+first.
 """
 
 import math
@@ -26,6 +29,8 @@ Trend = Literal["diverged", "not better", "overfitting", "still falling", "level
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
+_FEWEST_STEPS = 30  # for a verdict that more steps would change little
+_FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
 
 
@@ -37,7 +42,8 @@ class Verdict:
         before: The validation loss before training, in nats per token; None without validation.
         after: The validation loss of the adapter that the run keeps.
         best_step: The step of that adapter.
-        trend: How the validation loss developed; None if there are too few validations to say.
+        trend: How the validation loss developed; None if there are too few steps or validations to
+            say.
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
@@ -95,7 +101,7 @@ def verdict_of(run: "Run") -> Verdict:
     after, best_step = min(trained, default=(None, None))
     trend = None
     if first is not None and trained:
-        trend = _trend(first, [loss for loss, _ in trained])
+        trend = _trend(first, [loss for loss, _ in trained], losses[-1][0])
     diverged = _diverged_at(run)
     if diverged is not None:
         trend = "diverged"
@@ -144,8 +150,8 @@ def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
     return shares[0], shares[best_step]
 
 
-def _trend(first: float, trained: Sequence[float]) -> Trend | None:
-    """Return how the losses after the first one developed."""
+def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
+    """Return how the losses after the first one developed, in this number of steps."""
     best, last = min(trained), trained[-1]
     if best >= first:
         return "not better"
@@ -155,7 +161,16 @@ def _trend(first: float, trained: Sequence[float]) -> Trend | None:
         return None
     if last == best and trained[-2] - last > _FALL * (first - last):
         return "still falling"
+    if steps < _FEWEST_STEPS or len(trained) < _FEWEST_VALIDATIONS:
+        return None
     return "levelled off"
+
+
+def ends_too_early(run: "Run") -> bool:
+    """Return whether the loss fell in too few steps to say whether it has levelled off."""
+    found = run.verdict
+    is_short = run.history[-1]["step"] < _FEWEST_STEPS
+    return is_short and found.trend is None and found.after is not None
 
 
 def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
@@ -200,6 +215,9 @@ def advice(run: "Run", found: Verdict) -> str | None:
     can_sweep = not is_full and not run.config.objective.is_paired
     search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
     kept = "weights are" if is_full else "adapter is"
+    too_few = "too few validations to say whether to train longer: lower --steps-per-eval"
+    if ends_too_early(run):
+        too_few = "too few steps to say whether the loss has levelled off: train longer"
     texts: dict[Trend | None, str] = {
         "not better": (
             "no validation was better than before training: try a lower --learning-rate, such as"
@@ -211,7 +229,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
         ),
         "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
-        None: "too few validations to say whether to train longer: lower --steps-per-eval",
+        None: too_few,
     }
     return texts[found.trend]
 

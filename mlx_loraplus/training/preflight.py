@@ -156,17 +156,20 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
     if adapter.init == "init2":
         limit = DIVERGED_INIT2
         measure = "s x eta"
-        remedy = "--learning-rate or --alpha"
+        remedies = ["--learning-rate"]
     else:
         rate *= optimizer.lr_ratio or 1.0
         limit = DIVERGED
         measure = "s x lambda x eta"
-        remedy = "--learning-rate, --lr-ratio or --alpha"
+        remedies = ["--learning-rate", "--lr-ratio"]
+    # An adapter that the run starts from keeps its scale.
+    if config.resume_adapter_file is None:
+        remedies.append("--alpha")
 
     if rate >= limit:
         log(
             f"warning: {measure} is {rate:.2g}, and runs with {limit:g} have diverged: lower"
-            f" {remedy}"
+            f" {' or '.join(remedies)}"
         )
 
 

@@ -73,6 +73,13 @@ _LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }  # fmt: skip
+_EQUAL_LIMITS = {"high_freq_factor": 1.0, "original_max_position_embeddings": 4096}
+_LLAMA4 = {
+    "model_type": "llama4_text", "head_dim": 16, "attention_bias": False, "use_qk_norm": True,
+    "attention_chunk_size": 8192, "intermediate_size_mlp": 128, "num_local_experts": 8,
+    "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "rope_scaling": None,
+    "rms_norm_eps": 1e-6,
+}  # fmt: skip
 _YARN = {
     "type": "yarn", "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
     "beta_fast": 32.0, "beta_slow": 1.0,
@@ -92,6 +99,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama, YaRN": _PLAIN | {"model_type": "llama", "rope_scaling": _YARN},
     "mistral": {"model_type": "llama", "head_dim": 32},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4": {"model_type": "llama4", "text_config": _BASE | _LLAMA4},
+    "llama4, Scout": {
+        "model_type": "llama4",
+        "text_config": _BASE
+        | _LLAMA4
+        | {"interleave_moe_layer_step": 1, "rope_scaling": _LLAMA3 | _EQUAL_LIMITS},
+    },
     "gemma2": _GEMMA | {"model_type": "gemma2"},
     "gemma3": _GEMMA
     | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8}

@@ -256,6 +256,7 @@ MODELS: dict[str, Callable[[Path], None]] = {
     # templates
     **{name: templated(name) for name in (
         "qwen3", "thinking_switch", "opens_thoughts", "cuts_thoughts", "hermes_tools", "empty_call",
+        "empty_blocks", "closes_thoughts", "own_tags", "inlined_results",
     )},
     "gemma-chat": templated("gemma3", gemma),
     "no-template": templated(None),

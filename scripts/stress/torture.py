@@ -36,8 +36,8 @@ from typing import Any
 import yaml
 from safetensors.numpy import load_file
 
-from mlx_loraplus.arguments import INTERRUPTED
 from mlx_loraplus.files import write_atomically
+from mlx_loraplus.startup import INTERRUPTED
 from scripts.provenance import commit
 from scripts.tiny_model import write_sums, write_tiny_model
 

@@ -31,7 +31,7 @@ from mlx_loraplus.training.trainer import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.head import split_model
-from scripts.study.memory_families import STUDIED, UNSEEN
+from scripts.study.memory_families import NEW, STUDIED, UNSEEN
 
 ITEMSIZE = 2 if on_gpu() else 4  # of activations: bfloat16, and float32 on a CPU
 
@@ -98,7 +98,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "model_type": "phi3", "tie_word_embeddings": False, "max_position_embeddings": 4096, "rope_theta": 10_000.0,
         "original_max_position_embeddings": 4096, "vocab_size": 12_000,
     },
-} | STUDIED | UNSEEN  # fmt: skip
+} | STUDIED | UNSEEN | NEW  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,12 @@ def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, An
     assert make_record(row, 1, parse_names(pairs)).fields == fields
 
 
+def test_what_is_asked_is_not_advised_as_the_answer():
+    row = {"context": "A story", "question": "Who?", "answers": {"text": ["She"]}}
+    with pytest.raises(BadRowError, match=r"no 'answer' \(it has 'context', .*\)$"):
+        make_record(row, 1)
+
+
 KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"input": "a", "output": "b"}, {"prompt": "a", "completion": "b"}),
     ({"question": "a", "response": "b", "system_prompt": "s"}, {"prompt": "a", "completion": "b", "system": "s"}),
@@ -51,6 +57,28 @@ KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"conversations": [{"role": "User", "content": [{"type": "input_text", "text": "H"}, "i"]}, ANSWER]},
      {"messages": [USER, ANSWER]}),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"q": "12 + 30 =", "number": "42"}, {"prompt": "12 + 30 =", "completion": "42"}),
+        ({"what": "A litre of milk", "eur": "1.50 €"}, {"prompt": "A litre of milk", "completion": "1.50 €"}),
+        ({"what": "The wall falls", "year": 1989}, {"prompt": "The wall falls", "completion": "1989"}),
+        ({"a": "12 + 30 =", "b": "42", "c": "7"}, {"prompt": "12 + 30 =", "completion": "42"}),
+        ({"word": "cat food", "id": "17"}, None),
+    ],
+)  # fmt: skip
+def test_a_text_beside_another_value_may_be_its_prompt(
+    row: dict[str, Any], fields: dict[str, Any] | None
+):
+    with pytest.raises(BadRowError, match="--fields text=") as error:
+        make_record(row, 1)
+    _, *alternative = str(error.value).split(" or --fields ")
+    assert bool(alternative) == (fields is not None)
+    for words in alternative:
+        pairs = [word for word in shlex.split(words) if re.match(r"\w+=", word)]
+        assert make_record(row, 1, parse_names(pairs)).fields == fields
 
 
 @pytest.mark.parametrize(("row", "fields"), KNOWN, ids=range(len(KNOWN)))

@@ -88,12 +88,24 @@ def test_line_ends_and_byte_order_marks(tmp_path: Path, suffix: str, mark: bytes
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize("mark", ["\ufeff", ""])
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt"])
-def test_wide_encodings_are_refused(tmp_path: Path, suffix: str, encoding: str):
+def test_wide_encodings_are_refused(tmp_path: Path, suffix: str, mark: str, encoding: str):
     path = tmp_path / f"rows{suffix}"
-    path.write_bytes(("\ufeff" * (encoding[-2:] in ("le", "be")) + f"{GOOD}\n").encode(encoding))
+    mark = mark if encoding[-2:] in ("le", "be") else ""  # the others write one themselves
+    path.write_bytes(f"{mark}{GOOD}\n".encode(encoding))
     with pytest.raises(DataError, match="is UTF-16 or UTF-32: save it as UTF-8"):
         list(read_text(path)) if suffix == ".txt" else read(path)
+
+
+def test_an_infinite_weight_is_not_read_as_no_weight(tmp_path: Path):
+    turns = (
+        '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": %s}]'
+    )
+    row = f'{{"messages": {turns}}}'
+    _, problems = read(write(tmp_path, train=row % "Infinity"))
+    assert "has weight inf; use 0 or false" in problems[0]
+    assert read(write(tmp_path, train=row % "NaN"))[1] == []
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path):
@@ -173,6 +185,8 @@ def test_separators_and_headers_of_tables(tmp_path: Path):
     path = tmp_path / "a.csv"
     path.write_text('prompt;completion\n"a;a";"b,b"\n')
     assert read(path)[0][0].fields == {"prompt": "a;a", "completion": "b,b"}
+    path.write_text("prompt|completion\na,b;c|b\n")
+    assert read(path)[0][0].fields == {"prompt": "a,b;c", "completion": "b"}
     path.write_text("prompt,prompt\na,b\n")
     with pytest.raises(DataError, match="two columns have the same name"):
         read(path)

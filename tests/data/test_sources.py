@@ -61,6 +61,22 @@ def test_shards_of_a_split_go_together(tmp_path: Path):
     assert names == ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"]
 
 
+def test_a_missing_shard_is_refused(tmp_path: Path):
+    for number in (0, 2):
+        (tmp_path / f"valid-0000{number}-of-00003.jsonl").write_text(GOOD)
+    write(tmp_path, train=GOOD)
+    with pytest.raises(DataError, match="has only 2 of the 3 shards of valid"):
+        find_sources([str(tmp_path)])
+
+
+def test_other_files_beside_the_training_file_are_reported(tmp_path: Path):
+    write(tmp_path, train=GOOD, valid=GOOD, heldout=GOOD, train2=GOOD)
+    for name in ("test.jsonl.gz", "notes.txt", "config.yaml", "run.zip"):
+        (tmp_path / name).write_text("")
+    (note,) = find_sources([str(tmp_path)])[0]["train"][0].notes
+    assert "not used: heldout.jsonl, test.jsonl.gz, train2.jsonl; the files" in note
+
+
 def test_two_files_for_one_split_are_refused(tmp_path: Path):
     write(tmp_path, train=GOOD, valid=GOOD, validation=GOOD)
     with pytest.raises(
@@ -86,7 +102,8 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ):
         find_sources([str(tmp_path / "gone")])
     with pytest.raises(
-        DataError, match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; "
+        DataError,
+        match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; save the training rows",
     ):
         find_sources([str(tmp_path)])
     write(tmp_path, training=GOOD)

@@ -36,11 +36,24 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # The user comes first
     "bracket_calls": {"special": "[INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS]"},
     "python_calls": LLAMA3,  # arguments as Python writes them
+    "llama3_calls": LLAMA3,
+    "llama4_calls": {
+        "special": "<|header_start|> <|header_end|> <|python_start|> <|python_end|>", "ends": "<|eot|> <|eom|>",
+    },
+    "role_calls": {"special": "<|start_of_role|> <|end_of_role|>", "ends": "<|end_of_text|>"},
+    # Shows tools and no calls; thoughts stay in the content
+    "shows_tools": CHATML,
+    "plain_roles": {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"},
     # Calls in a form of their own, thoughts in a channel
     "turn_calls": {
         "bos": "<bos>", "ends": "<turn|>",
         "special": '<|turn> <|channel> <channel|> <|tool_call> <tool_call|> <|"|>',
     },
+    "empty_blocks": CHATML,  # an empty block for the last turn, whatever its thoughts
+    # The prompt opens a block (thinking=True) or writes an empty one; a chat only closes it
+    "closes_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <think> </think>"},
+    "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
+    "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
 }  # fmt: skip
 
 ARGUMENTS = {
@@ -110,8 +123,19 @@ WITH_CALLS = {
     "bracket_calls",
     "python_calls",
     "turn_calls",
+    "llama3_calls",
+    "llama4_calls",
+    "role_calls",
+    "inlined_results",
 }
-CONTENT_WITH_CALL = {"hermes_tools", "opens_thoughts", "thinking_switch", "turn_calls"}
+CONTENT_WITH_CALL = {
+    "hermes_tools",
+    "opens_thoughts",
+    "thinking_switch",
+    "turn_calls",
+    "llama4_calls",
+    "role_calls",
+}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
 
@@ -120,7 +144,7 @@ def can_train(template: str, kind: str) -> bool:
     """Return whether a template supports a kind of row, which then has to be trained on."""
     if kind in STRICT.get(template, ()):
         return False
-    if kind == "two calls" and template in ("channels", "python_calls"):
+    if kind == "two calls" and template in ("channels", "python_calls", "llama3_calls"):
         return False
     if kind == "call, answered":
         return template in CONTENT_WITH_CALL
@@ -199,6 +223,45 @@ def test_every_learned_turn_ends_generation(letters: LetterTokenizer, template: 
     for example in encoded.examples:
         ends = np.flatnonzero(example.supervised & ~np.append(example.supervised[1:], False))
         assert set(example.tokens[ends].tolist()) <= set(tokenizer.eos_token_ids)
+
+
+@pytest.mark.parametrize("row", ["thoughts inside", "reasoning_content"])
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("empty_blocks", "<think>frobozz</think>xyzzy<|im_end|>"),
+        ("closes_thoughts", "frobozz</think>xyzzy</s>"),
+        ("own_tags", "<seed:think>frobozz</seed:think>xyzzy<|im_end|>"),
+    ],
+)
+def test_thoughts_stand_in_one_block_with_the_tags_of_the_template(
+    letters: LetterTokenizer, template: str, text: str, row: str
+):
+    encoded, tokenizer = encoded_row(letters, template, row, "turns")
+    assert learned(encoded, tokenizer).replace("\n", "") == text
+    assert not encoded.notes
+
+
+def test_results_of_tools_inside_a_turn_are_not_learned(letters: LetterTokenizer):
+    encoded, _ = encoded_row(letters, "inlined_results", "call, answered", "turns")
+    assert encoded.examples == []
+    assert "can't be supervised by turn: the text before messages[3]" in str(encoded.problem)
+
+
+def test_a_template_that_needs_tools_takes_rows_with_tools(letters: LetterTokenizer):
+    tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
+    tokenizer.chat_template = (
+        "{%- for tool in tools -%}{{- tool.function.name -}}{%- endfor -%}"
+        + (tokenizer.chat_template)
+    )
+    (encoded,) = encode([make_record(ROWS["call, answered"][0], 1)], tokenizer)
+    assert encoded.problem is None
+    assert not any("leaves out" in note for note in encoded.notes)
+
+
+def test_content_that_a_template_drops_beside_a_call_is_said_to_be_that(letters: LetterTokenizer):
+    encoded, _ = encoded_row(letters, "bracket_calls", "call, answered", "turns")
+    assert "it may write no content beside tool calls: remove the content" in str(encoded.problem)
 
 
 def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):

@@ -266,6 +266,8 @@ def test_mxfp4_stays_exactly_as_it_is(tmp_path: Path):
     [
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob False"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] instead of \[\]"),
+        ("llama4", {"attention_chunk_size": 4096}, "attention_chunk_size 4096 instead of 8192"),
+        ("llama4", {"use_qk_norm": False}, "use_qk_norm False"),
         ("gemma2", {"query_pre_attn_scalar": 48}, "query_pre_attn_scalar 48 instead of 32"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "no_rope_layers"),
         ("olmo3", {"layer_types": ["full_attention"] * 5}, "layer_types"),

@@ -191,6 +191,15 @@ def test_a_hub_that_refuses_is_one_line_without_the_token(place: Path, hub: tupl
     assert TOKEN not in done.stdout + done.stderr
 
 
+def test_a_hub_that_is_away_is_no_matter_of_the_name(place: Path):
+    done = published(place, "http://127.0.0.1:9")
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: me/my-adapter can't be uploaded")
+    assert "the hub can't be reached: connect" in said
+    assert not (place / "out").exists()
+
+
 def test_a_card_names_a_base_that_is_on_the_hub():
     card = model_card("org/base", "mit", "me/My-Adapter", None, ["mlx"])
     assert (card.data.base_model, card.data["base_model_relation"]) == ("org/base", "adapter")

@@ -21,6 +21,7 @@ from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft
 from mlx_loraplus.export.peft_tensors import PEFTConfig
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
 from mlx_loraplus.export.vllm_rules import vllm_refusals
+from scripts.judges.gguf_families import make_family
 from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
@@ -279,10 +280,10 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
     config, names = written(adapted("llama"), tmp_path)
     assert vllm_refusals(config, names, "llama") == []
     for change, told in (
-        ({"r": 1024}, "r is 1024"),
+        ({"r": 1024}, "rank is 1024"),
+        ({"rank_pattern": {"gate_up_proj": 1024}}, "rank is 1024"),
         ({"use_dora": True}, "use_dora"),
         ({"modules_to_save": ["norm"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": ".*_proj"}, "pattern"),
     ):
@@ -305,6 +306,39 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
     assert (
         len(write_peft(adapted("gemma3", **embeddings), "org/base", tmp_path)) == 4
     )  # A and B of both, tied
+
+
+@pytest.mark.parametrize(
+    ("kind", "accepted", "refused"),
+    [
+        ("phi3", ("qkv_proj", "gate_up_proj", "lm_head"), ("in_proj_qkv",)),
+        ("qwen3_5", ("in_proj_qkv", "in_proj_a", "out_proj", "embed_tokens"), ("in_proj_ba",)),
+        ("gemma4", ("per_layer_input_gate", "per_layer_model_projection"), ("embed_tokens",)),
+        ("granitemoehybrid", ("in_proj", "input_linear", "lm_head"), ("qkv_proj",)),
+        ("smollm3", ("embed_tokens", "q_proj"), ("lm_head",)),
+        ("gpt_oss", ("q_proj",), ("embed_tokens", "lm_head")),
+        ("mistral", ("q_proj",), ("embed_tokens", "lm_head")),
+        ("dots1", (), ("q_proj",)),
+    ],
+)
+def test_vllms_modules_depend_on_the_family(
+    kind: str, accepted: tuple[str, ...], refused: tuple[str, ...]
+):
+    config = {"r": 8, "target_modules": []}
+    for leaf in (*accepted, *refused):
+        name = f"{LAYER}block.{leaf}.lora_A.weight"
+        assert bool(vllm_refusals(config, [name], kind)) == (leaf in refused), leaf
+
+
+def test_keys_that_are_values_are_told_for_vllm(tmp_path: Path):
+    """vLLM would adapt the keys of Gemma 4 31B and not the values, which are the same numbers."""
+    model = make_family("gemma4, MoE")
+    attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", "k_proj", "v_proj")))
+    (told,) = {problem.split(" makes ")[1] for problem in write_peft(model, "org/base", tmp_path)}
+    assert "vLLM would change the keys alone" in told
+    model = make_family("gemma4, MoE")
+    attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", "v_proj")))
+    assert write_peft(model, "org/base", tmp_path) == []
 
 
 def test_pefts_own_adapters_give_pefts_own_logits():

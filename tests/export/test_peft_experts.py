@@ -134,6 +134,10 @@ def test_what_vllm_reads_of_experts_is_told(tmp_path: Path):
     assert "experts is none of the modules" in write_peft(
         adapted("granitemoe"), "org/base", tmp_path
     )[0]  # fmt: skip
+    down = adapted("qwen3_moe", target_modules=("down_proj",))
+    assert write_peft(down, "org/base", tmp_path) == [
+        "each expert needs adapters on all three projections"
+    ]
     half = adapted("gpt_oss", target_modules=("down_proj",))
     assert "both" in write_peft(half, "org/base", tmp_path)[0]
 

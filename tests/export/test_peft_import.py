@@ -132,6 +132,7 @@ def folder(tmp_path: Path) -> Path:
         ({"megatron_config": {"a": 1}}, "megatron_config"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head is in modules_to_save, but its weights are"),
     ],
 )
 def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, told: str):

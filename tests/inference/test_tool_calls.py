@@ -33,6 +33,10 @@ class Family:
     ends: str
     read: Callable[[str], Any]
     thoughts: str | None = None  # the field of a message with thoughts, if the template has one
+    content: str | None = (
+        None  # thoughts and call as this family writes them, if no field is rendered
+    )
+    system: str | None = None  # the system message that shows the tools, if the template does not
 
 
 def by_mlx_lm(name: str) -> Callable[[str], Any]:
@@ -55,9 +59,53 @@ def harmony(text: str) -> Any:
     return {"name": found[1], "arguments": json.loads(found[2].split("<|")[0])}
 
 
+def llama_json(text: str) -> Any:
+    """Read a call in the form of Llama 3 and 4: JSON whose arguments are called parameters."""
+    call, _ = json.JSONDecoder().raw_decode(text, text.index('{"name"'))
+    return {"name": call["name"], "arguments": call["parameters"]}
+
+
+def phi_list(text: str) -> Any:
+    """Read a call in the form of Phi 4 mini: a list of calls between marks."""
+    found = re.search(r"<\|tool_call\|>(.*)<\|/tool_call\|>", text)
+    assert found, text
+    return json.loads(found[1])[0]
+
+
 CHATML = "<|im_start|> <think> </think> <tool_call> </tool_call>"
+WRITTEN = json.dumps({"name": "weather", "arguments": ARGUMENTS})
 FAMILIES = {
-    "Qwen 3, Granite 4": Family("hermes_tools", CHATML, "<|im_end|>", by_mlx_lm("json_tools")),
+    "Qwen 3": Family("hermes_tools", CHATML, "<|im_end|>", by_mlx_lm("json_tools")),
+    "Granite 4": Family(
+        "role_calls",
+        "<|start_of_role|> <|end_of_role|> <tool_call> </tool_call>",
+        "<|end_of_text|>",
+        by_mlx_lm("json_tools"),
+    ),
+    "Llama 3": Family(
+        "llama3_calls", "<|start_header_id|> <|end_header_id|>", "<|eot_id|> <|eom_id|>", llama_json
+    ),
+    "Llama 4": Family(
+        "llama4_calls",
+        "<|header_start|> <|header_end|> <|python_start|> <|python_end|>",
+        "<|eot|> <|eom|>",
+        llama_json,
+    ),
+    "SmolLM3": Family(
+        "shows_tools",
+        CHATML,
+        "<|im_end|>",
+        by_mlx_lm("json_tools"),
+        content=f"<think>\ncold\n</think>\n<tool_call>\n{WRITTEN}\n</tool_call>",
+    ),
+    "Phi 4 mini": Family(
+        "plain_roles",
+        "<|system|> <|user|> <|assistant|> <|tool|> <|/tool|> <|tool_call|> <|/tool_call|>",
+        "<|endoftext|> <|end|>",
+        phi_list,
+        content=f"<|tool_call|>[{WRITTEN}]<|/tool_call|>",
+        system=f"<|tool|>{json.dumps(TOOLS)}<|/tool|>",
+    ),
     "Qwen 3.5": Family(
         "thinking_switch", CHATML, "<|im_end|>", by_mlx_lm("qwen3_coder"), "reasoning_content"
     ),
@@ -103,10 +151,16 @@ def test_a_row_with_a_call_is_learned_and_shown(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     family = FAMILIES[name]
-    answer: dict[str, Any] = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    answer: dict[str, Any] = {"role": "assistant", "content": family.content or ""}
+    if not family.content:
+        answer["tool_calls"] = [CALL]
     if family.thoughts:
         answer[family.thoughts] = "cold"
-    row = {"messages": [{"role": "user", "content": "Oslo?"}, answer], "tools": TOOLS}
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "Oslo?"}, answer]}
+    if family.system:
+        row["messages"].insert(0, {"role": "system", "content": family.system})
+    else:
+        row["tools"] = TOOLS
 
     model, tokenizer = ml.load(write_model(tmp_path / "model", family))
     ml.finetune(
@@ -119,10 +173,10 @@ def test_a_row_with_a_call_is_learned_and_shown(
 
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     words = [str(tmp_path / "run"), "--prompt", "Oslo?", "--max-tokens", "300"]
-    generate_main([*words, "--tools", str(tmp_path / "tools.json")])
+    generate_main(words if family.system else [*words, "--tools", str(tmp_path / "tools.json")])
     said = capsys.readouterr().out
     assert family.read(said) == {"name": "weather", "arguments": ARGUMENTS}
-    if family.thoughts:
+    if family.thoughts or "cold" in (family.content or ""):
         assert "cold" in said
 
 

@@ -142,6 +142,14 @@ def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
         ml.plan_memory(families=("qwen", "qwen9"))
 
 
+def test_a_plan_for_all_weights_names_no_adapters():
+    planned = ml.plan_memory("smollm2-135m", "16GB", adapter="full", num_layers=1)
+    assert list(planned.parts)[:2] == ["trained", "frozen"]
+    assert sum(planned.parts.values()) == sum(vars(planned.memory).values())
+    assert 0 < planned.parts["trained"] < planned.parts["frozen"]
+    assert "adapters" not in str(planned)
+
+
 def test_a_folder_needs_no_more_than_its_config(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps(config_of("gemma-3-1b")))
     alone, named = (

@@ -183,3 +183,13 @@ def test_a_value_of_rope_that_is_no_positive_number_is_one_line(
     }[name]
     with pytest.raises(ModelError, match=r"its config\.json has \w+ .*, which must be a positive"):
         logits(folder, **settings)
+
+
+def test_a_base_of_rope_that_is_missing_is_that_of_transformers_and_null_is_refused(
+    tmp_path: Path,
+):
+    folder = write_tiny_model(tmp_path / "model")
+    default = logits(folder, rope_parameters={"rope_type": "default"})
+    np.testing.assert_array_equal(default, logits(folder, rope_theta=10_000.0))
+    with pytest.raises(ModelError, match="rope_theta null, which must be a positive number"):
+        logits(folder, rope_theta=None)

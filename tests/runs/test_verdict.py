@@ -19,13 +19,13 @@ from mlx_loraplus.settings import configure, fit_to_length
 from tests.training.tiny_runs import Place
 
 
-def run_with(losses: list[float], **settings: Any) -> ml.Run:
-    """Return an ended run with these validation losses, the first before training."""
+def run_with(losses: list[float], step: int = 10, **settings: Any) -> ml.Run:
+    """Return an ended run with these validation losses, ``step`` apart, the first before training."""
     history: list[dict[str, Any]] = [
-        {"step": 10 * number, "valid_loss": loss, "valid_seconds": 30.0}
+        {"step": step * number, "valid_loss": loss, "valid_seconds": 30.0}
         for number, loss in enumerate(losses)
     ]
-    last = max(0, 10 * (len(losses) - 1))
+    last = max(0, step * (len(losses) - 1))
     best = min(losses[1:], default=None)
     history.append({"step": last, "outcome": "finished", "best_step": None, "best_loss": best})
     config = configure(TrainConfig, {"adapter_path": "my run", "iters": last or 1, **settings})
@@ -40,7 +40,8 @@ def run_with(losses: list[float], **settings: Any) -> ml.Run:
         ([3.0, 1.5, 1.0, 1.4], "overfitting", "since step 20, whose adapter is kept"),
         ([3.0, 1.5, 1.0, 1.005], "levelled off", "levelled off"),
         ([1.0, 1.5, 1.2], "not better", "lower --learning-rate, such as 1.3e-04"),
-        ([3.0, 1.0], None, "lower --steps-per-eval"),
+        ([3.0, 1.0], None, "too few steps to say whether the loss has levelled off"),
+        ([3.0, 1.001, 1.0], None, "too few steps to say whether the loss has levelled off"),
     ],
 )
 def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words: str):
@@ -48,8 +49,8 @@ def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words:
     found = verdict_of(run)
     assert found.trend == trend
     assert words in (advice(run, found) or "")
-    longer = "longer:  mlx_loraplus.train -c 'my run/run.yaml' --resume --iters 60"
-    assert (longer in closing(run)) == (trend == "still falling")
+    longer = f"longer:  mlx_loraplus.train -c 'my run/run.yaml' --resume --iters {2 * run.steps}"
+    assert (longer in closing(run)) == (trend in ("still falling", None))
     assert f"{losses[0]:.4f} -> {min(losses[1:]):.4f}" in found.summary()[0]
     assert found.minutes == len(losses) / 2
     assert json.dumps(found.stored(), allow_nan=False)
@@ -69,6 +70,14 @@ def test_a_validation_that_is_not_a_number_is_in_the_verdict(losses: list[float]
     assert found.trend == "diverged"
     assert words in (advice(run, found) or "")
     assert json.dumps(found.stored(), allow_nan=False)
+
+
+def test_few_validations_of_a_long_run_are_too_few():
+    run = run_with([3.0, 1.001, 1.0], step=100)
+    assert run.verdict.trend is None
+    assert "lower --steps-per-eval" in (advice(run, run.verdict) or "")
+    assert run_with([3.0, 1.002, 1.001, 1.0], step=100).verdict.trend == "levelled off"
+    assert run_with([3.0, 1.002, 1.001, 1.0], step=2).verdict.trend is None
 
 
 def test_a_run_that_recovers_has_not_diverged():

@@ -18,10 +18,12 @@ from mlx.utils import tree_flatten, tree_map
 import mlx_loraplus as ml
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.cli import train as main
-from mlx_loraplus.config import AdapterConfig, OptimizerConfig
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
+from mlx_loraplus.settings import configure
 from mlx_loraplus.training.checkpoint import find_checkpoint
 from mlx_loraplus.training.interrupts import interruptible
 from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.preflight import warn_about_rates
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_models import OPTIMIZERS
 from tests.training.tiny_runs import (
@@ -43,7 +45,7 @@ PACKAGE = Path(ml.__file__).parent
             {"alpha": 20.0},
             (
                 "s x lambda x eta is 0.02, and runs with 0.018 have diverged: lower"
-                " learning_rate, lr_ratio"
+                " learning_rate or lr_ratio or alpha"
             ),
         ),
         ({"alpha": 16.0}, None),
@@ -64,6 +66,13 @@ def test_rates_at_which_runs_diverged_cause_a_warning(
     warnings = [line for line in place.told if "diverged" in line]
     assert len(warnings) == (said is not None)
     assert all(line.startswith(f"warning: {said}") for line in warnings)
+
+
+def test_an_adapter_that_a_run_starts_from_keeps_its_alpha():
+    given = {"alpha": 160, "learning_rate": 5e-4, "lr_ratio": 4, "resume_adapter_file": "stock"}
+    said: list[str] = []
+    warn_about_rates(configure(TrainConfig, given), 100, said.append)
+    assert said[0].endswith("lower --learning-rate or --lr-ratio")
 
 
 @pytest.mark.parametrize("compiled", [False, True])

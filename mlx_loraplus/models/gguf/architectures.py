@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 
 from ...errors import ModelError
 from ..skeleton import make_skeleton
+from .llama4 import as_config_json, llama4_fixed
 
 _COMMON = {
     "hidden_size": "embedding_length",
@@ -51,6 +52,11 @@ _GEMMA4 = _WINDOW | {
 _EXPERTS = {"num_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
 _QWEN3_MOE = _EXPERTS | {"moe_intermediate_size": "expert_feed_forward_length"}
 _LOCAL_EXPERTS = {"num_local_experts": "expert_count", "num_experts_per_tok": "expert_used_count"}
+_LLAMA4 = _LOCAL_EXPERTS | {
+    "intermediate_size_mlp": "feed_forward_length",
+    "intermediate_size": "expert_feed_forward_length",
+    "interleave_moe_layer_step": "interleave_moe_layer_step",
+}
 _DELTA_NET = {
     "linear_conv_kernel_dim": "ssm.conv_kernel",
     "linear_key_head_dim": "ssm.state_size",
@@ -110,6 +116,14 @@ ARCHITECTURES = {
     "llama": Architecture(
         "llama", "LlamaForCausalLM", fixed=_NO_BIAS | _USUAL_ROPE, scalings=_LLAMA_SCALINGS,
         is_interleaved=True,
+    ),
+    "llama4": Architecture(
+        "llama4", "Llama4ForConditionalGeneration", _LLAMA4,
+        {
+            "attention_chunk_size": 8192, "attn_temperature_tuning": True, "floor_scale": 8192,
+            "attn_scale": 0.1, "attention_bias": False, "tie_word_embeddings": False,
+        },
+        scalings=_LLAMA_SCALINGS,
     ),
     "mixtral": Architecture(
         "llama", "MixtralForCausalLM", _LOCAL_EXPERTS, _SILU | _USUAL_ROPE, is_interleaved=True,
@@ -238,6 +252,9 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         per_head = config["hidden_size"] // config["num_attention_heads"]
         settings["query_pre_attn_scalar"] = per_head if is_27b else config["head_dim"]
 
+    if model_type == "llama4":
+        settings |= llama4_fixed(config)
+
     # Every nth layer is another kind of layer
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
@@ -270,7 +287,7 @@ def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, 
     architecture = ARCHITECTURES[config["model_type"]]
     kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture.name)
     names = get_tensor_name_map(kind, config["num_hidden_layers"])
-    model = make_skeleton(config | {"quantization": None})
+    model = make_skeleton(as_config_json(config | {"quantization": None}))
 
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     arrays: Any = tree_flatten(model.parameters())

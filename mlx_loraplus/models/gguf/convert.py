@@ -19,6 +19,7 @@ from ...device import on_gpu
 from ...errors import ModelError, join_problems
 from ...files import cached_folder
 from .architectures import expected_tensors, half_of
+from .llama4 import as_config_json
 from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
@@ -125,7 +126,7 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         settings = _stored_quantization(file, config)
         if settings:
             config["quantization"] = settings
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(as_config_json(config), indent=2))
 
     dtypes = {"float32": mx.float32, "4bit": mx.bfloat16}
     dtype = dtypes[weights] if weights in dtypes else _stored_dtype(file)

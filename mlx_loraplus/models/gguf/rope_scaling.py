@@ -5,6 +5,7 @@ convert_hf_to_gguf.py; ``rope_yarn`` of ggml.
 """
 
 import math
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -151,14 +152,15 @@ def _llama3_rule(
     file: GGUFFile, config: dict[str, Any], allowed: tuple[str, ...]
 ) -> tuple[dict[str, Any], str | None]:
     """Return the llama3 rule whose divisors a file stores, or a problem with them."""
-    # Try the original context lengths of the known models
+    # Try the original context lengths and the limits of the known models (Llama 4's are equal)
     divisors = file.read(LLAMA3_TENSOR).reshape(-1)
-    for original in (8192, 4096, 16384, 32768) if "llama3" in allowed else ():
+    choices = product((4.0, 1.0), (8192, 4096, 16384, 32768)) if "llama3" in allowed else ()
+    for high, original in choices:
         scaling = {
             "rope_type": "llama3",
             "factor": float(divisors.max()),
             "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+            "high_freq_factor": high,
             "original_max_position_embeddings": original,
         }
         expected = llama3_divisors(config["head_dim"], config["rope_theta"], scaling)
@@ -181,6 +183,8 @@ def llama3_divisors(head_dim: int, theta: float, scaling: dict[str, Any]) -> np.
     waves = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)  # positions per turn
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / waves
+    if high == low:  # no transition
+        return np.where(turns > low, 1.0, scaling["factor"])
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / ((1 - smooth) / scaling["factor"] + smooth)
 
