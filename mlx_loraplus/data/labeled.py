@@ -97,13 +97,21 @@ class MismatchedAnswers(Examples):
         self.others = others
         self.longest = int(examples.lengths.max(initial=0)) + 1
 
-        # The sizes of the joined answers; those that are cut are counted one by one.
-        prompts = _prompt_lengths(examples)
+        # The sizes of the joined answers.
+        supervised = [SupervisedRuns(shard.supervised) for shard in examples.shards]
+        prompts = _prompt_lengths(examples, supervised)
         self.lengths[:] = prompts + (examples.lengths - prompts)[others]
         self.targets[:] = examples.targets[others]
-        for index in np.flatnonzero(self.lengths >= self.longest):
-            places = np.flatnonzero(self[int(index)].supervised)
-            self.lengths[index], self.targets[index] = places[-1], len(places)
+
+        # Those of the joined answers that are cut.
+        starts = (examples.spans["start"] + prompts)[others]
+        stops = starts + self.longest - prompts
+        of_shard = examples.spans["shard"][others]
+        for number, runs in enumerate(supervised):
+            cut = np.flatnonzero((self.lengths >= self.longest) & (of_shard == number))
+            start, stop = starts[cut], stops[cut]
+            self.lengths[cut] = prompts[cut] + runs.last_before(stop) - start
+            self.targets[cut] = runs.count(start, stop)
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index: int
@@ -153,14 +161,50 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     return notes
 
 
-def _prompt_lengths(examples: Examples) -> np.ndarray:
-    """Return the number of tokens before the first supervised one, (examples,)."""
-    flags = [np.asarray(shard.supervised) for shard in examples.shards]
-    lengths: list[int] = []
-    for span in examples.spans[["shard", "start", "stop"]].tolist():
-        shard, start, stop = span
-        lengths.append(int(flags[shard][start:stop].argmax()))
-    return np.array(lengths, np.int64)
+class SupervisedRuns:
+    """The supervised tokens of a shard as runs of neighbors, to look up many places at once.
+
+    Args:
+        supervised: Whether each token is supervised, (tokens,) bool.
+    """
+
+    def __init__(self, supervised: np.ndarray):
+        changes = np.flatnonzero(supervised[1:] != supervised[:-1]) + 1
+        first = [0] if supervised[:1].any() else []
+        last = [len(supervised)] if supervised[-1:].any() else []
+        edges = np.concatenate([first, changes, last]).astype(np.int64)
+        self.starts, self.ends = edges[::2], edges[1::2]
+        self.counts = np.concatenate([[0], np.cumsum(self.ends - self.starts)])  # before each run
+
+    def first_from(self, places: np.ndarray) -> np.ndarray:
+        """Return the first supervised token at each place or after it; it must exist."""
+        run = np.searchsorted(self.ends, places, side="right")
+        return np.maximum(self.starts[run], places)
+
+    def last_before(self, places: np.ndarray) -> np.ndarray:
+        """Return the last supervised token before each place; it must exist."""
+        run = np.searchsorted(self.starts, places) - 1
+        return np.minimum(self.ends[run], places) - 1
+
+    def count(self, firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+        """Return how many supervised tokens there are from each supervised one to its stop."""
+        begins = np.searchsorted(self.ends, firsts, side="right")
+        ends = np.searchsorted(self.starts, stops) - 1
+        until_stop = self.counts[ends] + np.minimum(self.ends[ends], stops) - self.starts[ends]
+        return until_stop - (self.counts[begins] + firsts - self.starts[begins])
+
+
+def _prompt_lengths(examples: Examples, supervised: Sequence[SupervisedRuns]) -> np.ndarray:
+    """Return the number of tokens before the first supervised one, (examples,).
+
+    The first token of an example is never supervised.
+    """
+    lengths = np.zeros(len(examples), np.int64)
+    for number, runs in enumerate(supervised):
+        in_shard = np.flatnonzero(examples.spans["shard"] == number)
+        starts = examples.spans["start"][in_shard]
+        lengths[in_shard] = runs.first_from(starts + 1) - starts
+    return lengths
 
 
 class LabeledBatches(Batches):

@@ -22,9 +22,11 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.llama import modeling_llama
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+from trl.kernels import chunked_logprob
 
 CASES: dict[str, dict[str, Any]] = {
     "dpo": {"objective": "dpo"},
@@ -161,6 +163,31 @@ def by_hand(model: Any, case: Mapping[str, Any], pairs: Rows) -> list[tuple[Any,
             loss = losses.mean()
         found.append((loss, [chosen.item(), rejected.item()]))
     return found
+
+
+class DoubleTorch:
+    """The module ``torch`` for code that asks for float32, which gets float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def use_double(model: Any) -> None:
+    """Make this process compute in float64 throughout.
+
+    The norms and rotations of transformers' Llama and TRL's log-probabilities cast to float32,
+    whatever the type of the model.
+    """
+    for module in (modeling_llama, chunked_logprob):
+        vars(module)["torch"] = DoubleTorch()
+    torch.Tensor.float = torch.Tensor.double
+
+    model.double()
+    for module in model.modules():
+        if isinstance(module, modeling_llama.LlamaRotaryEmbedding):
+            module.inv_freq, _ = module.compute_default_rope_parameters(module.config)
 
 
 def use_base_as_reference(model: Any) -> None:

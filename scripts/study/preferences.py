@@ -7,8 +7,9 @@
 
 The rows are those of the demo set: a request, and a command as JSON. The chosen answer has the JSON
 on one line. The rejected answer is the same JSON over several lines, with more tokens. First SmolLM2
-135M learns the commands, each in one of the two styles by chance, so that it prefers neither.
-Preferences must then change the style, and not the content. No combination of arguments is
+135M learns the commands, half of the actions in the one style and half in the other, so that it
+prefers the chosen answer for half of the requests. Preferences must then change the style of the
+others, and not the content. No combination of arguments is
 in two of the splits, and SFT and preferences have different rows.
 
 Every model is scored on test rows: the share of pairs whose chosen answer is more likely per token
@@ -28,7 +29,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from statistics import fmean
 from typing import Any
 
@@ -46,21 +46,22 @@ from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
-ONE_LINE = 0.61
-"""Share of the SFT rows on one line. With a half, the longer answer would be more likely per token,
-because a style is chosen once in an answer: -log(0.5) / 28.5 tokens > -log(0.5) / 22.6 tokens."""
+ONE_LINE = ("light", "timer", "play")
+"""The actions whose commands are on one line in the SFT rows; those of the others have several lines.
+With a random style for each row, the style that the model prefers would depend on the last batches."""
 SFT_ROWS, PAIR_ROWS = 600, 120  # of the 1,200 train rows
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
+TEST_ROWS = 60  # of the 150 test rows
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
 
 Row = dict[str, str]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
-    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 45"
+    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 60"
     " --adapter-path {0}/first",
     "dpo": TRAIN + " --data {0}/pairs --objective dpo --resume-adapter-file {0}/first"
-    " --reference start --batch-size 4 --iters 30 --adapter-path {0}/dpo",
+    " --reference start --learning-rate 1e-4 --batch-size 4 --iters 30 --adapter-path {0}/dpo",
     "orpo": TRAIN + " --data {0}/pairs --objective orpo --batch-size 4 --iters 45"
     " --adapter-path {0}/orpo",
 }
@@ -72,14 +73,16 @@ RATES = {  # objective → c; eta is c / sqrt(lambda)
     "orpo": (2e-3, 5e-4, 1.25e-4),
     "ipo": (2e-4, 5e-5, 8e-4),
     "simpo": (2e-4, 5e-5, 8e-4),
+    "kto": (2e-4, 5e-5, 8e-4),
 }
-GROUPS = (("dpo", "orpo"), ("ipo", "simpo"))  # the most used objectives come first
+GROUPS = (("dpo", "orpo", "kto"), ("ipo", "simpo"))  # the most used objectives come first
 RATIOS = (1.0, 16.0)
 STRENGTHS = {  # objective → values of the setting in WEIGHTS that differ from the default
     "dpo": (0.5, 0.02),
     "orpo": (0.5, 0.02),
     "ipo": (0.5, 0.02),
     "simpo": (10.0, 0.5),
+    "kto": (0.5, 0.02),
 }
 
 
@@ -103,16 +106,16 @@ class Cell:
 
 
 def write_rows(folder: Path) -> None:
-    """Write the folders ``sft`` and ``pairs``, each with train, valid and test rows."""
-    random = Random(0)
+    """Write the folders ``sft``, ``pairs`` and ``ratings`` with the rows of their splits."""
     rows = demo_rows()
     parts = {
-        "sft/train": [one_style(row, random) for row in rows["train"][:SFT_ROWS]],
-        "sft/valid": [one_style(row, random) for row in rows["valid"][:VALID_ROWS]],
+        "sft/train": [one_style(row) for row in rows["train"][:SFT_ROWS]],
+        "sft/valid": [one_style(row) for row in rows["valid"][:VALID_ROWS]],
         "pairs/train": [pair(row) for row in rows["train"][-PAIR_ROWS:]],
         "pairs/valid": [pair(row) for row in rows["valid"][-VALID_ROWS:]],
-        "pairs/test": [pair(row) for row in rows["test"]],
+        "pairs/test": [pair(row) for row in rows["test"][:TEST_ROWS]],
     }
+    parts["ratings/train"] = [rating for row in parts["pairs/train"] for rating in ratings(row)]
     for name, content in parts.items():
         file = folder / f"{name}.jsonl"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -130,10 +133,20 @@ def pair(row: Row) -> Row:
     }
 
 
-def one_style(row: Row, random: Random) -> Row:
-    """Return a row for SFT, with one of the two answers of its pair."""
+def ratings(pair: Row) -> list[Row]:
+    """Return the two labeled answers of a pair, as KTO learns them."""
+    asked = {"system": pair["system"], "prompt": pair["prompt"]}
+    return [
+        asked | {"completion": pair["chosen"], "label": "true"},
+        asked | {"completion": pair["rejected"], "label": "false"},
+    ]
+
+
+def one_style(row: Row) -> Row:
+    """Return a row for SFT, with the answer of its pair that has the style of its action."""
     both = pair(row)
-    style = "chosen" if random.random() < ONE_LINE else "rejected"
+    action = json.loads(both["chosen"])["action"]
+    style = "chosen" if action in ONE_LINE else "rejected"
     return {"system": SYSTEM, "prompt": both["prompt"], "completion": both[style]}
 
 
@@ -245,21 +258,22 @@ def run_search(folder: Path, results: Results, deadline: float) -> None:
 
 def settings_of_cell(cell: Cell, folder: Path) -> dict[str, Any]:
     """Return the settings of a run; it has no validation, because ``score`` follows it."""
+    is_labeled = cell.objective == "kto"  # a pair is two labeled answers
     settings: dict[str, Any] = {
         "objective": cell.objective,
-        "data": str(folder / "pairs/train.jsonl"),
+        "data": str(folder / ("ratings" if is_labeled else "pairs") / "train.jsonl"),
         "valid_split": 0,
         "lr_ratio": cell.lr_ratio,
         "learning_rate": cell.learning_rate,
         "seed": cell.seed,
         "iters": STEPS,
-        "batch_size": BATCH,
+        "batch_size": 2 * BATCH if is_labeled else BATCH,
         "adapter_path": str(folder / "search"),
         "overwrite": True,
     }
     if cell.objective != "orpo":
         settings["resume_adapter_file"] = str(folder / "first")
-    if cell.objective in ("dpo", "ipo"):
+    if cell.objective in ("dpo", "ipo", "kto"):
         settings["reference"] = "start"
     if cell.weight is not None:
         settings[WEIGHTS[cell.objective]] = cell.weight

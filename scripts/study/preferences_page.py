@@ -9,7 +9,13 @@ from mlx_loraplus.files import write_atomically
 from scripts.provenance import source_line
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "preferences.md"
-WEIGHTS = {"dpo": "beta", "orpo": "orpo_lambda", "ipo": "beta", "simpo": "beta"}
+WEIGHTS = {
+    "dpo": "beta",
+    "orpo": "orpo_lambda",
+    "ipo": "beta",
+    "simpo": "beta",
+    "kto": "beta",
+}
 """Objective → the setting of its strength; the order is that of the table."""
 
 Line = dict[str, Any]

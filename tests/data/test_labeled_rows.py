@@ -10,11 +10,13 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.labeled import LabeledBatches, LabeledExamples
 from mlx_loraplus.data.labeled_rows import make_labeled
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
+from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import make_record
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.data.tokenize import Example
@@ -148,14 +150,42 @@ def test_mismatched_answers_are_all_answers_at_other_prompts(folder: Path):
 
 
 def test_mismatched_answers_are_no_longer_than_the_longest_example(folder: Path):
+    lengths = np.random.default_rng(0).integers(1, 31, (40, 2)).tolist()
     rows = [
-        {"prompt": "a" * 30, "completion": "b", "label": True},
-        {"prompt": "c", "completion": "d" * 30, "label": False},
-        {"prompt": "e", "completion": "f", "label": True},
+        {"prompt": "a" * prompt, "completion": "b" * answer, "label": answer > 9}
+        for prompt, answer in [(30, 1), (1, 30), (1, 1), *lengths]
     ]
-    examples, _, _ = load(folder, rows)
+    check_mismatched(load(folder, rows)[0])
+
+
+def test_mismatched_answers_with_unsupervised_tokens_between(folder: Path):
+    masks = np.random.default_rng(0).random((2, 600)) < 0.6
+    examples = []
+    for supervised in masks:
+        supervised[20::20] = True
+        supervised[19::20] = True  # each example has an answer, and begins after one
+        rows = np.zeros(30, ROW)
+        rows["asked"] = np.arange(30)
+        spans = np.zeros(30, SPAN)
+        spans["row"], spans["start"] = np.arange(30), 20 * np.arange(30)
+        spans["stop"] = spans["start"] + 20
+        examples.append(
+            Shard("rows", False, np.arange(600), supervised, rows, spans, RowProblems(), 600)
+        )
+    spans = np.concatenate([shard.spans for shard in examples])
+    spans["shard"][30:] = 1
+    spans = np.random.default_rng(1).permutation(spans)
+    whole = [example.supervised for example in Examples(examples, spans)]
+    spans["inputs"] = [np.flatnonzero(each)[-1] for each in whole]
+    spans["targets"] = [each.sum() for each in whole]
+    check_mismatched(LabeledExamples(examples, spans))
+
+
+def check_mismatched(examples: LabeledExamples) -> None:
+    """Check the sizes of the mismatched answers, some of which are cut."""
     mismatched = examples.mismatched
     assert mismatched.lengths.max() <= examples.lengths.max()
+    assert (mismatched.targets < np.roll(examples.targets, 1)).any()
     for index, example in enumerate(mismatched):
         assert example.supervised.any()
         assert np.flatnonzero(example.supervised)[-1] == mismatched.lengths[index]

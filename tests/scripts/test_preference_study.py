@@ -1,6 +1,7 @@
 """The study of preferences on a tiny model: its rows, its commands, its search and its tables."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(study, "MAX_TOKENS", 4)
     monkeypatch.setattr(study, "SEARCH_PAIRS", 4)
     commands = {
-        name: command.replace("smollm2-135m", model).replace("--iters 45", "--iters 2")
+        name: re.sub("--iters [0-9]+", "--iters 2", command.replace("smollm2-135m", model))
         for name, command in study.COMMANDS.items()
     }
     monkeypatch.setattr(study, "COMMANDS", commands)
@@ -37,8 +38,16 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     rows = {name: study.read_rows(path) for name, path in files.items()}
     assert {name: len(found) for name, found in rows.items()} == {
         "sft/train.jsonl": 600, "sft/valid.jsonl": 24,
-        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 150,
+        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 60,
+        "ratings/train.jsonl": 240,
     }  # fmt: skip
+
+    # KTO learns the answers of the pairs, one by one.
+    ratings = rows.pop("ratings/train.jsonl")
+    for number, row in enumerate(rows["pairs/train.jsonl"]):
+        good, bad = ratings[2 * number : 2 * number + 2]
+        assert (good["completion"], good["label"]) == (row["chosen"], "true")
+        assert (bad["completion"], bad["label"]) == (row["rejected"], "false")
 
     # The answers of a pair have the same content, and differ in their style.
     for row in rows["pairs/train.jsonl"]:
@@ -46,23 +55,23 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
         assert "\n" not in row["chosen"]
         assert "\n" in row["rejected"]
 
-    # SFT learns both styles.
+    # SFT learns each action in one style, and half of the rows in each.
     styles = ["\n" in row["completion"] for row in rows["sft/train.jsonl"]]
-    assert 0.4 < sum(styles) / len(styles) < 0.5
+    assert 0.4 < sum(styles) / len(styles) < 0.6
 
     # No combination of arguments is in two splits.
     contents: list[set[str]] = []
     for found in rows.values():
         answers = [row.get("chosen") or row["completion"] for row in found]
         contents.append({json.dumps(json.loads(answer)) for answer in answers})
-    assert len(set().union(*contents)) == sum(map(len, contents)) == 918
+    assert len(set().union(*contents)) == sum(map(len, contents)) == 828
 
 
 def test_the_search_continues_and_its_best_rates_get_more_seeds(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(study, "GROUPS", (("dpo", "orpo"),))
-    monkeypatch.setattr(study, "RATES", {"dpo": (1e-3,), "orpo": (1e-3,)})
+    monkeypatch.setattr(study, "GROUPS", (("dpo", "kto"),))
+    monkeypatch.setattr(study, "RATES", {"dpo": (1e-3,), "kto": (1e-3,)})
     monkeypatch.setattr(study, "RATIOS", (16.0,))
     monkeypatch.setattr(study, "SEEDS", 2)
     study.write_rows(folder)
@@ -74,15 +83,15 @@ def test_the_search_continues_and_its_best_rates_get_more_seeds(
     lines = [line for line in study.Results().lines if line["part"] == "search"]
     found = [(line["objective"], line["weight"], line["seed"]) for line in lines]
     assert found == [
-        ("dpo", None, 0), ("orpo", None, 0), ("dpo", None, 1), ("orpo", None, 1),
-        ("dpo", 0.5, 0), ("dpo", 0.02, 0), ("orpo", 0.5, 0), ("orpo", 0.02, 0),
+        ("dpo", None, 0), ("kto", None, 0), ("dpo", None, 1), ("kto", None, 1),
+        ("dpo", 0.5, 0), ("dpo", 0.02, 0), ("kto", 0.5, 0), ("kto", 0.02, 0),
     ]  # fmt: skip
     assert all(0 <= line["preferred"] <= 1 and line["commit"] for line in lines)
 
     # The table has a row for each cell, with the number of its seeds.
     table = search_table(lines)
     assert "| dpo | 16 | 0.00025 | default | 2 |" in table
-    assert "| orpo | 16 | 0.00025 | `orpo_lambda` 0.5 | 1 |" in table
+    assert "| kto | 16 | 0.00025 | `beta` 0.5 | 1 |" in table
 
 
 def test_content_counts_in_any_style():
