@@ -101,6 +101,7 @@ WALKS = (
     "tests/data/test_readers.py::test_ten_thousand_corrupt_files",
     "tests/families/test_families.py::test_a_family_is_as_recorded_or_better",
     "tests/fuzz/",
+    "tests/memory/test_plan.py::test_the_command_answers_offline",
     "tests/scripts/",
     "tests/test_mistakes",
     "tests/test_readme.py",
@@ -108,6 +109,14 @@ WALKS = (
     "tests/test_wheel.py",
 )
 """Tests that run whole commands or models again and again, or what is in scripts/."""
+
+
+STARTED = (
+    "tests/test_launching",
+    "tests/training/test_distributed.py",
+    "tests/training/test_tensor.py",
+)
+"""Tests that measure the coverage of the processes that they start."""
 
 
 LONGEST = (
@@ -128,22 +137,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Measure no coverage in walks and in tests of properties.
+    """Measure no coverage in walks and tests of properties, nor in most processes that tests start.
 
     With coverage, tests that are mostly Python take 1.7 times as long. The lines that these tests
     pass are measured where the tests of their own modules pass them.
     """
     is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    is_walk = is_property or item.nodeid.startswith(WALKS)
     measured = Coverage.current()
-    if measured is None or not (is_property or item.nodeid.startswith(WALKS)):
+    if measured is None or item.nodeid.startswith(STARTED):
         return (yield)
 
     settings = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)  # for the processes that it starts
-    measured.stop()
+    if is_walk:
+        measured.stop()
     try:
         return (yield)
     finally:
-        measured.start()
+        if is_walk:
+            measured.start()
         if settings is not None:
             os.environ["COVERAGE_PROCESS_CONFIG"] = settings
 

@@ -54,7 +54,7 @@ ROWS = {
     "pointer.jsonl": POINTER,
     "pointer.gguf": POINTER,
     "pointed/model.safetensors": POINTER,
-    "pickled/config.json": b"{}",
+    "pickled/config.json": b'{"model_type": "llama"}',
     "pickled/pytorch_model.bin": b"x",
 }
 

@@ -162,9 +162,10 @@ def test_both_spellings_work(
     module = f"mlx_loraplus.{command}"
     script = str(Path(sys.executable).with_name(module))
     monkeypatch.setattr("sys.argv", [module, "--help"])
-    monkeypatch.delitem(sys.modules, module, raising=False)  # as in a new process
     said = []
     for run, name in ((runpy.run_path, script), (runpy.run_module, module)):
+        for loaded in (module, f"{module}.__main__"):  # as in a new process
+            monkeypatch.delitem(sys.modules, loaded, raising=False)
         with pytest.raises(SystemExit, match="0"):
             run(name, run_name="__main__")
         said.append(capsys.readouterr().out)

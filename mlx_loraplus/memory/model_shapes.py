@@ -65,8 +65,12 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
     targets = [(adapter.base, type(adapter)) for adapter in attached.values()]
     if not attached:
         found = find_targets(model, config.target_modules, config.num_layers, config.rank)
+        # Refuse a rank that is too large for every layer. Some small layers get no adapter in the
+        # end, which only the loaded model shows.
+        largest = max(found, key=lambda path: min(base_shape(found[path])), default=None)
+        if largest is not None:
+            check_rank(largest, found[largest], config)
         for path, module in found.items():
-            check_rank(path, module, config)
             targets.append((module, layer_class(config.adapter, module, path)))
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
     # A module that trains in full saves its input, as a LoRA layer does.

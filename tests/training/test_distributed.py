@@ -237,7 +237,7 @@ def test_the_others_stop_with_a_checkpoint_where_one_is_lost(teams: Runs, kind: 
     run = teams.folder / kind
     settings = {
         "iters": 4000,
-        "distributed_timeout": 10 if kind == "SIGSTOP" else 600,
+        "distributed_timeout": 5 if kind == "SIGSTOP" else 600,
     }  # seconds that none is late by itself
     words = teams.words(kind, steps_per_eval=4000, steps_per_save=4000, **settings)
     with world(2, words, teams.folder / f"logs-{kind}") as processes:

@@ -140,7 +140,7 @@ def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
     model, _ = ml.load("smollm2-135m")
     settings = {
         "iters": 1,
-        "batch_size": 1,
+        "batch_size": 2,
         "sample_rows": 0,
         "adapter_path": str(tmp_path / "next"),
         "data": run.config.data.data,

@@ -169,7 +169,7 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch(place: Place):
     assert failed.outcome == "failed"
     assert failed.history[-1]["reason"].startswith("3 steps in a row were not finite")
     page = (failed.folder / "report.html").read_text()
-    assert "The run stopped early: 3 steps in a row were not finite" in page
+    assert "The run failed: 3 steps in a row were not finite" in page
     assert "data-refresh" not in page
     with pytest.raises(ml.LoRAPlusError, match="the last is step 6"):
         place.run(max_skipped_steps=3, resume=True)
