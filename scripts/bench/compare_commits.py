@@ -2,6 +2,7 @@
 
     scripts/bench/compare_commits OLD          OLD against this checkout
     scripts/bench/compare_commits OLD NEW      two commits
+    scripts/bench/compare_commits OLD --compile on      with compiled steps
 
 Each commit is checked out into a temporary folder and measured by its own scripts, each repetition
 in a process of its own: old, new, old, new. Both use the packages that are installed here. Results
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULT = Path(__file__).parent / "results" / "before_after.json"
 TRAINERS = ("scripts/bench/trainers.py", "scripts/bench_trainers.py")  # now, and before 0.2
 SIDES = ("old", "new")
+COMPILED = '"compile": "on"'  # in their settings, because stock always compiles its step
 
 Result = dict[str, Any]
 
@@ -53,10 +55,23 @@ def git(*words: str) -> str:
     return done.stdout.strip()
 
 
+def set_compile(folder: Path, value: str) -> None:
+    """Change the setting in a checkout's own scripts."""
+    file = folder / trainers_of(folder)
+    text = file.read_text()
+    if COMPILED not in text:
+        raise SystemExit(f"error: {file} has no setting {COMPILED}")
+    file.write_text(text.replace(COMPILED, f'"compile": "{value}"'))
+
+
+def trainers_of(folder: Path) -> str:
+    """Return the path of a checkout's trainers in it."""
+    return next(file for file in TRAINERS if (folder / file).exists())
+
+
 def measure(folder: Path, case: str, updates: int) -> Result:
     """Measure one repetition with a checkout's own scripts and package."""
-    file = next(file for file in TRAINERS if (folder / file).exists())
-    module = file.removesuffix(".py").replace("/", ".")
+    module = trainers_of(folder).removesuffix(".py").replace("/", ".")
     done = subprocess.run(
         [sys.executable, "-m", module, case, "ours", str(updates)],
         cwd=folder,
@@ -114,12 +129,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--cases", default="a,b", help="with commas (default: %(default)s)")
     parser.add_argument("--updates", type=int, help="timed updates (default: those of the case)")
     parser.add_argument("--repeats", type=int, default=3, help="for each side (default: 3)")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="the runs' setting; auto compiles on a GPU only (default: %(default)s)",
+    )
     parser.add_argument("--no-json", action="store_true", help="print the ratios alone")
     options = parser.parse_args(arguments)
 
     commits = {"old": git("rev-parse", options.old), "new": git("rev-parse", options.new or "HEAD")}
     with checked_out(commits["old"]) as old, checked_out(commits["new"]) as new:
         folders = {"old": old, "new": new}
+        for folder in folders.values():
+            set_compile(folder, options.compile)
         cases = {}
         for name in options.cases.split(","):
             updates = options.updates or CASES[name].updates
@@ -127,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"case {name}: new to old: {cases[name]['ratios']}", flush=True)
 
     if not options.no_json:
-        result = {**provenance(), "commits": commits, "repeats": options.repeats, "cases": cases}
+        result = {**provenance(), "commits": commits, "repeats": options.repeats}
+        result |= {"compile": options.compile, "cases": cases}
         write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
 
 
