@@ -286,7 +286,8 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     finished = report_page(long_run(folder, "30 steps"))
     place.write_bytes(finished)
     view.wait_for_selector(".state.finished", timeout=5000)
-    assert view.evaluate("document.querySelector('#is-it-stable').open"), "what was open stays open"
+    # What was open stays open, once the page's script has run.
+    view.wait_for_function("document.querySelector('#is-it-stable')?.open", timeout=5000)
     assert view.locator("#heard").count() == 0
     view.close()
 
