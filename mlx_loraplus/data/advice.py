@@ -69,7 +69,8 @@ _NOT_TEXT = re.compile(
 
 _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
 _NOT_LABEL = re.compile(
-    r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)|unnamed.*|",
+    r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)"
+    r"|unnamed.*|",
     re.IGNORECASE,
 )
 
