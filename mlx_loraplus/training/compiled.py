@@ -5,7 +5,7 @@ seconds and tens of megabytes. MLX keeps every trace as long as the compiled fun
 Therefore each shape gets its own compiled function when it occurs for the second time. If there
 are too many functions, the least recently used one makes room, which frees its memory, for a shape
 that has occurred twice as often. Without this condition, a run with more shapes than functions
-would trace a shape again in a third of its steps or more; scripts/bench/shapes counts them.
+would trace them again and again; scripts/bench/shapes counts the functions that a run compiles.
 """
 
 from collections import Counter, OrderedDict

@@ -6,8 +6,9 @@
 
 Each commit is checked out into a temporary folder and measured by its own scripts, each repetition
 in a process of its own: old, new, old, new. Both use the packages that are installed here. Results
-go to scripts/bench/results/before_after.json: medians of the seconds of an update and of the peak
-of memory above the weights, and their ratios, new to old.
+go to scripts/bench/results/before_after.json, and those of compiled steps to
+before_after_compiled.json: medians of the seconds of an update and of the peak of memory above the
+weights, and their ratios, new to old.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from scripts.bench.cases import CASES
 from scripts.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULT = Path(__file__).parent / "results" / "before_after.json"
+RESULTS = Path(__file__).parent / "results"
 TRAINERS = ("scripts/bench/trainers.py", "scripts/bench_trainers.py")  # now, and before 0.2
 SIDES = ("old", "new")
 COMPILED = '"compile": "on"'  # in their settings, because stock always compiles its step
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=3, help="for each side (default: 3)")
     parser.add_argument(
         "--compile",
-        choices=("auto", "on", "off"),
+        choices=("auto", "on"),
         default="auto",
         help="the runs' setting; auto compiles on a GPU only (default: %(default)s)",
     )
@@ -151,8 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     if not options.no_json:
         result = {**provenance(), "commits": commits, "repeats": options.repeats}
+        name = "before_after.json" if options.compile == "auto" else "before_after_compiled.json"
+        file = RESULTS / name
         result |= {"compile": options.compile, "cases": cases}
-        write_atomically(RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        write_atomically(file, (json.dumps(result, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -265,6 +265,17 @@ def installed(*packages: str) -> dict[str, str]:
     return versions
 
 
+def text_pairs(task: Task, tokenizer: Any) -> list[dict[str, str]]:
+    """Return the pairs as text, for a trainer that tokenizes it itself."""
+    for row in task.rows:
+        if list(tokenizer.encode(row["text"])) != row["tokens"]:
+            raise RuntimeError("its tokenizer makes other tokens of a row")
+    return [
+        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
+        for row in task.rows[::2]
+    ]
+
+
 def run(train: Callable[[Task, Clock], None], *packages: str) -> None:
     """Train, judge, and print one JSON line.
 

@@ -13,7 +13,15 @@ from typing import Any
 from mlx_lm.tuner.trainer import iterate_batches
 from mlx_tune import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer, sft_trainer
 
-from scripts.bench.rival_trainers.common import BETA, Clock, Task, TokenRows, run, start_adapters
+from scripts.bench.rival_trainers.common import (
+    BETA,
+    Clock,
+    Task,
+    TokenRows,
+    run,
+    start_adapters,
+    text_pairs,
+)
 
 STEP = re.compile(r"Step \d+/\d+ \| Loss: (\S+)")
 
@@ -67,7 +75,7 @@ def train(task: Task, clock: Clock) -> None:
     }
     if task.objective == "dpo":
         config = DPOConfig(beta=BETA, **common)
-        trainer = DPOTrainer(model, pairs_of(task, tokenizer), tokenizer=tokenizer, args=config)
+        trainer = DPOTrainer(model, text_pairs(task, tokenizer), tokenizer=tokenizer, args=config)
         with redirect_stdout(StepLines(clock)):
             trainer.train()
         return
@@ -95,17 +103,6 @@ def train(task: Task, clock: Clock) -> None:
 def stop() -> None:
     """Replace its second attempt by mlx_lm's command, which it makes when training fails."""
     raise RuntimeError("mlx-tune's training failed; its message is above")
-
-
-def pairs_of(task: Task, tokenizer: Any) -> list[dict[str, str]]:
-    """Return the pairs as text, which it tokenizes itself."""
-    for row in task.rows:
-        if list(tokenizer.encode(row["text"])) != row["tokens"]:
-            raise RuntimeError("its tokenizer makes other tokens of a row")
-    return [
-        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
-        for row in task.rows[::2]
-    ]
 
 
 if __name__ == "__main__":

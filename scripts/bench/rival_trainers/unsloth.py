@@ -12,7 +12,7 @@ from unsloth_zoo.mlx.loader import FastMLXModel
 from unsloth_zoo.mlx.trainer import MLXDPOConfig, MLXDPOTrainer, MLXTrainer, MLXTrainingConfig
 from unsloth_zoo.mlx.utils import create_batches
 
-from scripts.bench.rival_trainers.common import BETA, Clock, Task, run, start_adapters
+from scripts.bench.rival_trainers.common import BETA, Clock, Task, run, start_adapters, text_pairs
 
 IGNORED = -100  # the label of a token that is not supervised
 
@@ -59,7 +59,7 @@ def train(task: Task, clock: Clock) -> None:
         config = MLXDPOConfig(
             beta=BETA, max_length=task.max_length, max_prompt_length=None, **settings
         )
-        trainer = MLXDPOTrainer(model, tokenizer, pairs_of(task, tokenizer), args=config)
+        trainer = MLXDPOTrainer(model, tokenizer, text_pairs(task, tokenizer), args=config)
     else:
         rows = [labeled(row) for row in task.rows]
         for batch in create_batches(
@@ -75,17 +75,6 @@ def labeled(row: dict[str, Any]) -> dict[str, list[int]]:
     """Return a row with a label for each token."""
     tokens, offset = row["tokens"], row["offset"]
     return {"input_ids": tokens, "labels": [IGNORED] * offset + tokens[offset:]}
-
-
-def pairs_of(task: Task, tokenizer: Any) -> list[dict[str, str]]:
-    """Return the pairs as text, which it tokenizes itself."""
-    for row in task.rows:
-        if list(tokenizer.encode(row["text"])) != row["tokens"]:
-            raise RuntimeError("its tokenizer makes other tokens of a row")
-    return [
-        {"prompt": row["prompt"], "chosen": row["chosen"], "rejected": row["rejected"]}
-        for row in task.rows[::2]
-    ]
 
 
 if __name__ == "__main__":
