@@ -30,7 +30,7 @@ _BAD_CHOICE = re.compile(
 )
 
 
-_NO_VALUE = re.compile(r"Missing value for argument '(\S+)'")
+_NO_VALUE = re.compile(r"Missing value for argument '(\S+)'(?:\. Expected (\d+) values)?")
 
 
 def unboxed(said: str) -> str:
@@ -47,13 +47,15 @@ def unboxed(said: str) -> str:
         whole = "INT" in types
         for theirs, ours in _TYPE_WORDS.items():
             types = types.replace(theirs, ours)
-        hint = number_hint(value.strip("'"), whole=whole)
+        hint = _hint(flag, value.strip("'"), whole=whole)
+        if "auto" in types and value.strip("'").lower() == "auto":
+            hint = " (did you mean 'auto'?)"
         return f"{flag} takes {types}, not {value}{hint}"
 
     if found := _NO_NUMBER.match(message):
         flag, conversion, value = found.groups()
         whole = "int" in conversion
-        hint = number_hint(value.strip("'"), whole=whole)
+        hint = _hint(flag, value.strip("'"), whole=whole)
         return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
 
     if found := _BAD_CHOICE.match(message):
@@ -63,13 +65,24 @@ def unboxed(said: str) -> str:
         return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
 
     if found := _NO_VALUE.match(message):
-        return f"{found[1].rpartition('/')[2]} needs a value after it"
+        count = (
+            "a value"
+            if found[2] in (None, "1")
+            else f"{found[2]} values, with a space between them,"
+        )
+        return f"{found[1].rpartition('/')[2]} needs {count} after it"
 
     if found := _BAD_VALUES.match(message):
         flag, values = found.groups()
-        advice = ": give several values with spaces between them" if "," in values else ""
-        return f"{flag} can't take {values}{advice}"
+        return f"{flag} takes numbers with spaces between them, not {values}"
     return message.replace(" .", ".").replace("('None', ", "(") or said.strip()
+
+
+def _hint(flag: str, value: str, *, whole: bool) -> str:
+    """Return how to write a number that was refused; "" if nothing is known."""
+    if flag == "--warmup":
+        return " (it counts steps; --warmup-ratio 0.1 is a share of them)"
+    return number_hint(value, whole=whole)
 
 
 def _is_rule(line: str) -> bool:

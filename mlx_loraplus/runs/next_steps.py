@@ -4,7 +4,7 @@ import shlex
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from .history import SETTINGS, Run
-from .verdict import advice, ends_too_early, longer, took_effect
+from .verdict import advice, ends_too_early, is_all_ranked, longer, took_effect
 
 
 def closing(run: Run) -> list[str]:
@@ -42,7 +42,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))
-    elif trend == "still falling" or ends_too_early(run):
+    elif (trend == "still falling" and not is_all_ranked(run)) or ends_too_early(run):
         commands.append(("longer", longer(run)))
 
     # A run that was killed early has saved nothing yet.

@@ -327,11 +327,11 @@ def _pair_line(event: Event, prefix: str = "") -> str:
         return ""
 
     forms = {
-        "reward_margin": "margin {:.4f}",
+        "reward_margin": "margin {:z.4f}",
         "reward_accuracy": "accuracy {:.1%}",
         "kl": "KL {:.4f}",
-        "logp_chosen": "log p chosen {:.1f}",
-        "logp_rejected": "log p rejected {:.1f}",
+        "logp_chosen": "log p chosen {:z.1f}",
+        "logp_rejected": "log p rejected {:z.1f}",
         "preferred": "preferred {:.1%}",
     }
     figures = [
