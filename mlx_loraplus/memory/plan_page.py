@@ -88,6 +88,7 @@ def _assumptions(plan: "Plan") -> list[tuple[str, str]]:
     return [
         ("model", config.model),
         ("machine", str(fitting.machine)),
+        ("may be used", f"{gb(fitting.budget)}, because the prediction may be off by a tenth"),
         ("adapter", f"{kind}: {fitting.sizes.trainable:,} numbers are trained"),
         ("optimizer", config.optimizer.optimizer),
         ("batch", f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"),
