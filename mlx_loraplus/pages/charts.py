@@ -103,7 +103,7 @@ def line_chart(
     if log_x and min(xs) < max(xs):
         x_axis = Axis(min(xs), max(xs), left, right, log_ticks(min(xs), max(xs)), log=True)
     else:
-        x_axis = linear_axis(min(xs), max(xs), left, right, whole=True)
+        x_axis = linear_axis(min(xs), max(xs), left, right, tight=True)
     y_axis = fit_y_axis(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
     # Draw from back to front.

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import TrainConfig
+from ..device import gb
 from ..errors import counted
 from .history import REPORT, Run, encode_event, numbers
 from .next_steps import closing
@@ -238,7 +239,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     unit = "packed row" if config.data.pack else config.objective.unit
 
     return [
-        ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
+        ("model", f"{start['model']}, {gb(start['memory']['weights_gb'] * 1e9)}"),
         ("adapter", f"{kind}: {start['adapter']}"),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
@@ -383,5 +384,5 @@ def _pace(event: Event) -> str:
             rates.append(f"{group_name(name)} {rate:.2e}")
 
     speed = f"{event['tokens_per_second']:,.0f} tokens/s"
-    memory = f"{event['peak_memory_gb']:.2f} GB peak"
+    memory = f"{gb(event['peak_memory_gb'] * 1e9)} peak"
     return f"rates {', '.join(rates)}  {speed}  {memory}"
