@@ -13,11 +13,11 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .lost_content import find_lost
 from .messages import BadRowError
+from .template_check import QUESTION, TEMPLATE_ERRORS, reason_of
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
@@ -35,18 +35,6 @@ DAY = datetime(2024, 7, 26)  # noqa: DTZ001
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
-_TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
-"""The errors that a template may raise. Templates are programs that run in a sandbox."""
-
 _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
     ("thinking", False),
@@ -61,8 +49,6 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
     ("thinking_budget", 0),
 )
 """Template variables that control thoughts, and the value of each that turns thoughts off."""
-
-_QUESTION = "An ordinary question"
 
 
 class UnsupervisableError(BadRowError):
@@ -132,23 +118,22 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=ask, **options
             )
-        except _TEMPLATE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise BadRowError(f"the chat template refuses it ({reason})") from error
+        except TEMPLATE_ERRORS as error:
+            raise BadRowError(f"the chat template refuses it ({reason_of(error)})") from error
 
     # --- properties of the template -------------------------------------------------------------
 
     @cached_property
     def takes_parts(self) -> bool:
         """Whether each content must be a list of parts, as in the templates of vision models."""
-        question = {"role": "user", "content": _QUESTION}
+        question = {"role": "user", "content": QUESTION}
         return not self._shows(question) and self._shows(_in_parts(question))
 
     def _shows(self, question: Message) -> bool:
         """Return whether the rendered text contains the question's content."""
         try:
-            return _QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
-        except _TEMPLATE_ERRORS:
+            return QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
+        except TEMPLATE_ERRORS:
             return False
 
     @cached_property
@@ -179,7 +164,7 @@ class ChatTemplate:
 
     def _opens_thoughts(self, options: Mapping[str, Any]) -> bool | None:
         """Return whether the generation prompt opens a block, or None if the template fails."""
-        question = {"role": "user", "content": _QUESTION}
+        question = {"role": "user", "content": QUESTION}
         try:
             prompt = self._apply([question], True, options)
         except BadRowError:

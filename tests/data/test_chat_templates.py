@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_loraplus.data.prompt_tokens import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode
+from mlx_loraplus.errors import ModelError
 from tests.data.reading import encode_one
 from tests.data.test_tokenize import CHAT, TWO_TURNS
 
@@ -189,11 +190,55 @@ def test_tools_of_any_form_are_rendered_or_refused(letters, tools):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"]
+    ("template", "reason"),
+    [
+        ("{{", "fails for every chat at line 1 (unexpected 'end of template')"),
+        ("{% for message in messages %}\n{{ say(message) }}", "fails for every chat at line 2"),
+        ("\n{{ messages[0].content|shout }}", "fails for every chat at line 2 (No filter named"),
+        ("{{ messages[0].content|dictsort }}", "fails for every chat at line 1"),
+        ("{{ raise_exception('a\nb') }}", "fails for every chat at line 1 (a b)"),
+        ("{{ messages[0].content.x.y }}", "fails for every chat at line 1"),
+        (" \n", "is empty"),
+        ("{{ bos_token }}", "writes none of a chat's messages"),
+        ({"rag": "{{ messages }}"}, "fails for every chat (This model has"),
+    ],
+)
+def test_a_template_that_writes_no_chat_is_no_problem_of_the_rows(letters, template, reason):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError) as caught:
+        encode([CHAT, CHAT], tokenizer)
+    assert str(caught.value).startswith(f"the model's chat template {reason}")
+    assert str(caught.value).endswith("correct the template, or use a model with another one")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="the model's chat template"):
+        encode_prompt("Hi", tokenizer)
+
+    # Text is written without the template
+    assert encode_one(Row("text", {"text": "Hi"}, 1), tokenizer).tokens.size
+    assert encode_prompt("Hi", tokenizer, chat=False)
+
+
+def test_the_file_of_a_broken_template_is_named(letters, tmp_path):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = "{% if %}"
+    tokenizer.name_or_path = str(tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ModelError, match=f"the chat template in {tmp_path / name} fails"):
+            encode([CHAT], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a\nb') if messages[0].content == 'Hi' }}",
+        "{% for message in messages %}{{ message.content|dictsort if message.content == 'Hi' }}{% endfor %}",
+    ],
 )
 def test_any_failure_of_a_template_is_reported_in_one_line(letters, template):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template + tokenizer.chat_template
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert str(encoded.problem).startswith("the chat template refuses it (")
