@@ -51,6 +51,10 @@ _SWITCHES: tuple[tuple[str, Any], ...] = (
 """Template variables that control thoughts, and the value of each that turns thoughts off."""
 
 
+class RefusedError(BadRowError):
+    """The chat template raised an error."""
+
+
 class UnsupervisableError(BadRowError):
     """The prompt of a turn can't be found in the rendered chat."""
 
@@ -119,7 +123,7 @@ class ChatTemplate:
                 messages, tokenize=False, add_generation_prompt=ask, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise BadRowError(f"the chat template refuses it ({reason_of(error)})") from error
+            raise RefusedError(f"the chat template refuses it ({reason_of(error)})") from error
 
     # --- properties of the template -------------------------------------------------------------
 
@@ -217,7 +221,8 @@ class ChatTemplate:
 
         # With others, the turn begins after the header that the prompt adds to the history.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
-        seam = _find_seam(prompt, whole, prompt.removeprefix(history))
+        header = prompt.removeprefix(history) or _after_last_message(prompt, messages[turn - 1])
+        seam = _find_seam(prompt, whole, header)
         if seam is None or _shows_later(messages[:turn], whole, seam):
             raise UnsupervisableError(
                 "this chat template can't be supervised by turn: the text before"
@@ -281,7 +286,7 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
     Args:
         prompt: The prompt that asks for the turn.
         whole: The chat up to and including the turn.
-        header: The text that the prompt adds after the messages before the turn.
+        header: The text of the prompt after which the turn begins.
     """
     # The turn begins where the texts differ. Two tags may begin with the same characters. If this
     # position is inside a tag, the turn therefore begins at the start of the tag.
@@ -300,6 +305,16 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
         return None
     seam = place + len(header)
     return seam + 1 if whole[seam:].startswith("\n") else seam
+
+
+def _after_last_message(prompt: str, message: Message) -> str:
+    """Return the last message of a prompt as the template writes it, with the text that follows.
+
+    It is the header of a turn for which the template has no other, as in Mistral's templates.
+    """
+    content = answer_of(message).strip()
+    place = prompt.rfind(content) if content else -1
+    return prompt[place:] if place >= 0 else ""
 
 
 def _shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:

@@ -65,6 +65,10 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]]
         "<s>[INST] Hi[/INST] Hello you</s>[INST] Be kind\n\nBye[/INST]⟦ See you</s>⟧",
         "<s>[INST] Be kind\n\nHi[/INST]⟦ Hello you</s>⟧",
     ]),
+    "a system message that only an unanswered question shows": ("system_last", {}, [SYSTEM, *TWO_TURNS], [
+        "<s>[INST]Hi[/INST]Hello you</s>[INST]Be kind\n\nBye[/INST]⟦See you</s>⟧",
+        "<s>[INST]Be kind\n\nHi[/INST]⟦Hello you</s>⟧",
+    ]),
     "Llama 2": ("llama2", {}, [SYSTEM, *TWO_TURNS], [
         "<s>[INST] <<SYS>>\nBe kind\n<</SYS>>\n\nHi [/INST]⟦ Hello you </s>⟧<s>[INST] Bye [/INST]⟦ See you </s>⟧",
     ]),
@@ -124,7 +128,7 @@ def test_positions_written_by_hand(letters, name):
     assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, (
         "what the model sees in generation"
     )
-    if special.get("bos") or template in ("mistral", "alpaca"):
+    if special.get("bos") or template in ("mistral", "system_last", "alpaca"):
         assert all(
             (example.tokens == tokenizer.bos_token_id).sum() == 1 for example in encoded.examples
         ), "BOS once"
@@ -152,7 +156,7 @@ def test_names_that_a_template_leaves_out_are_noted(letters):
         {"role": "assistant", "content": "Yo"},
     ]
     (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
-    assert encoded.notes == ["the chat template leaves out or rewrites names of speakers"]
+    assert encoded.notes == ["the chat template leaves out or rewrites names of speakers ('name')"]
 
 
 def test_what_a_template_leaves_out_is_noted(letters):
@@ -311,9 +315,7 @@ def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
 
 def test_a_template_that_can_not_be_supervised_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = (
-        "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ loop.revindex }}{{ message.content }}{{ loop.revindex }}{% endfor %}"
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)
@@ -330,3 +332,29 @@ def test_control_tokens_in_a_row_are_noted(letters):
     assert encoded.notes == [
         "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
     ]
+
+
+@pytest.mark.parametrize("field", ["name", "speaker"])
+def test_a_field_that_makes_a_template_refuse_a_chat_is_named(letters, field):
+    tokenizer = letters("chatml", **CHATML)
+    question, answer = CHAT.fields["messages"][:2]
+    chat = [question, answer | {field: "Zoe"}]
+
+    # Into the header of the turn, as in Kimi K2's template, or not at all
+    for text in (
+        f"message.get('{field}') or message.role",
+        f"raise_exception('no names') if '{field}' in message else message.role",
+    ):
+        tokenizer.chat_template = (
+            "{% for message in messages %}<|im_start|>{{ "
+            + text
+            + " }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+        assert encoded.examples == []
+        assert str(encoded.problem).endswith(
+            f"; remove the field '{field}' from assistant messages"
+        )
+        (encoded,) = encode([Row("chat", {"messages": [question, answer]}, 1)], tokenizer)
+        assert encoded.problem is None
