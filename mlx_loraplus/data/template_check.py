@@ -28,7 +28,7 @@ TEMPLATE_ERRORS = (
 """The errors that a template may raise. Templates are programs that run in a sandbox."""
 
 QUESTION = "An ordinary question"
-_ANSWER = "Some short answer"
+ANSWER = "Some short answer"
 
 _TOOL = {"name": "look_up", "description": "Look up.", "parameters": {"type": "object"}}
 
@@ -49,7 +49,7 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
         except TEMPLATE_ERRORS as error:
             first_error = first_error or error
             continue
-        if QUESTION in text or _ANSWER in text:
+        if QUESTION in text or ANSWER in text:
             return
 
     if not str(tokenizer.chat_template or "").strip():
@@ -73,7 +73,7 @@ def reason_of(error: Exception) -> str:
 def _ordinary_chats() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """Yield short chats, with the options to render each."""
     question = {"role": "user", "content": QUESTION}
-    answer = {"role": "assistant", "content": _ANSWER}
+    answer = {"role": "assistant", "content": ANSWER}
     in_parts = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
     system = {"role": "system", "content": "Be brief."}
     tools: dict[str, Any] = {"tools": [{"type": "function", "function": _TOOL}]}

@@ -42,6 +42,7 @@ LLAMA3 = {
     "ends": "<|end_of_text|> <|eot_id|>",
 }
 PHI3 = {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"}
+GLM = {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"}
 TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
 EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]] = {
     "Llama 3": ("llama3", LLAMA3, [SYSTEM, *TWO_TURNS], [
@@ -89,6 +90,13 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]]
     "Phi 3, which ends a chat once more": ("phi3", PHI3, [SYSTEM, *TWO_TURNS], [
         "<|system|>\nBe kind<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello you<|end|>⟧\n"
         "<|user|>\nBye<|end|>\n<|assistant|>\n⟦See you<|end|>⟧\n<|endoftext|>",
+    ]),
+    "GLM, whose turns end with the token of the next role": ("next_role_ends", GLM, [SYSTEM, *TWO_TURNS], [
+        "[gMASK]<sop><|system|>\nBe kind<|user|>\nHi<|assistant|>\n⟦Hello you<|user|>⟧\nBye<|assistant|>\n⟦See you<|user|>⟧",
+    ]),
+    "GLM's tool calls": ("next_role_ends", GLM, CALLS, [
+        "[gMASK]<sop><|user|>\nDim<|assistant|>\n⟦\n<tool_call>lamp\n<arg_key>to</arg_key>\n<arg_value>5</arg_value>"
+        "\n</tool_call><|observation|>⟧\n<tool_response>\nok\n</tool_response><|assistant|>\n⟦Done<|user|>⟧",
     ]),
     "Zephyr": ("zephyr", {"special": "<|system|> <|user|> <|assistant|>"}, [SYSTEM, *TWO_TURNS], [
         "<|system|>\nBe kind</s>\n<|user|>\nHi</s>\n<|assistant|>\n⟦Hello you</s>⟧\n"
@@ -358,3 +366,33 @@ def test_a_field_that_makes_a_template_refuse_a_chat_is_named(letters, field):
         )
         (encoded,) = encode([Row("chat", {"messages": [question, answer]}, 1)], tokenizer)
         assert encoded.problem is None
+
+
+def test_a_header_that_the_prompt_lacks_is_not_learned(letters):
+    """A prompt that goes on with thoughts after a tool's result, where the chat has a header."""
+    tokenizer = letters("chatml", special="<|im_start|> <think> </think>", ends="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    question, answer = CHAT.fields["messages"][:2]
+    chat = [question, answer | {"reasoning_content": "Why"}]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    assert encoded.examples == []
+    assert "can't be supervised by turn" in str(encoded.problem)
+
+
+def test_the_header_between_two_assistant_turns_is_not_learned(letters):
+    tokenizer = letters("chatml", **CHATML)
+    condition = "add_generation_prompt and messages[-1].role != 'assistant'"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "add_generation_prompt", condition
+    )
+    assert condition in tokenizer.chat_template
+    question, answer = CHAT.fields["messages"][:2]
+    (encoded,) = encode([Row("chat", {"messages": [question, answer, answer]}, 1)], tokenizer)
+    (example,) = encoded.examples
+    turn = "<|im_start|>assistant\n⟦Hello you<|im_end|>⟧\n"
+    assert bracketed(example, tokenizer).endswith(turn + turn)

@@ -53,6 +53,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # The prompt opens a block (thinking=True) or writes an empty one; a chat only closes it
     "closes_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <think> </think>"},
     "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
+    "next_role_ends": {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"},
     "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
 }  # fmt: skip
 
@@ -127,6 +128,7 @@ WITH_CALLS = {
     "llama4_calls",
     "role_calls",
     "inlined_results",
+    "next_role_ends",
 }
 CONTENT_WITH_CALL = {
     "hermes_tools",
@@ -135,6 +137,7 @@ CONTENT_WITH_CALL = {
     "turn_calls",
     "llama4_calls",
     "role_calls",
+    "next_role_ends",
 }
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
