@@ -221,7 +221,16 @@ class ChatWriter:
             lost.add("names of speakers ('name')")
         if chat.tools and not self._shows_tools(written.form, chat.tools):
             lost.add("tools")
-        return [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+        notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+
+        # Without ids, the first result is that of the first call.
+        is_swapped = _has_swapped_results(written.form)
+        if is_swapped and self._ignores("tool_call_id", ("tool",), chat, written):
+            notes.append(
+                "the chat template leaves out 'tool_call_id', and results of tools are in another"
+                " order than their calls; write them in the same order"
+            )
+        return notes
 
     def _ignores(
         self, field: str, roles: Sequence[str], chat: SupervisedChat, written: WrittenChat
@@ -255,6 +264,23 @@ def _without(field: str, messages: Sequence[Message], roles: Sequence[str]) -> l
         else message
         for message in messages
     ]
+
+
+def _has_swapped_results(messages: Sequence[Message]) -> bool:
+    """Return whether results of tools are in another order than the calls before them."""
+    places: dict[Any, int] = {}
+    last = -1
+    for message in messages:
+        if message["role"] == "tool":
+            place = places.get(message.get("tool_call_id"), last)
+            if place < last:
+                return True
+            last = place
+        else:
+            calls = message.get("tool_calls") or ()
+            places = {call.get("id"): number for number, call in enumerate(calls)}
+            last = -1
+    return False
 
 
 def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
