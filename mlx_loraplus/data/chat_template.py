@@ -25,7 +25,7 @@ from .thoughts import (
     answer_of,
     fill_empty_block,
     find_open_tags,
-    is_empty_block,
+    has_only_thought_tags,
     remove_thought_tags,
     thoughts_of,
 )
@@ -47,7 +47,7 @@ _TEMPLATE_ERRORS = (
 )
 """The errors that a template may raise. Templates are programs that run in a sandbox."""
 
-_SWITCHES: tuple[tuple[str, Any], ...] = (
+_THOUGHT_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
     ("thinking", False),
     ("enable_reasoning", False),
@@ -171,7 +171,7 @@ class ChatTemplate:
             return {}
 
         template = str(self.tokenizer.chat_template)
-        for name, value in _SWITCHES:
+        for name, value in _THOUGHT_OPTIONS:
             is_known = re.search(rf"\b{name}\b", template)
             if is_known and self._opens_thoughts({name: value}) is False:
                 return {name: value}
@@ -230,7 +230,7 @@ class ChatTemplate:
             answer = fill_empty_block(whole[len(prompt) : stop], prompt, messages[turn])
             return Turn(prompt, answer, whole[stop:])
 
-        # With others, the turn begins after the header that the prompt adds to the history.
+        # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
         seam = _find_seam(prompt, whole, prompt.removeprefix(history))
         if seam is None or _shows_later(messages[:turn], whole, seam):
@@ -298,14 +298,14 @@ def _find_seam(prompt: str, whole: str, header: str) -> int | None:
         whole: The chat up to and including the turn.
         header: The text that the prompt adds after the messages before the turn.
     """
-    # The turn begins where the texts differ. Two tags may begin with the same characters. If this
-    # position is inside a tag, the turn therefore begins at the start of the tag.
+    # The turn begins where the texts differ. If this is inside a tag, because two tags begin with
+    # the same characters, the turn begins at the start of the tag.
     seam = _common_length(prompt, whole)
     for opening, _ in THOUGHT_TAGS:
         start = prompt.rfind(opening)
         if 0 <= start < seam < start + len(opening):
             seam = start
-    if is_empty_block(prompt[seam:]):
+    if has_only_thought_tags(prompt[seam:]):
         return seam
 
     # Earlier messages were rewritten, so the turn begins after the last occurrence of the header.
@@ -322,23 +322,25 @@ def _shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:
 
     The turn would then include this message, such as the result of a tool between two calls.
     """
-    return any(
-        "content" in find_lost(message, whole[:seam]) and "content" not in find_lost(message, whole)
-        for message in history
-    )
+    for message in history:
+        is_before = "content" not in find_lost(message, whole[:seam])
+        if not is_before and "content" not in find_lost(message, whole):
+            return True
+    return False
 
 
 def _fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
     """Return the answer as the continuation of a block of thoughts that the prompt writes."""
+    # The prompt may have closed the block that the answer closes again.
     tags = find_open_tags(prompt)
     if tags is None:
-        # The prompt may have closed the block that the chat closes.
         closings = [closing for _, closing in THOUGHT_TAGS if prompt.rstrip().endswith(closing)]
         for closing in closings:
             if answer.lstrip().startswith(closing):
                 return answer.lstrip().removeprefix(closing)
         return answer
 
+    # The prompt has opened a block: the answer has to continue with thoughts and close the block.
     opening, closing = tags
     answer = answer.lstrip()
     if answer.startswith(opening):
