@@ -6,7 +6,7 @@
 
 A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout,
 accumulation and Adam, and a checkpoint at every fourth update. Something happens to it; the next
-session goes on with ``--resume``, and so on until the run has ended. Then adapter, optimizer state,
+session continues with ``--resume``, and so on until the run has ended. Then adapter, optimizer state,
 random key and history must be those of the undisturbed run, to the bit. What happens:
 
 kill       kill -9: anywhere in training, or as soon as a save begins, or while the session starts
@@ -96,7 +96,7 @@ class Session:
             self.process.send_signal(number)
 
     def ended(self) -> bool:
-        """Wait, and tell whether the run is at its end; raise on an end that nobody asked for."""
+        """Wait, and return whether the run has finished; raise if it ended unexpectedly."""
         code = self.process.wait()
         full = code == 2 and "No space left" in self.said
         if not full and code not in (0, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM):
