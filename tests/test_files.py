@@ -150,8 +150,8 @@ def test_a_cached_folder_is_made_while_others_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
-    (tmp_path / "room").mkdir()
-    (tmp_path / "room" / ".12-gone").symlink_to(
+    (tmp_path / "section").mkdir()
+    (tmp_path / "section" / ".12-gone").symlink_to(
         "nowhere"
     )  # as one that is renamed between two looks at it
 
