@@ -37,7 +37,7 @@ _COMMANDS: dict[str, type] = {
 }
 
 
-def unknown_arguments(
+def make_argument_error(
     unknown: Sequence[str], arguments: Sequence[str], kind: type, switches: type
 ) -> ConfigError:
     """Return the error for arguments that a command does not know.
@@ -62,21 +62,22 @@ def _about_flag(word: str, names: Sequence[str]) -> str:
     flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
     name = flag.lstrip("-").replace("-", "_")
     if meant := meant_setting(name, names):
-        return f"{word!r} is no flag (did you mean '{_flag_of(meant)}'?)"
+        return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
-        return f"{word!r} is no flag (--help lists the flags)"
+        return f"{word!r} is not a flag (--help lists the flags)"
     if hint := foreign_hint(flag):
-        return f"{word!r} is no flag{hint}"
+        return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
     owners = [command for command, kind in _COMMANDS.items() if name in setting_names(kind)]
-    problem = f"{word!r} is no flag"
-    if owners:
+    problem = f"{word!r} is not a flag"
+    is_other = bool(owners) and name not in names
+    if is_other:
         problem = f"{word!r} is a flag of mlx_loraplus.{owners[0]}, and not of this command"
     if similar := nearest_names(name, names, _SIMILAR):
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
-    return problem if owners else f"{problem} (--help lists the flags)"
+    return problem if is_other else f"{problem} (--help lists the flags)"
 
 
 def _flag_of(name: str) -> str:
@@ -85,7 +86,7 @@ def _flag_of(name: str) -> str:
 
 
 def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
-    """Return what to do about a word that is no flag's value."""
+    """Return what to do about a word that is not a flag's value."""
     before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
     if word.lower() in ("true", "false", "yes", "no", "on", "off"):
         return "a flag that is on or off has no value, as in --pack or --no-pack"

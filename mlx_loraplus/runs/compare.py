@@ -33,7 +33,7 @@ from ..pages.transcript import chat_of
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run
-from .plots import Plot, finish_axes, write_picture
+from .plots import Plot, finish_axes, loss_unit, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
@@ -144,7 +144,9 @@ class Comparison(RichDisplay):
         for axes in panels[1:]:
             if legend := axes.get_legend():
                 legend.remove()
-        panels[0].set_ylabel(f"{_CURVES[name]} (nats per token)")
+        units = {loss_unit(run) for run in self.runs}
+        unit = f" {units.pop()}" if len(units) == 1 else ""
+        panels[0].set_ylabel(_CURVES[name] + unit)
         return figure
 
     def _draw(self, axes: Axes, name: str, x_axis: _XAxis) -> None:
@@ -343,6 +345,7 @@ def _facts_of(run: Run) -> dict[str, str]:
         results["exact answers"] = f"{before} before, {after} after, of {count}"
     if found.tokens_per_second is not None:
         results["speed"] = f"{found.tokens_per_second:,.0f} tokens/s"
+    results["model"] = run.start["model"]  # without the size, to which adapters add
     return settings | dict(summary(run)) | results
 
 
