@@ -447,3 +447,12 @@ def test_the_end_of_thoughts_inside_an_answer_is_noted(letters):
     chat = [TWO_TURNS[0], {"role": "assistant", "content": "Write </think> there"}]
     (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
     assert any(note.startswith("an answer contains </think>") for note in encoded.notes)
+
+
+def test_thoughts_in_other_tags_than_the_templates_get_its_tags(letters):
+    tokenizer = letters("opens_thoughts", special="<|bot|> <|user|> <think> </think>")
+    chat = [TWO_TURNS[0], {"role": "assistant", "content": "<thinking>\nWhy\n</thinking>\nHello"}]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    text = bracketed(encoded.examples[0], tokenizer)
+    assert "thinking>" not in text
+    assert "Why\n</think>" in text
