@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("mlx_loraplus", "scripts", ":(exclude)scripts/*/results/*")
+"""What decides a number: the package and the scripts, but not their results."""
 PACKAGES = ("mlx", "mlx-lm", "mlx_loraplus", "numpy")
 
 
@@ -42,9 +44,13 @@ def commit() -> str:
     )
     if found.returncode != 0:
         return "unknown"
-    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*/results/*")
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT)
-    return found.stdout.strip() + ("+" if changed.returncode else "")
+    return found.stdout.strip() + ("" if same_code("HEAD") else "+")
+
+
+def same_code(commit: str) -> bool:
+    """Return whether the package and the scripts of this checkout are those of a commit."""
+    command = ["git", "diff", "--quiet", commit, "--", *CODE]
+    return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _cpu() -> str:

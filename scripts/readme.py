@@ -17,6 +17,7 @@ from mlx_loraplus import config
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
 from mlx_loraplus.settings import configure, settings_of
+from scripts.all_numbers import origins_table
 from scripts.readme_plans import memory_plan, models_table, readme_plan
 from scripts.readme_results import (
     full_tables,
@@ -181,6 +182,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),
+    "origins": (ROOT / "docs" / "benchmarks.md", origins_table),
     "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }

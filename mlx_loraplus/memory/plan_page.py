@@ -6,6 +6,7 @@ from ..device import gb
 from ..errors import counted
 from ..pages.charts import bar_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile
+from ..userpaths import public_name
 
 if TYPE_CHECKING:
     from .plan_view import Plan
@@ -30,7 +31,7 @@ def plan_headline(plan: "Plan") -> Headline:
             checkpointing = "Gradient checkpointing is on already."
     notes = [line for line in plan.advice if not line.startswith(TO_FIT)]
     return Headline(
-        title=f"{fitting.config.model}: does training fit?",
+        title=f"{public_name(fitting.config.model)}: does training fit?",
         state=plan.verdict,
         text=f"batches of {batch}, on {str(fitting.machine).partition(':')[0]}",
         lead=f"The run takes {peak} at the peak, and {budget} may be used. {checkpointing}",
@@ -88,6 +89,7 @@ def _assumptions(plan: "Plan") -> list[tuple[str, str]]:
     return [
         ("model", config.model),
         ("machine", str(fitting.machine)),
+        ("may be used", f"{gb(fitting.budget)}, because the prediction may be off by a tenth"),
         ("adapter", f"{kind}: {fitting.sizes.trainable:,} numbers are trained"),
         ("optimizer", config.optimizer.optimizer),
         ("batch", f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"),

@@ -2,7 +2,7 @@
 
 Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
 
-- diverged: the last loss is not a finite number
+- diverged: the last loss is not a finite number, or b ≥ f and skipped steps have ended the run
 - not better: b ≥ f
 - overfitting: the last loss is more than 1% above b, so the loss has risen since step n
 - still falling: the last validation is the best, and since the one before it the loss fell by more
@@ -83,10 +83,18 @@ class Verdict:
             before, after, count = self.exact
             lines.append(f"exact sample answers {before} of {count} -> {after} of {count}")
 
-        took = f"took {self.minutes:.1f} minutes"
+        took = f"took {duration(60 * self.minutes)}"
         if self.tokens_per_second is not None:
             took += f", {self.tokens_per_second:,.0f} tokens/s"
         return [*lines, took]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in a unit that suits it."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.1f} seconds"
+    return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 def _perplexity(loss: float) -> str:
@@ -102,8 +110,8 @@ def verdict_of(run: "Run") -> Verdict:
     trend = None
     if first is not None and trained:
         trend = _trend(first, [loss for loss, _ in trained], losses[-1][0])
-    diverged = _diverged_at(run)
-    if diverged is not None:
+    is_better = first is not None and after is not None and after < first
+    if _diverged_at(run) is not None or (_ends_with_skipped_steps(run) and not is_better):
         trend = "diverged"
 
     reports = [event for event in run.history if "loss" in event]
@@ -131,6 +139,20 @@ def _diverged_at(run: "Run") -> int | None:
         elif since is None:
             since = step
     return since
+
+
+def _ends_with_skipped_steps(run: "Run") -> bool:
+    """Return whether a run failed because too many steps in a row were skipped."""
+    before_the_end = run.history[-2:-1]
+    return run.outcome == "failed" and any("skipped" in event for event in before_the_end)
+
+
+def divergence(run: "Run") -> str:
+    """Return a sentence on how a diverged run shows it."""
+    sign = "the last steps were skipped, because the loss or a gradient was not finite"
+    if _diverged_at(run) is not None:
+        sign = "the last validation loss is not a number"
+    return f"Training has diverged: {sign}."
 
 
 def ranking_of(run: "Run") -> str:
@@ -245,6 +267,8 @@ def _advice_on_divergence(run: "Run", found: Verdict) -> str:
     since = _diverged_at(run)
     rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
     lower = f"a lower --learning-rate, such as {rate:.1e}"
+    if since is None and took_effect(run):
+        return f"train from the start with {lower}"
     if since is None:
         return (
             "nothing was learned, because the loss or a gradient was never finite: train from the"

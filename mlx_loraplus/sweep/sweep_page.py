@@ -10,7 +10,9 @@ import numpy as np
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import REFRESH, plain
+from ..runs.report_headline import sentence
 from ..settings import settings_of
+from ..userpaths import public_name
 from .heatmap import Heatmap
 from .sweep_result import Sweep, resume_sweep_command, train_best_command
 
@@ -42,12 +44,12 @@ def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
     command = ("resume", resume_sweep_command(sweep.config))
     if sweep.outcome == "finished":
         command = ("train", train_best_command(sweep.config))
-    lines = (sweep.verdict(), *sweep.edges())
     return Headline(
-        title=f"{sweep.config.model}: which rates?",
+        title=f"{public_name(sweep.config.model)}: which rates?",
         state="running" if live else sweep.outcome,
         text=sweep.cost(),
-        lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
+        lead=sentence(sweep.verdict()),
+        next_step=" ".join(map(sentence, sweep.edges())),
         commands=[command],
         tiles=tiles,
         is_live=live,

@@ -132,8 +132,8 @@ class Sweep(RichDisplay):
             # A setting with only one value has no edge.
             if len(tried) > 1 and best in (min(tried), max(tried)):
                 lines.append(
-                    f"{name} {best:.3g} is at the edge of the values tried: resume with wider"
-                    f" {wider}"
+                    f"the best {name}, {best:.3g}, is at the edge of the values tried: resume with"
+                    f" wider {wider}"
                 )
         return lines
 

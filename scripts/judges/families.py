@@ -8,6 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from scripts.provenance import provenance  # noqa: E402
+
 CONFIGS = ROOT / "tests" / "families" / "configs.json"
 RESULTS = ROOT / "scripts" / "judges" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
@@ -107,7 +111,10 @@ def main() -> None:
         known = list(json.loads(CONFIGS.read_text()))
         families = {name: stages for name, stages in stored["families"].items() if name in known}
         families |= walk_all(words or known)
-        stored = {"mlx_lm": version("mlx-lm"), "families": dict(sorted(families.items()))}
+        stored = provenance() | {
+            "mlx_lm": version("mlx-lm"),
+            "families": dict(sorted(families.items())),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         PAGE.parent.mkdir(exist_ok=True)
