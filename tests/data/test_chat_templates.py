@@ -396,3 +396,63 @@ def test_the_header_between_two_assistant_turns_is_not_learned(letters):
     (example,) = encoded.examples
     turn = "<|im_start|>assistant\n⟦Hello you<|im_end|>⟧\n"
     assert bracketed(example, tokenizer).endswith(turn + turn)
+
+
+THINKING = [TWO_TURNS[0], TWO_TURNS[1] | {"reasoning_content": "Why"}]
+OPENS = "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+CLOSED = "<think>\n\n</think>\n\n"
+REST = "{{ message.content }}<|im_end|>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "end"),
+    [
+        # The chat repeats the tag that the prompt opens
+        (
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+            "{{ '<think>\n' if message.role == 'assistant' }}" + REST + OPENS,
+            THINKING,
+            "assistant\n<think>\n⟦Why\n</think>\n\nHello you<|im_end|>⟧\n",
+        ),
+        # Thoughts are a message of their own, which ends with the same token
+        (
+            "{% for message in messages %}{% if message.reasoning_content %}"
+            "<|im_start|>thoughts\n{{ message.reasoning_content }}<|im_end|>\n{% endif %}"
+            "<|im_start|>{{ message.role }}\n" + REST
+            + "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+            THINKING,
+            "<|im_start|>⟦thoughts\nWhy<|im_end|>\n<|im_start|>assistant\nHello you<|im_end|>⟧\n",
+        ),
+        # The last turn has an empty block, which the prompt writes, too, and earlier turns have none
+        (
+            "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ '" + CLOSED
+            + "' if loop.last and message.role == 'assistant' }}" + REST
+            + "{% if add_generation_prompt %}<|im_start|>assistant\n" + CLOSED + "{% endif %}",
+            [*TWO_TURNS[:2], TWO_TURNS[1]],
+            "assistant\n" + CLOSED + "⟦Hello you<|im_end|>⟧",
+        ),
+    ],
+)  # fmt: skip
+def test_no_block_of_thoughts_is_learned_twice_or_in_the_wrong_place(
+    letters, template, messages, end
+):
+    tokenizer = letters("chatml", special="<|im_start|> <think> </think>", ends="<|im_end|>")
+    tokenizer.chat_template = template
+    (encoded,) = encode([Row("chat", {"messages": messages}, 1)], tokenizer)
+    assert bracketed(encoded.examples[0], tokenizer).endswith(end)
+
+
+def test_the_end_of_thoughts_inside_an_answer_is_noted(letters):
+    tokenizer = letters("qwen3", special="<|im_start|>", ends="<|im_end|>")
+    chat = [TWO_TURNS[0], {"role": "assistant", "content": "Write </think> there"}]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    assert any(note.startswith("an answer contains </think>") for note in encoded.notes)
+
+
+def test_thoughts_in_other_tags_than_the_templates_get_its_tags(letters):
+    tokenizer = letters("opens_thoughts", special="<|bot|> <|user|> <think> </think>")
+    chat = [TWO_TURNS[0], {"role": "assistant", "content": "<thinking>\nWhy\n</thinking>\nHello"}]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    text = bracketed(encoded.examples[0], tokenizer)
+    assert "thinking>" not in text
+    assert "Why\n</think>" in text
