@@ -19,7 +19,14 @@ def test_every_stored_result_has_a_command_that_exists():
     for part in PARTS:
         words = part.command.removeprefix(".venv/bin/python ").split()
         assert (ROOT / words[0]).is_file(), part.name
-        assert set(places_of(part.command)) <= {"wikisql", "chat", "text", "judge", "node", "scratch"}
+        assert set(places_of(part.command)) <= {
+            "wikisql",
+            "chat",
+            "text",
+            "judge",
+            "node",
+            "scratch",
+        }
 
 
 def test_the_oldest_result_of_a_file_counts(tmp_path: Path):
