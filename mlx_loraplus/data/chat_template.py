@@ -41,7 +41,7 @@ DAY = datetime(2024, 7, 26)  # noqa: DTZ001
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 
-_SWITCHES: tuple[tuple[str, Any], ...] = (
+_THOUGHT_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
     ("thinking", False),
     ("enable_reasoning", False),
@@ -170,7 +170,7 @@ class ChatTemplate:
             return {}
 
         template = str(self.tokenizer.chat_template)
-        for name, value in _SWITCHES:
+        for name, value in _THOUGHT_OPTIONS:
             is_known = re.search(rf"\b{name}\b", template)
             if is_known and self._opens_thoughts({name: value}) is False:
                 return {name: value}
@@ -236,7 +236,7 @@ class ChatTemplate:
             )
             return Turn(prompt, answer, rest)
 
-        # With others, the turn begins after the header that the prompt adds to the history.
+        # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
         header = prompt.removeprefix(history) or after_last_message(prompt, messages[turn - 1])
         seam = find_seam(prompt, whole, header)

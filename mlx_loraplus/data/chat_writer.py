@@ -295,24 +295,9 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     lost = find_lost(message, text)
     unusable = [part for part in lost if part != "thoughts"]
     if unusable:
-        if "tool calls" in unusable:
-            remedy = (
-                "use a model whose template supports tools, or write the call into the content as"
-                " this model writes it, or skip such rows with --on-bad drop"
-            )
-        elif message.get("tool_calls"):
-            remedy = (
-                "it may write no content beside tool calls: remove the content, or skip such rows"
-                " with --on-bad drop"
-            )
-        else:
-            remedy = (
-                "check whether it holds text that the template removes, such as an end-of-turn"
-                " token"
-            )
         raise BadRowError(
             f"the chat template leaves out the {' and '.join(unusable)} of messages[{turn}]"
-            f" (assistant); {remedy}"
+            f" (assistant); {_advise_lost(message, unusable)}"
         )
 
     # Training is still useful without the thoughts.
@@ -328,6 +313,24 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     if not answer_of(message).strip() and not message.get("tool_calls"):
         notes.append("an assistant turn holds only thoughts, so the model learns an empty answer")
     return notes
+
+
+def _advise_lost(message: Mapping[str, Any], lost: Sequence[str]) -> str:
+    """Return what to do about a turn whose content or tool calls the template leaves out."""
+    if "tool calls" in lost:
+        return (
+            "use a model whose template supports tools, or write the call into the content as this"
+            " model writes it, or skip such rows with --on-bad drop"
+        )
+    if message.get("tool_calls"):
+        return (
+            "it may write no content beside tool calls: remove the content, or skip such rows with"
+            " --on-bad drop"
+        )
+    return (
+        "check whether the content holds text that the template removes, such as an end-of-turn"
+        " token"
+    )
 
 
 def _split_by_message(messages: Sequence[Message], text: str) -> list[str]:

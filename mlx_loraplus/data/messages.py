@@ -175,9 +175,10 @@ def _without_nulls(message: Mapping[str, Any]) -> dict[str, Any]:
     In a table, every message has all columns, and missing fields are null or NaN. The content is
     kept, because it may be null in a message with tool calls.
     """
-    return {
-        name: value for name, value in message.items() if name == "content" or not is_missing(value)
-    }
+    present = {name: value for name, value in message.items() if not is_missing(value)}
+    if "content" in message:
+        present["content"] = message["content"]
+    return present
 
 
 def is_missing(value: object) -> bool:

@@ -8,7 +8,7 @@ from .field_templates import read_columns
 from .messages import BadRowError, type_name
 from .row_kinds import find_kind
 from .row_switches import check_switches
-from .rows import Row, make_record
+from .rows import Row, make_row
 
 _PROMPT_FIELDS = ("prompt", "system", "system_prompt", "tools")
 
@@ -31,7 +31,7 @@ class AnswerFields:
 
 
 def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) -> AnswerFields:
-    """Return the fields of a row: those needed, and those of a prompt.
+    """Return the fields of a row: the needed ones, and those of its prompt.
 
     Args:
         row: An object.
@@ -65,7 +65,7 @@ def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
     """Return the row of the prompt and the answer in the field ``name``.
 
     Raises:
-        BadRowError: As for ``make_record``.
+        BadRowError: As for ``make_row``.
     """
     row = {key: fields[key] for key in _PROMPT_FIELDS if key in fields}
     row["completion"] = fields[name]
@@ -74,7 +74,7 @@ def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
     if "tools" in row and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     try:
-        return make_record(row, line)
+        return make_row(row, line)
     except BadRowError as problem:
         raise BadRowError(str(problem).replace("'completion'", repr(name))) from None
 

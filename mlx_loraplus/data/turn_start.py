@@ -8,7 +8,7 @@ from .thoughts import (
     Message,
     answer_of,
     find_open_tags,
-    is_empty_block,
+    has_only_thought_tags,
     remove_thought_tags,
     thoughts_of,
 )
@@ -25,14 +25,14 @@ def find_seam(prompt: str, whole: str, header: str) -> int | None:
         whole: The chat up to and including the turn.
         header: The text of the prompt after which the turn begins.
     """
-    # The turn begins where the texts differ. Two tags may begin with the same characters. If this
-    # position is inside a tag, the turn therefore begins at the start of the tag.
+    # The turn begins where the texts differ. If this is inside a tag, because two tags begin with
+    # the same characters, the turn begins at the start of the tag.
     seam = common_length(prompt, whole)
     for opening, _ in THOUGHT_TAGS:
         start = prompt.rfind(opening)
         if 0 <= start < seam < start + len(opening):
             seam = start
-    if is_empty_block(prompt[seam:]):
+    if has_only_thought_tags(prompt[seam:]):
         return seam
 
     # Earlier messages were rewritten, so the turn begins after the last occurrence of the header.
@@ -59,10 +59,11 @@ def shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:
 
     The turn would then include this message, such as the result of a tool between two calls.
     """
-    return any(
-        "content" in find_lost(message, whole[:seam]) and "content" not in find_lost(message, whole)
-        for message in history
-    )
+    for message in history:
+        is_before = "content" not in find_lost(message, whole[:seam])
+        if not is_before and "content" not in find_lost(message, whole):
+            return True
+    return False
 
 
 def opens_later(answer: str, prompt: str) -> bool:
@@ -84,9 +85,9 @@ def without_second_opening(answer: str, prompt: str) -> str:
 
 def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
     """Return the answer as the continuation of a block of thoughts that the prompt writes."""
+    # The prompt may have closed the block that the answer closes again, or writes again.
     tags = find_open_tags(prompt)
     if tags is None:
-        # The prompt may have closed the block that the chat closes, or writes again.
         for opening, closing in THOUGHT_TAGS:
             inside = answer.lstrip().removeprefix(opening).lstrip()
             if prompt.rstrip().endswith(closing) and inside.startswith(closing):
@@ -94,6 +95,7 @@ def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
                 return rest.lstrip("\n") if prompt.endswith("\n") else rest
         return answer
 
+    # The prompt has opened a block: the answer has to continue with thoughts and close the block.
     opening, closing = tags
     answer = answer.lstrip()
     if answer.startswith(opening):

@@ -7,13 +7,13 @@ import pytest
 from mlx_loraplus.data.labeled_rows import make_labeled
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 
 PLAIN = {"prompt": "a", "completion": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
 WEIGHTS = ("weight", "loss_weight", "sample_weight", "Weight", "train", "loss", "weights")
-EVERY_ROW = [(make_record, PLAIN), (make_record, CHAT), (make_record, {"text": "a"}),
+EVERY_ROW = [(make_row, PLAIN), (make_row, CHAT), (make_row, {"text": "a"}),
              (make_pair, PAIR), (make_labeled, PLAIN | {"label": True})]  # fmt: skip
 
 
@@ -44,16 +44,16 @@ def test_a_row_with_weight_0_is_a_bad_row(make: Any, row: dict[str, Any], value:
 
 def test_columns_with_tokens_and_splits_are_noted():
     tokens = {"input_ids": [1, 2], "labels": "[-100, 2]", "attention_mask": [1, 1]}
-    (note,) = make_record(PLAIN | tokens, 1).notes
+    (note,) = make_row(PLAIN | tokens, 1).notes
     assert note.startswith("'input_ids', 'labels', 'attention_mask' of rows have no effect")
-    assert make_record(PLAIN | {"labels": 3, "mask": "no list"}, 1).notes == ()
-    (note,) = make_record(PLAIN | {"split": "test"}, 1).notes
+    assert make_row(PLAIN | {"labels": 3, "mask": "no list"}, 1).notes == ()
+    (note,) = make_row(PLAIN | {"split": "test"}, 1).notes
     assert note.startswith("'split' of rows has no effect")
 
 
 def test_fields_of_messages_that_look_like_weights_are_noted():
     answer = {"role": "assistant", "content": "b", "loss_mask": 0, "trainable": False, "score": 3}
-    record = make_record({"messages": [CHAT["messages"][0], answer]}, 1)
+    record = make_row({"messages": [CHAT["messages"][0], answer]}, 1)
     assert record.notes == (
         "message fields without effect: 'loss_mask', 'trainable'; to exclude a message from"
         " training, give it weight 0",
@@ -67,4 +67,4 @@ def test_text_outside_the_content_is_named(name: str):
         with pytest.raises(
             BadRowError, match=f"if '{name}' holds its text, move that to 'content'"
         ):
-            make_record({"messages": [{"role": role, name: "a", **content}]}, 1)
+            make_row({"messages": [{"role": role, name: "a", **content}]}, 1)
