@@ -59,13 +59,13 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
     else:
         line = _line_of(first_error)
         where = f" at line {line}" if line else ""
-        reason = f"fails for every chat{where} ({reason_of(first_error):.300})"
+        reason = f"fails for every chat{where} ({template_reason(first_error):.300})"
     raise ModelError(
         f"{_place_of(tokenizer)} {reason}; correct the template, or use a model with another one"
     ) from first_error
 
 
-def reason_of(error: Exception) -> str:
+def template_reason(error: Exception) -> str:
     """Return the text of a template's error, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -85,7 +85,7 @@ def without_second_opening(answer: str, prompt: str) -> str:
 
 def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
     """Return the answer as the continuation of a block of thoughts that the prompt writes."""
-    # The prompt may have closed the block that the answer closes, or writes, again.
+    # The prompt may have closed the block that the answer closes again, or writes again.
     tags = find_open_tags(prompt)
     if tags is None:
         for opening, closing in THOUGHT_TAGS:
