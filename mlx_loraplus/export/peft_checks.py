@@ -16,10 +16,10 @@ from .peft_tensors import PEFTConfig, StoredAdapter
 
 CONFIG = "adapter_config.json"
 
-_READS = "; --from peft reads a LoRA by PEFT"
+_READS = "; --from peft reads LoRA adapters that PEFT has saved"
 
-# Types that PEFT can merge into the base. Other types, such as learned prompts, leave its weights
-# unchanged.
+# The types of adapters that PEFT can merge into the base. Others, such as learned prompts, do not
+# change its weights.
 _MERGEABLE = (
     "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING",
     "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
@@ -49,8 +49,11 @@ def read_peft_config(folder: Path) -> PEFTConfig:
     Raises:
         AdapterError: The adapter is of another type, or its initialization changed the base.
     """
+    # Refuse other formats and types.
     if (folder / OWN_WEIGHTS).is_file():
-        raise AdapterError(f"{folder} is no adapter of PEFT: every command takes it as it is")
+        raise AdapterError(
+            f"{folder} is an adapter of this package, not of PEFT: every command takes it as it is"
+        )
     stored = read_adapter_config(folder / CONFIG, _PEFTType, _READS)
     kind = stored.peft_type
     if kind != "LORA":
@@ -61,6 +64,7 @@ def read_peft_config(folder: Path) -> PEFTConfig:
             f"{folder} is of PEFT's type {kind!r:.40}, and only LORA can be read{advice}"
         )
 
+    # Refuse an adapter that can't be read, or whose base was changed.
     _check_settings(folder, stored.model_extra or {})
     config = read_adapter_config(folder / CONFIG, PEFTConfig, _READS)
     init = str(config.init_lora_weights).lower()

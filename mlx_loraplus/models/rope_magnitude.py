@@ -68,7 +68,7 @@ def _scaled_layers(
     if not isinstance(stored, dict):
         return
 
-    # transformers 5 may have settings for each kind of layer
+    # transformers 5 may have settings for each kind of layer.
     nested = [value for value in stored.values() if isinstance(value, dict)]
     by_name = {_name(scaling): scaling for scaling in nested or [stored]}
     for module in model.modules():

@@ -210,7 +210,7 @@ class World:
 
         if problems:
             raise self._agreed(
-                ConfigError(f"all processes must use the same, but {join_problems(problems)}")
+                ConfigError(f"all processes must have equal values, but {join_problems(problems)}")
             )
 
     def broadcast(self, model: nn.Module) -> None:
@@ -324,7 +324,7 @@ class World:
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
         """Mark an error that all processes raise, so that only the first process shows it."""
-        error.told = not self.is_main
+        error.reported = not self.is_main
         return error
 
     def compute(self, tree: Any) -> None:
