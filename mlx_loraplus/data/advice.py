@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ..errors import nearest
+from .field_templates import is_template
 from .messages import is_chat
 
 PAIRS = (
@@ -42,9 +43,9 @@ PAIRS = (
 """Columns that hold the prompt and the answer in public data sets, the most reliable pair first."""
 
 _GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", "title", "history")
-"""Columns that belong to what is asked."""
+"""Columns that usually belong to the prompt, and not to the answer."""
 
-ADVICE = "; choose, such as"
+ADVICE = "; choose the columns, such as"
 """The beginning of advice that depends on the values of a row."""
 
 _LONGEST_NAME = 40  # maximum number of characters in a suggested column name
@@ -68,13 +69,13 @@ _NOT_TEXT = re.compile(
 )
 
 _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
+
+# Names of columns that do not hold labels, or answers; both patterns match an empty name too.
 _NOT_LABEL = re.compile(
     r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)"
     r"|unnamed.*|",
     re.IGNORECASE,
 )
-
-
 _NOT_ANSWER = re.compile(
     r".*(^|_|\b)(id|uuid|idx|index|line|row|hash|url|timestamp)|unnamed.*|", re.IGNORECASE
 )
@@ -83,8 +84,8 @@ _NOT_ANSWER = re.compile(
 def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> str:
     """Return the end of an error message, which explains how to train on a row's columns.
 
-    The result is "; choose, such as --fields ...", a reason why no column can be used, or an empty
-    string.
+    The result is "; choose the columns, such as --fields ...", a reason why no column can be used,
+    or an empty string.
 
     Args:
         row: The row's columns.
@@ -136,16 +137,21 @@ def _advise_pair(prompt: str, answer: str, columns: Mapping[str, Any]) -> str:
 def _advise_missing_field(needed: Mapping[str, str], texts: list[str]) -> str:
     """Return the advice for the one missing field, or "" if several fields are missing."""
     lacking = [field for field, column in needed.items() if not column]
+    if len(lacking) != 1:
+        return ""
 
-    # Do not suggest a column that already holds another field, nor part of a question as answer.
+    # Do not suggest a column that already holds another field. The last field is the answer, so do
+    # not suggest a part of the prompt for it.
+    missing = lacking[0]
+    is_answer = missing == list(needed)[-1]
     free = [column for column in texts if column not in needed.values()]
-    if lacking == [list(needed)[-1]]:
+    if is_answer:
         free = [column for column in free if column.lower() not in _GIVEN]
-    if len(lacking) != 1 or not free:
+    if not free:
         return ""
 
     # Prefer a column with a similar name; otherwise suggest the first free column.
-    similar = [column for column in free if nearest(lacking[0], [column])]
+    similar = [column for column in free if nearest(missing, [column])]
     guess = similar[0] if similar else free[0]
     return _suggest_fields({field: column or guess for field, column in needed.items()})
 
@@ -169,6 +175,7 @@ def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
             return _suggest_fields(pair)
         return f"{_suggest_fields({'text': texts[0]})} or --fields {_write_fields(pair)}"
 
+    # The two longest texts, in the order of the row.
     by_length = sorted(texts, key=lambda column: -len(columns[column]))
     prompt, answer = [column for column in texts if column in by_length[:2]]
     return _suggest_fields({"prompt": prompt, "completion": answer})
@@ -204,8 +211,7 @@ def _is_text(value: object) -> bool:
 
 def _is_label(name: str, value: object) -> bool:
     """Return whether a column seems to hold labels, such as 1, 4.5 or true, rather than an id."""
-    is_braced = "{" in name or "}" in name
-    if _NOT_LABEL.fullmatch(name) or is_braced or isinstance(value, bool):
+    if _NOT_LABEL.fullmatch(name) or is_template(name) or isinstance(value, bool):
         return False
     if isinstance(value, str):
         return _LABEL.fullmatch(value) is not None
@@ -213,9 +219,8 @@ def _is_label(name: str, value: object) -> bool:
 
 
 def _may_answer(name: str, value: object) -> bool:
-    """Return whether a column that is no text, such as a year or a price, may be an answer."""
-    is_braced = "{" in name or "}" in name
-    if _NOT_ANSWER.fullmatch(name) or is_braced or isinstance(value, bool):
+    """Return whether a column that is not text, such as a year or a price, may be an answer."""
+    if _NOT_ANSWER.fullmatch(name) or is_template(name) or isinstance(value, bool):
         return False
     return isinstance(value, int | float) or (isinstance(value, str) and bool(value.strip()))
 

@@ -2,13 +2,14 @@
 
 The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
-The rows are shuffled and divided into sections, and each section is sorted by length. These are
-then divided into batches, and the order of the batches is shuffled. An epoch uses every example
+The rows are shuffled and divided into sections, and each section is sorted by length. The sections
+are divided into batches, and the order of the batches is shuffled. An epoch uses every example
 once and includes the last, partial batch. Batches are padded to the few shapes of a
 ``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
 their batch is read.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -84,8 +85,8 @@ class Batches:
 
         # If there are fewer examples than batch_size, a batch has one row for each.
         self.batch_size = max(1, min(batch_size, self.seen))
-        self.most_rows = -(-self.batch_size // shares)
-        self.per_epoch = -(-self.seen // self.batch_size)
+        self.most_rows = math.ceil(self.batch_size / shares)
+        self.per_epoch = math.ceil(self.seen / self.batch_size)
 
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]  # of the current epoch
@@ -99,10 +100,10 @@ class Batches:
 
         The rows are a pure function of (seed, epoch, index).
         """
-        epoch, within = divmod(index, self.per_epoch)
+        epoch, number = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             self._order, self._epoch = self._shuffle(epoch), epoch
-        return self._rows(within)
+        return self._rows(number)
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
         """Return the (rows, length, targets) of a batch, padding included."""
@@ -126,7 +127,7 @@ class Batches:
 
     def _fit_ladder(self) -> ShapeLadder:
         """Fit the ladder to the run's first batches, or to one process's shares of them."""
-        epochs = min(LADDER_EPOCHS, -(-LADDER_BATCHES // self.per_epoch))
+        epochs = min(LADDER_EPOCHS, math.ceil(LADDER_BATCHES / self.per_epoch))
         sizes: list[np.ndarray] = []
         for epoch in range(epochs):
             rows, _ = self._shuffle(epoch)
@@ -138,10 +139,10 @@ class Batches:
         """Return the (rows, length) of the largest batch, or of one share of it."""
         return self.most_rows, multiple_of_8(int(self.lengths.max()))
 
-    def _rows(self, within: int) -> list[np.ndarray]:
-        """Return the rows of batch ``within`` of the current epoch."""
+    def _rows(self, number: int) -> list[np.ndarray]:
+        """Return the rows of a batch by its number in the current epoch."""
         rows, batch_order = self._order
-        start = batch_order[within] * self.batch_size
+        start = batch_order[number] * self.batch_size
         examples = rows[start : start + self.batch_size]
 
         # Without packing, each row holds one example.
@@ -240,7 +241,7 @@ def lay_out(
             start = end
 
     # Pad the list of targets.
-    supervised = sum(len(of_example) for of_example in targets)
+    supervised = sum(map(len, targets))
     padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
     padding = (0, padded - supervised)
     return Batch(
@@ -259,7 +260,7 @@ def lay_out(
 def round_up(count: int) -> int:
     """Return ``count`` rounded up to a multiple of 8, or of a larger power of 2 if it is large."""
     step = max(8, 1 << max((count - 1).bit_length() - 4, 0))
-    return -(-count // step) * step
+    return math.ceil(count / step) * step
 
 
 def lengths_of(examples: Sequence[Example]) -> np.ndarray:
@@ -284,21 +285,22 @@ def trimmed(batch: Batch) -> Batch:
     if batch.segments is not None:
         return batch
 
-    # Find the columns and rows that hold examples.
-    length = batch.tokens.shape[1]
-    used = batch.used
-    columns = multiple_of_8(int(used.max()))
-    filled = int(np.count_nonzero(used))
+    # Count the columns, rows and targets to keep.
+    columns = multiple_of_8(int(batch.used.max()))
+    filled = int(np.count_nonzero(batch.used))
     count = multiple_of_8(batch.supervised)
+    weights = batch.weights[:count]
 
-    row, column = np.divmod(batch.positions[:count], length)
+    # Flat indices change with the number of columns; those of padding stay 0.
+    row, column = np.divmod(batch.positions[:count], batch.tokens.shape[1])
+    positions = np.where(weights > 0, row * columns + column, 0)
     return replace(
         batch,
         tokens=batch.tokens[:filled, :columns],
-        positions=np.where(batch.weights[:count] > 0, row * columns + column, 0).astype(np.int32),
+        positions=positions.astype(np.int32),
         targets=batch.targets[:count],
-        weights=batch.weights[:count],
-        used=used[:filled],
+        weights=weights,
+        used=batch.used[:filled],
         reference=None if batch.reference is None else batch.reference[:filled],
         labels=None if batch.labels is None else batch.labels[:filled],
         mismatched=None if batch.mismatched is None else trimmed(batch.mismatched),

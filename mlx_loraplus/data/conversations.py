@@ -6,8 +6,8 @@ Two rows belong together if
 - the text or the prompt of one is a beginning of the other's text; see ``beginnings``.
 
 A text that more than ``MOST_BRANCHES`` conversations continue is a common opening, such as an
-instruction, and ties nothing. The time is linear in the data, except for sorting a few numbers of
-each row, and only these numbers are in memory.
+instruction, and joins no conversations. The time is linear in the data, except for sorting a few
+numbers of each row, and only these numbers are in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
     if not shards:
         return []
 
-    # At first, a conversation is the rows that begin with the same messages
+    # Start with one conversation for all rows that begin with the same messages
     _, groups = np.unique(_of_all(shards, "begins"), return_inverse=True)
 
     # Look up which texts and prompts are beginnings of other rows
@@ -78,6 +78,7 @@ def _continuations(
     """
     stops = np.cumsum(shard.rows["beginnings"], dtype=np.int64)
     for first in range(0, len(groups), _BLOCK):
+        # Read the digests of the beginnings of a block of rows
         block = slice(first, first + _BLOCK)
         start = int(stops[first - 1]) if first else 0
         count = int(stops[block][-1]) - start
@@ -85,13 +86,13 @@ def _continuations(
         if shard.beginnings is not None:
             digests = np.fromfile(shard.beginnings, np.uint64, count, offset=8 * start)
 
-        # Find the known ones, and the rows that they are in
+        # Find the digests that are known, and the rows that contain them
         places = np.minimum(np.searchsorted(known, digests), len(known) - 1)
         is_known = known[places] == digests
         found = places[is_known]
         rows = np.searchsorted(stops[block] - start, np.flatnonzero(is_known), side="right")
 
-        # The next longer one in the same row continues a beginning; after the last, the row does
+        # A beginning is continued by the next longer one in its row, the longest by the row itself
         continued = groups[block][rows]
         has_next = rows[1:] == rows[:-1]
         continued[:-1][has_next] = owners[found[1:][has_next]]
@@ -99,12 +100,13 @@ def _continuations(
 
 
 def _distinct(pairs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the different pairs, as the array of their first and that of their second numbers.
+    """Return the distinct pairs, as an array of first numbers and an array of second numbers.
 
     Args:
         pairs: Arrays of pairs.
-        count: More than any second number.
+        count: A number that is greater than every second number.
     """
+    # Store each pair as one number
     numbers = [np.zeros(0, np.int64)]
     numbers += [np.unique(each[:, 0] * count + each[:, 1]) for each in pairs]
     first, second = np.divmod(np.unique(np.concatenate(numbers)), max(count, 1))
@@ -123,6 +125,7 @@ def _join(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
     differs = first != second
     parents: dict[int, int] = {}
 
+    # Union-find, with path halving
     def root(group: int) -> int:
         while parents.get(group, group) != group:
             parents[group] = parents.get(parents[group], parents[group])

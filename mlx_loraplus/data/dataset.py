@@ -45,8 +45,8 @@ class Span(NamedTuple):
     stop: int  # the end of its tokens
     inputs: int  # number of input tokens
     targets: int  # number of supervised tokens
-    source: int = 0  # index, set when shards are combined
-    shard: int = 0  # index, set when shards are combined
+    source: int = 0  # index of its source, set when shards are combined
+    shard: int = 0  # index of its shard, set when shards are combined
 
 
 _ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "i4")
@@ -113,7 +113,7 @@ class Examples(Sequence[Example]):
         shard = self.shards[span["shard"]]
         where = slice(span["start"], span["stop"])
 
-        # If the example continues a row, the previous part already predicts its first token
+        # If the example continues a row, its first token is already predicted in the part before
         supervised = np.array(shard.supervised[where])
         supervised[:1] = False
         return Example(np.array(shard.tokens[where]), supervised, self.place(index))

@@ -32,8 +32,8 @@ def choose_eval_prompts(
     """Return rows whose last turn is short, each with the tokens before that turn as its prompt.
 
     Args:
-        examples: The examples; the seed determines the random choice.
-        config: The run's settings.
+        examples: The examples to choose from.
+        config: The run's settings. The seed determines the random choice.
         tokenizer: The tokenizer that the examples were made with.
         most: Maximum number of prompts to return.
     """
@@ -126,7 +126,7 @@ def choose_format(
 
 
 def _choose_system(examples: Examples) -> tuple[str | None, bool]:
-    """Return the system prompt of more than half of the rows, and whether there is no such one.
+    """Return the system prompt of more than half of the rows, and whether there is none.
 
     Rows without a system prompt count as having an empty one, and rows of text do not count.
     """

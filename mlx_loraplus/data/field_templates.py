@@ -75,7 +75,7 @@ def read_columns(
 def fill_templates(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return a row with one more column for each template, which has the template as its name.
 
-    A row that has none of the columns that ``names`` uses is returned as it is.
+    A row that has none of the columns that ``names`` uses is returned unchanged.
 
     Args:
         row: The row's columns, without missing values.

@@ -1,4 +1,4 @@
-"""Parse the setting ``fields``, which says what columns the fields of a row are read from."""
+"""Parse the setting ``fields``, which gives the column of each field of a row."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -9,6 +9,9 @@ from .row_kinds import EXTRAS, KINDS
 
 # Fields that no template can write
 _NOT_TEXT = ("messages", "conversations", "tools", "label")
+
+# A shell divides a pair with spaces that has no quotes
+_ADD_QUOTES = "; put quotes around a pair with spaces: 'prompt={first} {second}'"
 
 
 def parse_names(pairs: Sequence[str]) -> dict[str, str]:
@@ -38,7 +41,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def _pair_problem(pair: str, known: Sequence[str]) -> str:
-    """Return what is wrong with a pair of ``--fields``, and how it is probably meant."""
+    """Return what is wrong with a pair of ``--fields``, and what was probably meant."""
     name, equals, column = pair.partition("=")
     wrong = f"fields: {pair:.80} is not of the form field=column"
     if column in known:
@@ -47,10 +50,8 @@ def _pair_problem(pair: str, known: Sequence[str]) -> str:
         return f"{wrong} (write {pair.replace(':', '=', 1)})"
     if not equals and name in known:
         return f"{wrong} (write {name}=COLUMN)"
-    return (
-        f"{wrong}, where the field is one of {', '.join(known)}{nearest(name, known)}"
-        f"{_unquoted(column)}"
-    )
+    hint = "" if column else _ADD_QUOTES
+    return f"{wrong}, where the field is one of {', '.join(known)}{nearest(name, known)}{hint}"
 
 
 def _template_problems(name: str, template: str) -> list[str]:
@@ -62,12 +63,6 @@ def _template_problems(name: str, template: str) -> list[str]:
     try:
         parse_template(template)
     except ValueError as error:
-        # A shell divides a template with spaces that has no quotes.
-        hint = _unquoted("") if template.count("{") > template.count("}") else ""
+        hint = _ADD_QUOTES if template.count("{") > template.count("}") else ""
         return [f"fields: {name}={template!r:.80} is not a template: {error}{hint}"]
     return []
-
-
-def _unquoted(column: str) -> str:
-    """Return advice about quotes if a pair of ``--fields`` has no column."""
-    return "" if column else "; put quotes around a pair with spaces: 'prompt={first} {second}'"

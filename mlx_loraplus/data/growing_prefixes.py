@@ -1,14 +1,13 @@
 """Compute digests of the beginnings of a row's text, which show whether a row continues another.
 
 Conversations are often given as growing prefixes: one row's prompt and answer are the beginning of
-the next row's prompt. In plain text there are no messages to compare, so the text itself is
-compared: that of all messages, without white space, case and Unicode forms. A beginning counts if
-it
+the next row's prompt. Plain text has no messages to compare. The text of all messages is therefore
+compared, ignoring white space, case and Unicode forms. A beginning counts if it
 
 - has at least ``SHORTEST`` characters, and
 - ends where one of the first ``_WORD_ENDS`` words ends, or a line ends or a tag begins.
 
-Of a row, at most ``_MOST`` beginnings are compared.
+At most ``_MOST`` beginnings of a row are compared.
 
 The digest of a text's first n characters is h + Σ (c_i + 1) r_i mod 2^64, with the character codes
 c_i, fixed random numbers r_i, and a digest h of the system message. All beginnings of a text
@@ -62,23 +61,24 @@ def text_digests(row: Row, system: int) -> TextDigests:
     codes = characters.view(np.uint32)[kept].astype(np.uint64) + np.uint64(1)
     digests = np.cumsum(codes * _multipliers()[: len(kept)]) + np.uint64(system)
 
-    # The beginnings that count; the whole text is none
+    # The beginnings that count, without the whole text
     ends = _ends(characters, kept)
     ends = ends[(ends >= SHORTEST) & (ends < len(kept))][:_MOST]
     text = 0 if len(kept) == LONGEST else int(digests[-1])
 
-    # The prompt may end anywhere
+    # The digest of the prompt, which may end anywhere
     length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
     is_compared = SHORTEST <= length < min(len(kept), LONGEST)
-    return TextDigests(text, int(digests[length - 1]) if is_compared else 0, digests[ends - 1])
+    prompt_digest = int(digests[length - 1]) if is_compared else 0
+    return TextDigests(text, prompt_digest, digests[ends - 1])
 
 
 def _texts_of(row: Row) -> tuple[str, str]:
     """Return the text of a row's prompt, without the system message, and that of its answer."""
     fields = row.fields
     if "messages" not in fields:
-        prompt, answer = fields.get("prompt", ""), fields.get("completion", fields.get("text", ""))
-        return prompt, f"\n{answer}"
+        answer = fields["text"] if "text" in fields else fields["completion"]
+        return fields.get("prompt", ""), f"\n{answer}"
 
     messages = [message for message in fields["messages"] if message["role"] != "system"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
@@ -102,7 +102,7 @@ def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
     Args:
         characters: All characters.
-        kept: The indices of those that are no white space.
+        kept: The indices of those that are not white space.
     """
     lines = np.cumsum((characters == "\n") | (characters == "\r"))[kept]
     letters = np.strings.isalnum(characters[kept])

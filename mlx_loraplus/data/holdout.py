@@ -27,7 +27,7 @@ def split_holdout(
     """Divide examples at random into training and validation examples.
 
     The rows of a conversation stay together, so that no training row also appears in validation. A
-    conversation that is longer than the validation examples should be is for training.
+    conversation with more examples than validation should have is used for training.
 
     Args:
         examples: The examples to divide.

@@ -13,6 +13,7 @@ def dataset_rows(name: str, rows: Any) -> Iterator[RawRow]:
     Raises:
         DataError: A row can't be decoded.
     """
+    # Do not decode images and audio
     for column, feature in (rows.features or {}).items():
         if getattr(feature, "decode", False) and type(feature).__name__ != "Json":
             rows = rows.cast_column(column, type(feature)(decode=False))

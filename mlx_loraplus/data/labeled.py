@@ -1,9 +1,9 @@
 """Answers that are labeled desirable or undesirable, and batches of them.
 
 KTO also needs answers to other prompts. Each example therefore has a *mismatched* answer: the
-tokens of its own prompt, followed by the answer of another example. All examples take it from the
-example that is the same number of places before them, so that every answer is used once. This
-number is the smallest one with which the fewest examples meet their own prompt.
+tokens of its own prompt, followed by the answer of the example d places before it. The distance d
+is the same for all examples, so that every answer is used once. It is chosen so that as few answers
+as possible belong to an equal prompt after all; of several such distances, it is the smallest.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from .dataset import KIND_NAMES, Examples, Shard
 from .pairs import ComparedExamples
 from .tokenize import Example
 
-# The largest number of places from which a mismatched answer is taken
+# The largest distance from which a mismatched answer is taken
 _FARTHEST = 64
 
 
@@ -52,7 +52,7 @@ class LabeledExamples(ComparedExamples):
 
     @property
     def matched(self) -> int:
-        """The number of mismatched answers that are to the example's own prompt after all."""
+        """The number of mismatched answers that belong to an equal prompt after all."""
         return self._count_matched(self._distance)
 
     @cached_property
@@ -73,7 +73,7 @@ class LabeledExamples(ComparedExamples):
 
     @cached_property
     def _distance(self) -> int:
-        """The number of places from which mismatched answers are taken."""
+        """The distance from which mismatched answers are taken."""
         return min(range(1, min(len(self) - 1, _FARTHEST) + 1), key=self._count_matched, default=1)
 
     def _count_matched(self, distance: int) -> int:
@@ -97,13 +97,13 @@ class MismatchedAnswers(Examples):
         self.others = others
         self.longest = int(examples.lengths.max(initial=0)) + 1
 
-        # The sizes of the joined answers.
+        # Compute the sizes of the mismatched answers before they are cut.
         supervised = [SupervisedRuns(shard.supervised) for shard in examples.shards]
         prompts = _prompt_lengths(examples, supervised)
         self.lengths[:] = prompts + (examples.lengths - prompts)[others]
         self.targets[:] = examples.targets[others]
 
-        # Those of the joined answers that are cut.
+        # Correct the sizes of those that are cut.
         starts = (examples.spans["start"] + prompts)[others]
         stops = starts + self.longest - prompts
         of_shard = examples.spans["shard"][others]
@@ -124,7 +124,7 @@ class MismatchedAnswers(Examples):
 
 
 def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: str) -> list[str]:
-    """Return the remarks on the labels and prompts of a split.
+    """Return notes on the labels and prompts of a split.
 
     The paper advises weights with w_D n_D / (w_U n_U) in [1, 4/3], where n_D and n_U are the
     numbers of desirable and undesirable answers. A tenth more or less is not reported.
@@ -143,26 +143,27 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
 
     # Compare the weighted numbers of both labels.
     desirable = int(examples.is_desirable.sum())
+    undesirable = count - desirable
     if desirable in (0, count):
         missing = "undesirable" if desirable else "desirable"
         notes.append(f"warning: no answer is labeled {missing}; kto needs both kinds of answers")
         return notes
     good, bad = objective.kto_weights
-    ratio = good * desirable / (bad * (count - desirable))
+    ratio = good * desirable / (bad * undesirable)
     if not 0.9 <= ratio <= 1.1 * 4 / 3:
-        balanced = (bad * (count - desirable) / desirable, bad)
+        balanced = (bad * undesirable / desirable, bad)
         if ratio > 1:
-            balanced = (good, good * desirable / (count - desirable))
+            balanced = (good, good * desirable / undesirable)
         advised = " ".join(f"{weight:.3g}" for weight in balanced)
         notes.append(
-            f"warning: {desirable:,} desirable and {count - desirable:,} undesirable answers do not"
-            f" have equal weight; --kto-weights {advised} balances them"
+            f"warning: {desirable:,} desirable and {undesirable:,} undesirable answers do not have"
+            f" equal weight; --kto-weights {advised} balances them"
         )
     return notes
 
 
 class SupervisedRuns:
-    """The supervised tokens of a shard as runs of neighbors, to look up many places at once.
+    """The supervised tokens of a shard as runs of adjacent tokens, to look up many at once.
 
     Args:
         supervised: Whether each token is supervised, (tokens,) bool.
@@ -187,7 +188,10 @@ class SupervisedRuns:
         return np.minimum(self.ends[run], places) - 1
 
     def count(self, firsts: np.ndarray, stops: np.ndarray) -> np.ndarray:
-        """Return how many supervised tokens there are from each supervised one to its stop."""
+        """Return the number of supervised tokens from each of ``firsts`` to its stop.
+
+        Each of ``firsts`` is itself supervised.
+        """
         begins = np.searchsorted(self.ends, firsts, side="right")
         ends = np.searchsorted(self.starts, stops) - 1
         until_stop = self.counts[ends] + np.minimum(self.ends[ends], stops) - self.starts[ends]

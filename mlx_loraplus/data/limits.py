@@ -33,8 +33,8 @@ _CONTEXT_NAMES = (
 """The names of the context length in model configs."""
 
 _SPARE_TOKENS = 1.01
-"""A vocabulary may be this much larger than the embedding, because some models leave out the last
-few tokens, such as placeholders of pictures."""
+"""A vocabulary may be larger than the embedding by this factor, because some models leave out the
+last few tokens, such as placeholders for images."""
 
 Log = Callable[[str], None]
 
@@ -211,8 +211,8 @@ def check_prompt(
 def _check_tokenizer(limits: Limits, tokenizer: TokenizerWrapper) -> None:
     """Refuse a tokenizer with a vocabulary that is much larger than the model's embedding.
 
-    Its usual tokens may all have a row, so that nothing else would be noticed. Tokens that were
-    added to the vocabulary are not counted; they are refused where they are used.
+    Otherwise, such a tokenizer would not be noticed if the tokens that occur all have a row. Tokens
+    that were added to the vocabulary are not counted; they are refused where they are used.
     """
     own = getattr(tokenizer, "vocab_size", 0)
     if limits.embedding and own > _SPARE_TOKENS * limits.embedding:
@@ -299,7 +299,7 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
     _warn_beyond(limits.context, "this model's context of {} tokens", split, examples, log)
     window = (
         "the sliding window of {} tokens that this model was made with and mlx-lm does not apply:"
-        " their tokens see further back than in other programs"
+        " their tokens attend further back than in other programs"
     )
     _warn_beyond(limits.window, window, split, examples, log)
 

@@ -1,4 +1,4 @@
-"""Say what is probably meant by a name of data that leads to nothing."""
+"""Suggest what was probably meant by a name of data that is not found."""
 
 from collections.abc import Sequence
 from pathlib import Path

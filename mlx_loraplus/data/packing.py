@@ -83,9 +83,10 @@ class PackedBatches(Batches):
         empty: list[list[Example]] = [[]] * (self.most_rows - len(rows))
         return lay_out(filled + empty, packed=self.row_length)
 
-    def _rows(self, within: int) -> list[np.ndarray]:
+    def _rows(self, number: int) -> list[np.ndarray]:
+        """Return the rows of a batch by its number in the current epoch."""
         descending, order = self._order
-        start = within * self.batch_size
+        start = number * self.batch_size
 
         rows: list[np.ndarray] = []
         for row in order[start : start + self.batch_size]:
@@ -148,7 +149,7 @@ def best_fit(descending: np.ndarray, space: int) -> list[list[int]]:
     for index, length in enumerate(descending.tolist()):
         enough = mask >> length
         if enough:
-            # The lowest set bit gives the row with the least space
+            # The lowest set bit gives the row with the least space that is enough
             lowest = enough & -enough
             left = length + lowest.bit_length() - 1
             row = with_space[left].pop()

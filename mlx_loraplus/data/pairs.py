@@ -18,7 +18,7 @@ from .tokenize import Example
 
 
 class ComparedExamples(Examples):
-    """Examples that belong to two answers each, which a reference model may have scored.
+    """Examples with two answers each, which a reference model may have scored.
 
     Attributes:
         reference: log pi_ref of both answers, (examples, 2) float32; 0 until it is computed.

@@ -7,7 +7,8 @@ from typing import Any
 from .field_templates import read_columns
 from .messages import BadRowError, type_name
 from .row_kinds import find_kind
-from .rows import Row, make_record
+from .row_switches import check_switches
+from .rows import Row, make_row
 
 _PROMPT_FIELDS = ("prompt", "system", "system_prompt", "tools")
 
@@ -20,15 +21,17 @@ class AnswerFields:
         fields: The value of each field.
         unused: The names of the columns that are not used.
         named: Whether the row has a column that ``--fields`` names.
+        notes: Remarks for the report.
     """
 
     fields: dict[str, Any]
     unused: tuple[str, ...]
     named: bool
+    notes: tuple[str, ...]
 
 
 def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) -> AnswerFields:
-    """Return the fields of a row: those needed, and those of a prompt.
+    """Return the fields of a row: the needed ones, and those of its prompt.
 
     Args:
         row: An object.
@@ -37,7 +40,7 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
         needed: The fields that the row must have.
 
     Raises:
-        BadRowError: A needed field is missing.
+        BadRowError: A needed field is missing, or a column excludes the row from training.
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{type_name(row)}, not an object with {' and '.join(needed)}")
@@ -54,14 +57,15 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
     fields = {field: values[column] for field, column in columns.items() if field in known}
     used = {*columns.values(), *in_templates}
     unused = tuple(column for column in values if column not in used)
-    return AnswerFields(fields, unused, bool(named))
+    notes = check_switches(values, unused, named=bool(named))
+    return AnswerFields(fields, unused, bool(named), notes)
 
 
 def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
     """Return the row of the prompt and the answer in the field ``name``.
 
     Raises:
-        BadRowError: As for ``make_record``.
+        BadRowError: As for ``make_row``.
     """
     row = {key: fields[key] for key in _PROMPT_FIELDS if key in fields}
     row["completion"] = fields[name]
@@ -70,7 +74,7 @@ def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
     if "tools" in row and isinstance(row["prompt"], str):
         row["prompt"] = [{"role": "user", "content": row["prompt"]}]
     try:
-        return make_record(row, line)
+        return make_row(row, line)
     except BadRowError as problem:
         raise BadRowError(str(problem).replace("'completion'", repr(name))) from None
 

@@ -22,7 +22,7 @@ _SHARED = "the prompt is the beginning that chosen and rejected share, because t
 
 
 def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) -> Row:
-    """Validate a row with two answers, and return that of the chosen one, which holds the other.
+    """Validate a row with two answers, and return the chosen one, which holds the rejected one.
 
     Args:
         row: An object.
@@ -37,10 +37,10 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     fields = found.fields
 
     # Make a row for each answer.
-    notes: tuple[str, ...] = ()
+    notes = found.notes
     if "prompt" not in fields:
         fields |= _split_conversations(fields["chosen"], fields["rejected"])
-        notes = (_SHARED,)
+        notes = (*notes, _SHARED)
     chosen = make_answer(fields, "chosen", line)
     rejected = make_answer(fields, "rejected", line)
     _compare(chosen, rejected)
@@ -67,10 +67,13 @@ def _split_conversations(chosen: object, rejected: object) -> dict[str, Any]:
             " both as lists of messages that begin with it"
         )
 
-    ones, others = read_chat(chosen, "chosen").messages, read_chat(rejected, "rejected").messages
+    # Count the messages that both begin with.
+    ones = read_chat(chosen, "chosen").messages
+    others = read_chat(rejected, "rejected").messages
     shared = 0
     while shared < min(len(ones), len(others)) and ones[shared] == others[shared]:
         shared += 1
+
     if ones == others:
         raise BadRowError("chosen and rejected are equal, so there is nothing to prefer")
     if not shared:

@@ -3,7 +3,7 @@
 Rows in memory are written to the cache once, as JSON lines in a folder that is named for their
 content. The setting then names this folder, so that everything that works with files works with
 rows from Python too: tokens are cached by content, a run can be resumed, and other commands find
-the data in ``run.yaml``. The rows are written one at a time, so that they may exceed the memory.
+the data in ``run.yaml``. The rows are written one at a time, so they may be larger than memory.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ def _is_data_set(item: Any) -> bool:
 
 
 def _has_splits(data: Mapping[Any, Any]) -> bool:
-    """Return whether a mapping has a split: rows under the name of one, not a text."""
+    """Return whether a mapping holds rows under the name of a split, and not only texts."""
     names = [key for key in data if isinstance(key, str) and key.lower() in SPLIT_NAMES]
     return any(not isinstance(data[name], str) for name in names)
 
@@ -85,7 +85,7 @@ def _name_of(data: Any, label: str) -> str:
     is_there = os.path.exists(os.path.expanduser(name))  # noqa: PTH110, PTH111
     if len(name.split()) > 1 and not is_there:
         raise DataError(
-            f"{label} is the text {name!r:.80}, which is no path; give texts as rows, such as"
+            f"{label} is the text {name!r:.80}, which is not a path; give texts as rows, such as"
             " [{'text': …}]"
         )
     return name
@@ -109,10 +109,10 @@ def _splits_of(data: Any, label: str) -> dict[SplitName, tuple[str, Any]]:
     for key, rows in splits.items():
         split = SPLIT_NAMES.get(str(key).lower())
         if split is None or split in found:
-            why = f"is a second {split} split" if split else "is no split"
+            why = f"is a second {split} split" if split else "is not a split"
             raise DataError(
-                f"{label}[{key!r:.40}] {why}; give one each of {', '.join(SPLITS)}, and leave"
-                " others out"
+                f"{label}[{key!r:.40}] {why}; give at most one each of {', '.join(SPLITS)}, and"
+                " nothing else"
             )
         found[split] = (f"{label}[{key!r}]", rows)
     return found
@@ -128,9 +128,8 @@ def _store(splits: Mapping[SplitName, tuple[str, Any]], label: str) -> Path:
     # Check all splits before a generator is consumed
     rows_of = {split: _rows_of(rows, name) for split, (name, rows) in splits.items()}
 
-    room = cache_folder() / STORED_ROWS
     remove_unused(STORED_ROWS)
-    new = room / temporary_name(Path("rows"))
+    new = cache_folder() / STORED_ROWS / temporary_name(Path("rows"))
     _writing(new, lambda: new.mkdir(parents=True))
     try:
         # Write the rows; the folder's name follows from their content
@@ -148,6 +147,7 @@ def _store(splits: Mapping[SplitName, tuple[str, Any]], label: str) -> Path:
                 " empty after its first use)"
             )
 
+        # Move the files to the folder, unless it is in the cache already
         def move(folder: Path) -> None:
             for path in new.iterdir():
                 path.rename(folder / path.name)
@@ -173,7 +173,9 @@ def _write_lines(path: Path, lines: Iterator[bytes], update: Callable[[bytes], N
 
 
 def _writing(path: Path, action: Callable[[], Any]) -> Any:
-    """Call ``action``, and report its errors; those of the user's own iterator are kept.
+    """Call ``action``, which writes to the cache at ``path``.
+
+    Only writing is wrapped, so that an OSError of the user's own iterator is not taken for ours.
 
     Raises:
         OutputError: The cache can't be written.
@@ -245,7 +247,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _table_reader(data: Any) -> Callable[[Any, str], Iterator[Any]] | None:
-    """Return what iterates the rows of a table, or None if the data is no table."""
+    """Return the function that iterates over a table's rows, or None if the data is not a table."""
     if isinstance(data, type):
         return None
     if hasattr(data, "cast_column") and hasattr(data, "features"):
@@ -287,4 +289,4 @@ _READERS: dict[str, Callable[[Any, str], Iterator[Any]]] = {
     "to_dicts": _rows_of_polars,
     "to_batches": _rows_of_arrow,
 }
-"""The method by which a kind of table is recognized → what iterates its rows."""
+"""The function that iterates over a table's rows, by the method that only such tables have."""

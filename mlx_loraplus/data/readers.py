@@ -24,8 +24,7 @@ LONGEST_ROW = 64 * 2**20
 
 # Number of characters to read at once
 PIECE = 2**20
-
-WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # some of UTF-32 files too
+WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # little-endian UTF-32 has the first too
 BLANKS = " \t\r\n"
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _SEPARATORS = re.compile(f"[{BLANKS},]*")
@@ -86,7 +85,8 @@ def _is_array(file: Any, longest: int) -> bool:
         return bool(rest.strip()) and line.strip() in (b"[", b"[{")
 
     # A file with a single line may also hold one row, which is a chat as a list of messages
-    return not rest.strip() and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
+    is_one_line = not rest.strip()
+    return is_one_line and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
 
 
 def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:

@@ -29,6 +29,7 @@ def row_digests(row: Row) -> tuple[int, int, int]:
         whole = _digest(row.fields["text"])
         return whole, whole, whole
 
+    # The prompt is everything before the last answer.
     messages = _messages_of(row)
     tools = row.fields.get("tools")
     whole = _digest([messages, tools] if tools else messages)

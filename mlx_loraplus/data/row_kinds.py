@@ -85,6 +85,7 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
     Raises:
         BadRowError: The row is of no known kind, or of several kinds.
     """
+    # Find all kinds whose fields the row has.
     chosen = _present(names, row)
     named = bool(chosen)
     columns = _present(_map_columns(row, names if named else {}), row)
@@ -99,7 +100,8 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
     if len(kinds) > 1:
         choice = " ".join(f"{field}={columns[field]}" for field in KINDS[kinds[0]])
         raise BadRowError(
-            f"fields of several kinds ({' and '.join(kinds)}): choose, such as --fields {choice}"
+            f"fields of several kinds ({' and '.join(kinds)}): choose the columns, such as --fields"
+            f" {choice}"
         )
     if kinds:
         return FieldColumns(kinds[0], columns, named)
@@ -182,11 +184,12 @@ def _is_string(value: object) -> bool:
 
 def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
     """Return why a row is of no known kind, and what to do about it."""
+    # Describe the columns of the row.
     chosen = _present(names, row)
     own = [column for column in row if not is_template(column)]
     shown = [f"{column!r:.40}" for column in own[:_SHOWN_COLUMNS]]
     found = f"(it has {', '.join(shown) or 'none'})"
-    misspelt = "" if chosen else _suggest_misspelt(row, names)
+    misspelled = "" if chosen else _suggest_misspelled(row, names)
 
     # Assume that the first kind with a field in the row is the intended one. Kinds with fields that
     # the user names come first.
@@ -196,20 +199,20 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
         if len(missing) == len(needed):
             continue
 
-        # The user may have misspelt one of several columns.
+        # The user may have misspelled one of several columns.
         field = missing[0]
         if chosen and field in names:
             similar = nearest(names[field], set(row) - set(names.values()))
             return f"no {names[field]!r:.40} {found}{similar}"
 
         partial = {name: columns.get(name, "") for name in needed}
-        return f"no {field!r:.40} {found}{misspelt or advise(row, partial)}"
+        return f"no {field!r:.40} {found}{misspelled or advise(row, partial)}"
 
-    return f"no known field {found}{misspelt or advise(row)}"
+    return f"no known field {found}{misspelled or advise(row)}"
 
 
-def _suggest_misspelt(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """Suggest a correction for a misspelt column name in ``--fields``, or return nothing."""
+def _suggest_misspelled(row: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """Suggest a correction for a misspelled column name in ``--fields``, or return nothing."""
     plain = [column for column in names.values() if not is_template(column)]
     for column in (*plain, *sorted(template_columns(names))):
         similar = nearest(column, row)

@@ -11,10 +11,10 @@ class RowProblems:
     """The bad rows of a table and the notes on its good rows, with line numbers in its file."""
 
     bad: int = 0  # number of bad rows
+    # line and problem of each of the first bad rows
     problems: list[tuple[int, str]] = field(default_factory=list)
-    """Lines and problems of the first bad rows."""
+    # for each note, the number of rows that have it, and the line of the first one
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For each note, the number of rows that have it and the line of the first one."""
 
     def add_problem(self, line: int, problem: str) -> None:
         """Count a bad row, and keep its problem if it is one of the first ``MOST_KEPT``."""
@@ -27,7 +27,7 @@ class RowProblems:
         return [f"{name}:{line}: {problem}" for line, problem in self.problems]
 
     def add_note(self, line: int, note: str) -> None:
-        """Count a row that has a note; a new note is ignored once ``MOST_KEPT`` notes are kept."""
+        """Count a row that has a note; after ``MOST_KEPT`` different notes, ignore new ones."""
         if note in self.notes or len(self.notes) < MOST_KEPT:
             count, first = self.notes.get(note, (0, line))
             self.notes[note] = (count + 1, first)

@@ -27,6 +27,7 @@ from .field_templates import read_columns
 from .messages import BadRowError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 from .row_problems import RowProblems
+from .row_switches import check_switches
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,29 @@ class Row:
     unused: tuple[str, ...] = ()  # names of the columns that are not used
     named: bool = False  # whether the row has a column that --fields names
     untrained: tuple[int, ...] = ()  # indices of the assistant messages not to train on
-    notes: tuple[str, ...] = ()  # other remarks for the report
+    notes: tuple[str, ...] = ()  # other notes for the report
     rejected: "Row | None" = None  # the other answer of a row with two of them
 
 
 MakeRow = Callable[[object, int, Mapping[str, str] | None], Row]
 
 
-def read_records(
+def make_rows(
     rows: Iterable[tuple[int, Any]],
     names: Mapping[str, str],
     row_problems: RowProblems,
     make: MakeRow | None = None,
 ) -> Iterator[Row]:
-    """Yield the good rows of a table, and add the bad ones to ``row_problems``.
+    """Yield a ``Row`` for each good row of a table, and add the bad ones to ``row_problems``.
 
     Args:
         rows: The line and the content of each row. The content is a BadRowError if the reader could
             not read the row.
         names: The column of each field, from ``parse_names``.
         row_problems: Receives the bad rows.
-        make: Makes a row; by default ``make_record``.
+        make: Makes a row; by default ``make_row``.
     """
-    make = make or make_record
+    make = make or make_row
     for line, row in rows:
         try:
             if isinstance(row, BadRowError):
@@ -75,7 +76,7 @@ def read_records(
             row_problems.add_problem(line, str(problem))
 
 
-def make_record(row: object, line: int, names: Mapping[str, str] | None = None) -> Row:
+def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> Row:
     """Validate a row and return it in its common form.
 
     Args:
@@ -116,11 +117,12 @@ def make_record(row: object, line: int, names: Mapping[str, str] | None = None) 
         untrained, notes = chat.untrained, chat.notes
     _check_characters(content)
 
-    # The row's other columns are reported as unused. The kind may have changed: needed fields are
-    # those of the kind that was found, and optional ones those of the kind that it became.
+    # The row's other columns are reported as unused. A completion may have become a chat: it needs
+    # the fields of a completion, and its optional fields are those of a chat.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
+    notes += check_switches(values, unused, named=found.named)
     return Row(kind, content, line, unused, found.named, untrained, notes)
 
 

@@ -39,8 +39,8 @@ class _WeightedSource:
         """Return the examples that an epoch uses."""
         count = len(self.indices)
         positions = np.arange(count)
-        turns = self.drawn * (epoch - positions) % max(count, 1)
-        return self._with_repeats(self.indices[turns < self.drawn])
+        remainders = self.drawn * (epoch - positions) % max(count, 1)
+        return self._with_repeats(self.indices[remainders < self.drawn])
 
     def longest(self) -> np.ndarray:
         """Return, for each position in ``of_epoch``, the longest example of any epoch."""
@@ -55,10 +55,12 @@ class _WeightedSource:
 class WeightedExamples(Examples):
     """Examples that an epoch may use several times or not at all; see ``of_epoch``.
 
+    An epoch uses the examples of source n ``weights[n]`` times.
+
     Args:
         examples: The examples of all sources.
         weights: The weight of each source.
-        seed: Seed of the choice.
+        seed: Seed of the choice that a fractional weight needs.
 
     Attributes:
         longest: For each position in an epoch, the longest example that any epoch has there. These
@@ -98,17 +100,3 @@ class WeightedExamples(Examples):
             digest.update(source.indices.tobytes())
             digest.update(f"{source.times} {source.drawn}".encode())
         return digest.hexdigest()
-
-
-def reweight(examples: Examples, weights: Sequence[float], seed: int) -> WeightedExamples:
-    """Return weighted examples: an epoch uses those of source n ``weights[n]`` times.
-
-    Args:
-        examples: The examples of all sources.
-        weights: The weight of each source.
-        seed: Seed of the choice that a fractional weight needs.
-
-    Raises:
-        DataError: A weight selects no row of its source.
-    """
-    return WeightedExamples(examples, weights, seed)

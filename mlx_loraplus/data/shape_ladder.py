@@ -7,6 +7,8 @@ as little padding as possible: for values v_1 <= ... <= v_n and k rungs r, dynam
 minimizes sum_i (min {r : r >= v_i} - v_i). The values are those of the run's first batches.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,38 +43,12 @@ class ShapeLadder:
             targets: Supervised tokens of each batch: (batches,).
             longest: Length of the longest row of any batch; the last rung is at least as long.
         """
-        # Use the smallest number of lengths that leaves little enough padding.
-        rounded = multiple_of_8(lengths)
-        choices = _best_rungs(np.append(rounded, multiple_of_8(longest)), MAX_LENGTHS)
-        rungs = choices[-1]
-        for choice in choices:
-            rungs = choice
-            padded = rungs[np.searchsorted(rungs, rounded)]
-            added, all_padding = padded.sum() - lengths.sum(), padded.sum() - means.sum()
-            if added <= ENOUGH * padded.sum() and all_padding <= MOST * padded.sum():
-                break
+        rungs = _choose_lengths(lengths, means, longest)
 
-        # Start with one target count for each length, then add those that save the most padding.
-        home = np.searchsorted(rungs, rounded)
-        spare = (FEW_SHAPES if len(rungs) <= FEW_LENGTHS else MAX_SHAPES) - len(rungs)
-        groups = [multiple_of_8(targets[home == number]) for number in range(len(rungs))]
-        options = [_best_rungs(group, 1 + spare) for group in groups]
-        costs = [
-            [_padding(group, choice) for choice in choices]
-            for group, choices in zip(groups, options, strict=True)
-        ]
-        counts = [0] * len(rungs)
-        for _ in range(spare):
-            saved = [
-                cost[count] - cost[count + 1] if count + 1 < len(cost) else 0
-                for cost, count in zip(costs, counts, strict=True)
-            ]
-            best = int(np.argmax(saved))
-            if saved[best] <= WORTH * targets.sum():
-                break
-            counts[best] += 1
-        chosen = [choices[count] for choices, count in zip(options, counts, strict=True)]
-        return cls(rungs, tuple(chosen))
+        # Group the target counts by the length that their batches are padded to.
+        number_of = np.searchsorted(rungs, multiple_of_8(lengths))
+        groups = [targets[number_of == number] for number in range(len(rungs))]
+        return cls(rungs, tuple(_choose_target_counts(groups)))
 
     def shape(self, length: int, targets: int) -> tuple[int, int]:
         """Return the length and the target count that a batch is padded to."""
@@ -87,13 +63,13 @@ class ShapeLadder:
 
 def multiple_of_8(count: Any) -> Any:
     """Round a number, or each number of an array, up to a multiple of 8."""
-    return -(-count // 8) * 8
+    return (count + 7) // 8 * 8
 
 
 def batch_sizes(
     lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
 ) -> np.ndarray:
-    """Return the sizes of the batches of rows that are given in their order.
+    """Return the sizes of the batches that rows form in the given order.
 
     Args:
         lengths: Length of each row, in tokens: (rows,).
@@ -107,8 +83,8 @@ def batch_sizes(
         has rows: (3, shares of all batches).
     """
     # Fill up the last batch, and then every batch, with rows of length 0.
-    batches = -(-len(lengths) // batch_size)
-    most_rows = -(-batch_size // shares)
+    batches = math.ceil(len(lengths) / batch_size)
+    most_rows = math.ceil(batch_size / shares)
 
     def by_share(values: np.ndarray) -> np.ndarray:
         filled = np.zeros(batches * batch_size, np.int64)
@@ -121,6 +97,58 @@ def batch_sizes(
     longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
     means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
     return np.stack([longest, means, counts])[:, longest > 0]
+
+
+def _choose_lengths(lengths: np.ndarray, means: np.ndarray, longest: int) -> np.ndarray:
+    """Return the smallest number of lengths to pad to that leaves little enough padding.
+
+    Args:
+        lengths: Length of each batch's longest row, in tokens: (batches,).
+        means: Mean length of each batch's rows, rounded down: (batches,).
+        longest: Length of the longest row of any batch.
+    """
+    rounded = multiple_of_8(lengths)
+    choices = _best_rungs(np.append(rounded, multiple_of_8(longest)), MAX_LENGTHS)
+    for rungs in choices:
+        padded = rungs[np.searchsorted(rungs, rounded)].sum()
+        added, all_padding = padded - lengths.sum(), padded - means.sum()
+        if added <= ENOUGH * padded and all_padding <= MOST * padded:
+            return rungs
+    return choices[-1]
+
+
+def _choose_target_counts(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the target counts to pad to, for each length.
+
+    Each length starts with one target count. The count that saves the most padding is then added
+    repeatedly.
+
+    Args:
+        groups: For each length, the target counts of its batches.
+    """
+    most = FEW_SHAPES if len(groups) <= FEW_LENGTHS else MAX_SHAPES
+    spare = most - len(groups)
+    total = sum(int(group.sum()) for group in groups)
+
+    # For each length, find the best choices of 1, 2, ... counts, and what each count would save.
+    options: list[list[np.ndarray]] = []
+    savings: list[np.ndarray] = []
+    for group in groups:
+        rounded = multiple_of_8(group)
+        choices = _best_rungs(rounded, 1 + spare)
+        padding = [_padding(rounded, choice) for choice in choices]
+        options.append(choices)
+        savings.append(np.append(-np.diff(padding), 0))
+
+    # Add the counts that save the most.
+    added = [0] * len(groups)
+    for _ in range(spare):
+        saved = [saving[count] for saving, count in zip(savings, added, strict=True)]
+        best = int(np.argmax(saved))
+        if saved[best] <= WORTH * total:
+            break
+        added[best] += 1
+    return [choices[count] for choices, count in zip(options, added, strict=True)]
 
 
 def _padding(values: np.ndarray, rungs: np.ndarray) -> int:

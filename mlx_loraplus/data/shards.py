@@ -8,7 +8,7 @@ from ..errors import DataError
 from .readers import READERS
 
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)$")
-_PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def stem_of(path: Path) -> str:
@@ -17,11 +17,12 @@ def stem_of(path: Path) -> str:
 
 
 def check_shards(files: Sequence[Path]) -> None:
-    """Check that no shard is missing, such as train-00001-of-00003.jsonl.
+    """Check that all shards of a file are there, such as train-00000-of-00003.jsonl to 00002.
 
     Raises:
-        DataError: A file is named as one of several shards, and others are not there.
+        DataError: Some shards are missing.
     """
+    # Collect the numbers of the shards with the same name and count.
     shards: dict[tuple[str, int], set[int]] = {}
     for path in files:
         match = _SHARD_NUMBER.search(path.stem)
@@ -30,19 +31,22 @@ def check_shards(files: Sequence[Path]) -> None:
             shards.setdefault((stem_of(path), count), set()).add(number)
 
     for (stem, count), numbers in shards.items():
-        if len(numbers) < count:
+        found = len(numbers)
+        if found < count:
             raise DataError(
-                f"{files[0].parent} has only {len(numbers)} of the {count} shards of {stem}: get"
-                " the others, or rename the files without their numbers to use these alone"
+                f"{files[0].parent} has only {found} of the {count} shards of {stem}: get the"
+                f" others, or number these anew, from {stem}-00000-of-{found:05} on, to use them"
+                " alone"
             )
 
 
 def find_unused(folder: Path, used: Collection[Path]) -> list[str]:
-    """Return a note on the files of a folder that look like data and are not used."""
+    """Return a note on the files of a folder that look like data but are not used, if any."""
     names: list[str] = []
     for path in sorted(folder.iterdir()):
-        name = Path(path.stem) if path.suffix.lower() in _PACKED else path
-        if name.suffix.lower() in READERS and path not in used and path.is_file():
+        is_compressed = path.suffix.lower() in _COMPRESSED
+        suffix = Path(path.stem).suffix if is_compressed else path.suffix
+        if suffix.lower() in READERS and path not in used and path.is_file():
             names.append(path.name)
     if not names:
         return []

@@ -56,7 +56,7 @@ class Table:
         rows: Returns a new iterator over (row number, row) at each call.
         identity: Returns a digest of the data that the rows are read from.
         documents: Text files that are joined and split into examples. They replace ``rows``.
-        notes: Remarks for the report, for example about files that are not used.
+        notes: Notes for the report, for example on files that are not used.
     """
 
     name: str
@@ -229,26 +229,25 @@ def _folder_source(folder: Path) -> Source:
         is_split = path.suffix.lower() in SUFFIXES and stem_of(path) in SPLIT_NAMES
         if is_split and is_no_file(path):
             raise DataError(
-                f"can't read {path}: it is {describe_entry(path)}; replace it by an ordinary file,"
-                " or remove it"
+                f"can't read {path}: it is {describe_entry(path)}; replace it with an ordinary"
+                " file, or remove it"
             )
 
     # Group the files by split and, within a split, by name; shards with the same name form one set
     files = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
     files = sorted(path for path in files if path.is_file())
+    of_splits = [path for path in files if stem_of(path) in SPLIT_NAMES]
+    check_shards(of_splits)
     found: dict[SplitName, dict[str, list[Path]]] = {}
-    for path in files:
+    for path in of_splits:
         stem = stem_of(path)
-        if stem in SPLIT_NAMES:
-            choices = found.setdefault(SPLIT_NAMES[stem], {})
-            choices.setdefault(stem + path.suffix.lower(), []).append(path)
-
-    check_shards([path for path in files if stem_of(path) in SPLIT_NAMES])
+        choices = found.setdefault(SPLIT_NAMES[stem], {})
+        choices.setdefault(stem + path.suffix.lower(), []).append(path)
 
     # A folder that only has documents needs no train file
     only_documents = all(path.suffix.lower() == DOCUMENT for path in files)
     if "train" not in found and only_documents:
-        found["train"] = {"documents": [path for path in files if stem_of(path) not in SPLIT_NAMES]}
+        found["train"] = {"documents": [path for path in files if path not in of_splits]}
 
     # Each split has one table or one set of shards
     source: dict[SplitName, list[Table]] = {}
@@ -267,9 +266,9 @@ def _folder_source(folder: Path) -> Source:
             f" {', '.join(entries[:8]) or 'nothing'}; {_advise_train_file(entries)}"
         )
 
-    used = {path for choices in found.values() for paths in choices.values() for path in paths}
+    # Report the files that are not used with the first table
     first, *others = source["train"]
-    source["train"] = [replace(first, notes=find_unused(folder, used)), *others]
+    source["train"] = [replace(first, notes=find_unused(folder, of_splits)), *others]
     return source
 
 
@@ -281,7 +280,7 @@ def _advise_train_file(entries: Sequence[str]) -> str:
         return "it looks like a model: are --model and --data swapped?"
     if any(name.lower().endswith(tuple(SUFFIXES)) for name in entries):
         return "rename the training file, or give its path"
-    return "save the training rows there as one of these, with one row a line in train.jsonl"
+    return "save the training rows there, for example in train.jsonl with one row per line"
 
 
 def _tables_of(paths: Sequence[Path]) -> list[Table]:
@@ -337,12 +336,12 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
     try:
         from datasets import config, load_dataset, load_from_disk
     except ImportError:
-        need = (
-            f"{name!r} is not a local file or folder{missing_hint(name)}: check the path; a data"
-            " set of the Hugging Face hub"
-            if folder is None
-            else f"loading the saved data set {name!r}"
-        )
+        need = f"loading the saved data set {name!r}"
+        if folder is None:
+            need = (
+                f"{name!r} is not a local file or folder{missing_hint(name)}: check the path; a"
+                " data set of the Hugging Face hub"
+            )
         raise DataError(f"{need} requires pip install 'mlx_loraplus[datasets]'") from None
 
     # Without a connection, use the local cache at once instead of waiting for timeouts
@@ -359,11 +358,9 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
     # Errors of the network, the server and the repository's files have no common base class
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
-        problem = (
-            "is not a local file or folder, and can't be loaded from the Hugging Face hub"
-            if folder is None
-            else "can't be loaded as a saved data set"
-        )
+        problem = "can't be loaded as a saved data set"
+        if folder is None:
+            problem = "is not a local file or folder, and can't be loaded from the Hugging Face hub"
         raise DataError(f"{name!r} {problem}: {reason:.300}{missing_hint(name)}") from None
 
 

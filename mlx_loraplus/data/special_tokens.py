@@ -65,8 +65,8 @@ def end_tokens(tokenizer: TokenizerWrapper) -> list[str]:
     return [str(token) for token in tokens if token]
 
 
-def match_control_tokens(tokenizer: TokenizerWrapper) -> re.Pattern[str] | None:
-    """Return a pattern of the tokenizer's special tokens, or None if it has none."""
+def control_token_pattern(tokenizer: TokenizerWrapper) -> re.Pattern[str] | None:
+    """Return a pattern that matches the tokenizer's special tokens, or None if it has none."""
     added = fast_tokenizer(tokenizer).get_added_tokens_decoder().values()
     special = {token.content for token in added if token.special}
     names = [name for name in special.union(end_tokens(tokenizer)) if name.strip()]

@@ -32,7 +32,7 @@ class Report:
         cut_tokens: Tokens that are lost by truncation.
         dropped: Rows that are dropped because of their length.
         drawn: Examples in an epoch, if ``data_weights`` are set.
-        notes: Other remarks.
+        notes: Other notes for the user.
     """
 
     max_seq_length: int

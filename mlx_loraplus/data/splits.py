@@ -1,8 +1,8 @@
 """Load a run's data: the examples of each split, and reports on their rows.
 
-``sources`` finds the files and ``readers`` reads their rows. ``token_cache`` has ``rows`` and
-``tokenize`` turn these into tokens, which it stores. ``long_rows`` cuts them, ``dataset`` indexes
-them, and ``batches`` puts them together.
+``sources`` finds the files, and ``readers`` reads their rows. ``rows`` and ``tokenize`` convert the
+rows to tokens, which ``token_cache`` stores. ``long_rows`` limits their length, ``dataset`` makes
+examples of them, and ``batches`` puts these together.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -26,8 +26,8 @@ from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
 from .row_kinds import FORMATS, LABELED_FORMAT, PAIR_FORMAT
 from .row_problems import RowProblems
-from .rows import MakeRow, make_record, read_records
-from .sampling_weights import reweight
+from .rows import MakeRow, make_row, make_rows
+from .sampling_weights import WeightedExamples
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
 from .split_report import Report
 from .token_cache import Encoder, open_shard
@@ -35,8 +35,10 @@ from .token_cache import Encoder, open_shard
 # Number of rows of each file that are checked before the model is downloaded
 _FIRST_ROWS = 100_000
 
-# Without validation rows, this share of the training examples is held out, if there are enough
-_HELD_OUT, _FEWEST = 0.1, 10
+# Without validation rows, this share of the training examples is held out
+_HELD_OUT = 0.1
+# With fewer training examples, none are held out
+_FEWEST = 10
 
 
 @dataclass
@@ -64,15 +66,18 @@ def check_rows(config: TrainConfig) -> None:
     """
     names = parse_names(config.data.fields)
     make, needed = row_format(config.objective)
+    sources = find_sources(config.data.data)
+
+    # Only to raise an error if valid_split contradicts the files
+    _holds_out(config.data, sources)
+
     bad = 0
     places: list[str] = []
-    sources = find_sources(config.data.data)
-    _holds_out(config.data, sources)
     for source in sources:
         for table in chain(*source.values()):
             # Reading the rows collects their problems
             problems = RowProblems()
-            for _ in islice(read_records(table.rows(), names, problems, make), _FIRST_ROWS):
+            for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
                 pass
             bad += problems.bad
             places += problems.places(table.name)
@@ -87,13 +92,13 @@ def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
         return make_pair, PAIR_FORMAT
     if objective.is_labeled:
         return make_labeled, LABELED_FORMAT
-    return make_record, FORMATS
+    return make_row, FORMATS
 
 
 def load_examples(
     config: TrainConfig, tokenizer: TokenizerWrapper, log: Callable[[str], None]
 ) -> dict[SplitName, Examples]:
-    """Return the examples, "train" and "valid", and report how their rows were used."""
+    """Return the examples of "train" and "valid", and report how their rows were used."""
     if not config.data.data:
         log(
             "data: no --data given, so the built-in demo set is used: requests in plain English"
@@ -135,6 +140,7 @@ def load_data(
         DataError: The data can't be found or read, or can't be trained on. The message lists all
             problems.
     """
+    # Holding out needs both splits, even if only one of them is wanted
     settings = config.data
     sources = find_sources(settings.data)
     holds_out = _holds_out(settings, sources)
@@ -145,8 +151,8 @@ def load_data(
     # Encode the rows, or find their tokens in the cache
     data = Data()
     names = parse_names(settings.fields)
-    make_row, needed = row_format(config.objective)
-    encoder = Encoder(tokenizer, settings.train_on, names, log, make_row)
+    make, needed = row_format(config.objective)
+    encoder = Encoder(tokenizer, settings.train_on, names, log, make)
     for split in SPLITS:
         if split in wanted:
             report = Report(settings.max_seq_length, settings.on_long)
@@ -163,10 +169,11 @@ def load_data(
         train, valid = _hold_out(train, config, data.reports["valid"])
         data.examples |= {"train": train, "valid": valid}
     if train and settings.data_weights:
-        weighted = reweight(train, settings.data_weights, config.seed)
+        weighted = WeightedExamples(train, settings.data_weights, config.seed)
         data.examples["train"] = weighted
         data.reports["train"].drawn = len(weighted.longest)
 
+    # Count the examples that remain
     for split, report in data.reports.items():
         examples = data.examples[split]
         report.count(examples)
@@ -227,6 +234,7 @@ def _load_split(
     report: Report,
 ) -> Examples:
     """Return a split's examples, limited to the maximum length, and report on their rows."""
+    # Open the shard of each table
     shards = []
     spans = []
     for number, source in enumerate(sources):
@@ -241,6 +249,7 @@ def _load_split(
             report.add(shard)
             report.notes += table.notes
 
+            # Limit the examples to the maximum length
             limit = limit_pairs if objective.is_paired else truncate_or_split
             limited = limit(shard, report)
             limited["source"] = number
@@ -248,12 +257,13 @@ def _load_split(
             shards.append(shard)
             spans.append(limited)
 
+    # Join the examples of all shards
     if objective.is_paired:
         return Pairs(shards, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
     if objective.is_labeled:
         return LabeledExamples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
 
-    # One array is used as it is: a copy could be large.
+    # A single array is not copied, because it may be large
     if len(spans) == 1:
         return Examples(shards, spans[0])
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
@@ -301,7 +311,7 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     Args:
         problems: Problems of rows, in the form "place: problem".
     """
-    # The advice depends on a row's values. Of equal problems, the first one's is kept.
+    # Problems that differ only in their advice, which depends on a row's values, are the same
     places: dict[str, list[str]] = {}
     shown: dict[str, str] = {}
     for line in problems:
@@ -319,6 +329,6 @@ def group_problems(problems: Iterable[str]) -> list[str]:
 
 def _bad_rows(problems: Iterable[str], count: int, needed: str) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
-    counted = f"{count:,} bad rows: " if count > 1 else ""
+    number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    return f"{counted}{found}; a row needs {needed}; --on-bad drop skips bad rows"
+    return f"{number}{found}; a row needs {needed}; --on-bad drop skips bad rows"

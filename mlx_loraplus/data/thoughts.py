@@ -5,7 +5,7 @@ of its content, between tags such as ``<think>`` and ``</think>``.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def thoughts_of(message: Message) -> str:
 
 
 def thought_places(message: Message) -> list[str]:
-    """Return the places of a message that hold thoughts, without those that repeat others."""
+    """Return the keys of a message that hold thoughts; of equal thoughts, only the first one's."""
     held = {key: message.get(key) for key in THOUGHT_KEYS}
     held["content"] = _split_content(message)[0]
 
@@ -88,8 +88,8 @@ def find_open_tags(prompt: str) -> tuple[str, str] | None:
 def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     """Return an answer with the message's thoughts in the block that the template left empty.
 
-    Some templates write an empty block for every turn that they count as an earlier one. The
-    thoughts may also follow the empty block, in a block of their own; it is then removed.
+    Some templates write an empty block for every turn that they count as an earlier one. If a block
+    with the thoughts follows the empty block, the empty block is removed.
 
     Args:
         answer: The text of the turn after its prompt.
@@ -101,37 +101,54 @@ def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     if not thoughts or block is None:
         return answer
 
-    # Remove the block in front of another one. If the prompt has opened the first, the other one's
-    # opening tag is in the prompt already.
-    opening, space, closing, rest = block
+    # If another block follows, remove the empty one. If the prompt has opened the empty block, that
+    # tag now opens the other block, whose own tag is removed instead.
     is_open = find_open_tags(prompt) is not None
-    if rest.lstrip().startswith(opening):
-        rest = rest.lstrip()
-        return rest.removeprefix(opening).lstrip("\n") if is_open else rest
-    if thoughts in rest:
+    other = block.rest.lstrip()
+    if other.startswith(block.opening):
+        return other.removeprefix(block.opening).lstrip("\n") if is_open else other
+    if thoughts in block.rest:
         return answer
 
-    separator = "\n" if "\n" in space or (is_open and prompt.endswith("\n")) else ""
-    filled = f"{thoughts}{separator}{closing}{rest}"
-    return filled if is_open else f"{opening}{separator}{filled}"
+    # Fill the block. The tags stay on separate lines if they were.
+    has_lines = "\n" in block.space or (is_open and prompt.endswith("\n"))
+    separator = "\n" if has_lines else ""
+    filled = f"{thoughts}{separator}{block.closing}{block.rest}"
+    return filled if is_open else f"{block.opening}{separator}{filled}"
 
 
-def _find_empty_block(answer: str, prompt: str) -> tuple[str, str, str, str] | None:
-    """Return an empty block at the start of an answer, and the rest of the answer.
+class _EmptyBlock(NamedTuple):
+    """An empty block of thoughts at the start of an answer.
 
-    Returns:
-        The opening tag, the white space after it, the closing tag and the rest; or None.
+    Attributes:
+        opening: The opening tag, which may be in the prompt.
+        space: The white space after the opening tag.
+        closing: The closing tag.
+        rest: The text after the block.
     """
-    tags = find_open_tags(prompt)
-    for opening, closing in THOUGHT_TAGS if tags is None else [tags]:
-        body = answer.lstrip()
-        if tags is None and not body.startswith(opening):
-            continue
-        body = body.removeprefix(opening)
-        inside = body.lstrip()
-        if inside.startswith(closing):
-            space = body[: len(body) - len(inside)]
-            return opening, space, closing, inside.removeprefix(closing)
+
+    opening: str
+    space: str
+    closing: str
+    rest: str
+
+
+def _find_empty_block(answer: str, prompt: str) -> _EmptyBlock | None:
+    """Return the empty block that an answer begins with, or None.
+
+    If the prompt has opened a block, the answer only has to close it.
+    """
+    open_tags = find_open_tags(prompt)
+    possible_tags = THOUGHT_TAGS if open_tags is None else (open_tags,)
+    answer = answer.lstrip()
+
+    for opening, closing in possible_tags:
+        is_block = open_tags is not None or answer.startswith(opening)
+        inside = answer.removeprefix(opening)
+        after_space = inside.lstrip()
+        if is_block and after_space.startswith(closing):
+            space = inside[: len(inside) - len(after_space)]
+            return _EmptyBlock(opening, space, closing, after_space.removeprefix(closing))
     return None
 
 
@@ -148,6 +165,6 @@ def remove_thought_tags(text: str) -> str:
     return text
 
 
-def is_empty_block(text: str) -> bool:
+def has_only_thought_tags(text: str) -> bool:
     """Return whether a text contains only white space and the tags around thoughts."""
     return not remove_thought_tags(text).strip()

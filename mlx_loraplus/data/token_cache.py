@@ -29,13 +29,13 @@ from .growing_prefixes import text_digests
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .row_problems import RowProblems
-from .rows import MakeRow, Row, make_record, read_records
+from .rows import MakeRow, Row, make_row, make_rows
 from .sources import Table
 from .special_tokens import fast_tokenizer
 from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 15
+_VERSION = 16
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
@@ -54,14 +54,14 @@ class Encoder:
         train_on: Which tokens are supervised.
         names: The column of each field, from the setting ``fields``.
         log: Called regularly with a line about the progress.
-        make_row: Makes the rows. The two examples of a row with two answers are adjacent.
+        make: Makes the rows. The two examples of a row with two answers are adjacent.
     """
 
     tokenizer: TokenizerWrapper
     train_on: TrainOn
     names: Mapping[str, str]
     log: Callable[[str], None]
-    make_row: MakeRow = make_record
+    make: MakeRow = make_row
 
     @cached_property
     def digest(self) -> str:
@@ -78,7 +78,7 @@ class Encoder:
             sorted(tokenizer.eos_token_ids),
             [version(package) for package in packages],
             self.train_on,
-            self.make_row.__name__,
+            self.make.__name__,
             sorted(self.names.items()),
             _VERSION,
             ROW.descr,
@@ -129,7 +129,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
 
 # The files of a shard
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
-PROBLEMS = "findings.json"
+PROBLEMS = "problems.json"
 LARGEST = "largest_id"
 SYSTEMS = "systems.json"
 _MOST_SYSTEMS = 100
@@ -199,7 +199,7 @@ class _ChunkBuilder:
                     row=len(self.rows),
                     start=self.length,
                     stop=stop,
-                    # As many inputs as there are tokens before the last learned one.
+                    # The inputs are the tokens before the last supervised one.
                     inputs=int(learned[-1]),
                     targets=len(learned),
                 )
@@ -242,12 +242,13 @@ def _row_chunks(
     table: Table, encoder: Encoder, problems: RowProblems, systems: dict[int, str]
 ) -> Iterator[Chunk]:
     """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
-    for rows in _groups(read_records(table.rows(), encoder.names, problems, encoder.make_row)):
+    for rows in _groups(make_rows(table.rows(), encoder.names, problems, encoder.make)):
         chunk = _ChunkBuilder()
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
             examples = [example for example in encoded.examples if example.supervised.any()]
-            if len(examples) < (2 if row.rejected is not None else 1):
+            answers = 1 if row.rejected is None else 2
+            if len(examples) < answers:
                 problems.add_problem(row.line, encoded.problem or "no token to train on")
                 continue
 
@@ -264,7 +265,7 @@ def _row_chunks(
 def _notes(
     row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
 ) -> Iterable[str]:
-    """Return the remarks about a row, without duplicates."""
+    """Return the notes on a row, without duplicates."""
     notes = [*encoded.notes, *row.notes]
     if row.untrained and encoder.train_on == "everything":
         notes.append(
@@ -294,7 +295,7 @@ def _notes(
 
 
 def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Yield the rows in lists of a few hundred rows, or of fewer rows if they are long."""
+    """Yield lists of a few hundred rows, or of fewer rows if these are long."""
     group: list[Row] = []
     characters = 0
     for row in rows:
@@ -308,10 +309,10 @@ def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 
 def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
-    """Yield encoded documents in pieces; a document's last piece has its row and its span."""
+    """Yield the chunks of encoded documents; the last one of a document has its row and span."""
     no_rows, no_spans = np.zeros(0, ROW), np.zeros(0, SPAN)
     for number, path in enumerate(paths, start=1):
-        # Encode the text, one piece at a time
+        # Encode the text in pieces
         length = targets = 0
         for ids, supervised in encode_document(read_text(path), tokenizer):
             length += len(ids)

@@ -3,7 +3,7 @@
 Every row is written as one text and encoded once. The text comes with the spans of characters to
 train on. A token is supervised if it holds at least one character of a span. A token that holds the
 end of the prompt and the start of the completion therefore belongs to the completion. A note
-reports this, because the prompt alone is encoded differently.
+reports such tokens, because the prompt alone is encoded differently.
 
 ``train_on`` decides which tokens are supervised: all "turns", only the "last" turn, or
 "everything". With "turns":
@@ -34,12 +34,13 @@ from .messages import BadRowError
 from .rows import Row
 from .special_tokens import (
     closing_eos,
+    control_token_pattern,
     end_tokens,
     fast_tokenizer,
     has_unknown,
     leading_bos,
-    match_control_tokens,
 )
+from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
 
 _TAIL = 16
@@ -48,17 +49,17 @@ _TAIL = 16
 _SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
 _STRADDLED = (
-    "the end of the prompt and the start of the answer are one token, which the model does not see"
+    "the end of the prompt and the start of the answer form one token, which the model does not see"
     " in generation; with a chat template, begin answers without a space; without a template, begin"
     " them with a space or a line break, and end prompts without one"
 )
 _UNKNOWN_CHARACTERS = (
-    "the tokenizer has no token for some characters, and replaces them by its token for unknown"
+    "the tokenizer has no token for some characters, and replaces them with its token for unknown"
     " text"
 )
 _TOKENIZED_ALONE = (
-    "the last characters of the prompt are other tokens alone than with the answer behind them; the"
-    " row is trained with the tokens of the prompt alone, as in generation"
+    "the end of the prompt has other tokens when it is encoded without the answer; training uses"
+    " these tokens, as generation does"
 )
 
 
@@ -84,7 +85,7 @@ class Encoded:
 
     examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
     problem: str | None = None
-    notes: list[str] = field(default_factory=list)  # remarks for the report
+    notes: list[str] = field(default_factory=list)  # for the report
     thinking: bool = False  # whether the last turn's prompt allows thoughts
 
 
@@ -93,23 +94,23 @@ class RowWriter:
 
     def __init__(self, tokenizer: TokenizerWrapper, train_on: TrainOn):
         self.end_tokens = end_tokens(tokenizer)
-        self.control_tokens = match_control_tokens(tokenizer)
+        self.control_tokens = control_token_pattern(tokenizer)
         self.chat_writer: ChatWriter | None = None
         if tokenizer.has_chat_template:
             template = ChatTemplate(tokenizer, DAY, self.end_tokens)
             self.chat_writer = ChatWriter(template, train_on)
 
-    def write(self, record: Row, notes: list[str]) -> list[WrittenRow]:
+    def write(self, row: Row, notes: list[str]) -> list[WrittenRow]:
         """Return the texts to encode for a row, with the spans to train on.
 
         Args:
-            record: A valid row.
+            row: A valid row.
             notes: Receives the notes on the row.
 
         Raises:
             BadRowError: The row can't be trained on.
         """
-        fields = record.fields
+        fields = row.fields
 
         # Plain texts need no template, and neither do prompts for models without one.
         if "text" in fields:
@@ -119,7 +120,7 @@ class RowWriter:
         if self.chat_writer is None:
             names = [name for name in ("system", "prompt", "completion") if name in fields]
             notes += self._note_control_tokens([fields[name] for name in names])
-            return [_write_raw(record, notes)]
+            return [_write_raw(row, notes)]
 
         # All other rows are written as chats.
         messages = fields["messages"] if "messages" in fields else _to_messages(fields)
@@ -127,7 +128,7 @@ class RowWriter:
         for message in messages:
             texts += _texts_of(message)
         notes += self._note_control_tokens(texts)
-        return self.chat_writer.write(messages, fields.get("tools"), record.untrained, notes)
+        return self.chat_writer.write(messages, fields.get("tools"), row.untrained, notes)
 
     def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
         """Return notes on special tokens in a row's text, which are not encoded as plain text."""
@@ -169,9 +170,9 @@ def _texts_of(message: Message) -> list[str]:
     return [answer_of(message), thoughts_of(message), *calls]
 
 
-def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
+def _write_raw(row: Row, notes: list[str]) -> WrittenRow:
     """Return a prompt and its completion as text, for a model without a chat template."""
-    fields = record.fields
+    fields = row.fields
     if "messages" in fields:
         raise BadRowError(
             "chat rows need a chat template, and this model's tokenizer has none; use an"
@@ -179,13 +180,13 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
             " completion"
         )
 
-    form, lead = RAW_FORMS.get(record.kind, RAW_FORMS["completion"])
-    if record.kind in ("alpaca", "question"):
+    form, lead = RAW_FORMS.get(row.kind, RAW_FORMS["completion"])
+    if row.kind in ("alpaca", "question"):
         written = repr(f"{form}{lead}...")
-        notes.append(f"no chat template, so {record.kind} rows are written as {written}")
+        notes.append(f"no chat template, so {row.kind} rows are written as {written}")
 
-    # The text that the form puts after the prompt is learned too: in generation, the model has to
-    # write it.
+    # The text that the form puts after the prompt is trained on too, because the model has to write
+    # it in generation.
     prompt = form.replace("{prompt}", fields["prompt"])
     prompt = with_system(prompt, fields.get("system", ""))
     text = prompt + lead + fields["completion"]
@@ -193,41 +194,47 @@ def _write_raw(record: Row, notes: list[str]) -> WrittenRow:
 
 
 def encode(
-    records: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
+    rows: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
 ) -> list[Encoded]:
     """Encode each row, into several examples if the chat template rewrites earlier turns.
 
     Args:
-        records: Valid rows.
+        rows: Valid rows.
         tokenizer: A tokenizer that has a fast version.
         train_on: Which tokens are supervised: "turns", "last" or "everything".
 
     Raises:
-        ModelError: The tokenizer has no fast version, or no end-of-sequence token.
+        ModelError: The tokenizer has no fast version, no end-of-sequence token, or a chat template
+            that can't write any chat.
     """
+    # The rows are not to blame for a broken chat template.
+    if tokenizer.has_chat_template and any("text" not in row.fields for row in rows):
+        check_template(tokenizer)
+
     # Write all rows before encoding any, because the tokenizer encodes many texts in parallel.
     writer = RowWriter(tokenizer, train_on)
-    results = [Encoded() for _ in records]
-    written: list[tuple[Encoded, WrittenRow]] = []
-    for record, result in zip(records, results, strict=True):
+    results = [Encoded() for _ in rows]
+    all_written: list[tuple[Encoded, WrittenRow]] = []
+    for row, result in zip(rows, results, strict=True):
         try:
-            rows = _write_row(writer, record, result.notes)
+            of_row = _write_row(writer, row, result.notes)
         except BadRowError as problem:
             result.problem = str(problem)
             continue
-        result.thinking = rows[0].thinking
-        written += [(result, row) for row in rows]
+        result.thinking = of_row[0].thinking
+        all_written += [(result, written) for written in of_row]
 
     backend = fast_tokenizer(tokenizer)
-    encodings = backend.encode_batch([row.text for _, row in written], add_special_tokens=False)
+    texts = [written.text for _, written in all_written]
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
 
     # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
     bos = leading_bos(tokenizer)
-    for (result, row), encoding in zip(written, encodings, strict=True):
-        if has_unknown(encoding.ids, row.text, tokenizer):
+    for (result, written), encoding in zip(all_written, encodings, strict=True):
+        if has_unknown(encoding.ids, written.text, tokenizer):
             result.notes.append(_UNKNOWN_CHARACTERS)
-        ids, supervised = _supervise(row, encoding, backend, result.notes)
-        if row.add_special_tokens:
+        ids, supervised = _supervise(written, encoding, backend, result.notes)
+        if written.add_special_tokens:
             start = bos if ids[:1] != bos else []
             end = closing_eos(ids, tokenizer)
             ids = start + ids + end
@@ -244,20 +251,20 @@ def encode(
     return results
 
 
-def _write_row(writer: RowWriter, record: Row, notes: list[str]) -> list[WrittenRow]:
-    """Return the texts to encode for a row; for a row with two answers, that of each answer."""
-    rows = writer.write(record, notes)
-    if record.kind not in ("preference", "desirable", "undesirable"):
-        return rows
+def _write_row(writer: RowWriter, row: Row, notes: list[str]) -> list[WrittenRow]:
+    """Return the texts to encode for a row; a row with two answers has one for each answer."""
+    written = writer.write(row, notes)
+    if row.kind not in ("preference", "desirable", "undesirable"):
+        return written
 
     # An answer must be one text, because its log-probability is that of all its tokens.
-    others = [] if record.rejected is None else writer.write(record.rejected, notes)
-    if len(rows) != 1 or len(others) > 1:
+    rejected = [] if row.rejected is None else writer.write(row.rejected, notes)
+    if len(written) != 1 or len(rejected) > 1:
         raise BadRowError(
             "the chat template rewrites earlier turns, so an answer of several turns is not one"
             " text; leave one assistant turn in each answer"
         )
-    return [*rows, *others]
+    return [*written, *rejected]
 
 
 def _supervise(

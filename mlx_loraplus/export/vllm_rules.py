@@ -36,8 +36,10 @@ _EMBEDDINGS_AND_HEAD = (
     "exaone4", "falcon_h1", "granite", "granitemoe", "granitemoehybrid", "lfm2", "llama",
     "mixtral", "nemotron", "nemotron_h", "phi3", "qwen3", "qwen3_5", "qwen3_5_moe", "qwen3_moe",
 )  # fmt: skip
+"""The model types whose embeddings and head vLLM adapts."""
+
 _EMBEDDINGS_ALONE = ("cohere2", "olmo2", "olmo3", "smollm3")
-"""The model types whose embeddings, and whose head, vLLM adapts."""
+"""The model types whose embeddings vLLM adapts, but not their head."""
 
 _REMOVED = {"dots1": "0.23"}
 """Model type → the last version of vLLM that has it."""
@@ -87,7 +89,8 @@ def _config_refusals(config: Mapping[str, Any]) -> list[str]:
         for key in _UNSUPPORTED
         if config.get(key)
     ]
-    # vLLM compares the largest rank with the limit, also that of a pattern.
+
+    # vLLM compares the largest rank with the limit, including the ranks of patterns.
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > _MAX_RANK:
         problems.append(f"the rank is {rank}, allowed are up to {_MAX_RANK}")
@@ -102,6 +105,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     """Return a message for each tensor that vLLM refuses."""
     leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
 
+    # Collect the modules that vLLM adapts in this family.
     modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()))
     if model_type in _EMBEDDINGS_AND_HEAD:
         modules = (*modules, "embed_tokens", "lm_head")
@@ -110,6 +114,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     if model_type in _STACKED:
         modules = (*modules, *_STACKED_NAMES)
 
+    # Check each tensor, and note which projections of the experts have adapters.
     problems: list[str] = []
     stacked: set[str] = set()
     single: set[str] = set()
@@ -117,7 +122,7 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
         module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
         leaf = module.rpartition(".")[2]
         if not name.startswith(PREFIX) or not name.endswith(leaves):
-            problems.append(f"the tensor {name} is no lora_A or lora_B")
+            problems.append(f"the tensor {name} is neither lora_A nor lora_B")
         elif leaf not in modules:
             problems.append(f"{module} is none of the modules that its {model_type} can adapt")
         elif leaf in _STACKED_NAMES:

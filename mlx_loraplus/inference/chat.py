@@ -17,6 +17,7 @@ from rich.text import Text
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_model_folder, model_for
 from ..command_config import ChatConfig
+from ..data.template_check import check_template
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
 from ..models.prompt_format import format_of
@@ -68,6 +69,8 @@ class Conversation:
 
         # Both models use the prompt format of the adapter
         base, self.tokenizer = load(self.name)
+        if self.tokenizer.has_chat_template:
+            check_template(self.tokenizer)
         self.models = {only: base}
         if adapter_path is not None:
             adapted = load_adapter(shared_copy(base), adapter_path)

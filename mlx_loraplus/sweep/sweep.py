@@ -31,7 +31,7 @@ from ..migration import translate
 from ..options import SweepOptions
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.preflight import check_no_adapters, named
+from ..training.preflight import check_no_adapters, with_model_name
 from ..training.run_fingerprint import model_fingerprint
 from ..training.scoring import score
 from .sweep_folder import (
@@ -207,7 +207,7 @@ def sweep_rates(
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
     given = store_data(translate(SweepConfig, dict(settings)))
-    config = configure(SweepConfig, named(model, given))
+    config = configure(SweepConfig, with_model_name(model, given))
     check_no_adapters(model)
     check_sweep_folder(config)
     run = resolve_length(run_config_of(config), model, log)

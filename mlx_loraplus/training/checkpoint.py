@@ -3,8 +3,8 @@
 ::
 
     RUN/checkpoints/000123/
-        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it; missing
-                                                    with adapter full
+        adapters.safetensors, adapter_config.json   the adapter, as stock mlx-lm loads it; not
+                                                    written with adapter full
         trained.safetensors                         the trained arrays, under their own names
         state.safetensors                           moments, steps and rates of every group
         state.json                                  Progress and RunFingerprint
@@ -103,7 +103,7 @@ def save_checkpoint(
         write_history(folder, history)
         _write_sums(folder)
 
-    # The checkpoints that are kept refer to at most ``keep`` best adapters.
+    # Remove old ones. The checkpoints that are kept refer to at most ``keep`` best adapters.
     for folder_of in (checkpoint_folder, best_folder):
         steps = [step for step in _saved_steps(run) if step <= progress.step]
         folders = [folder_of(run, step) for step in steps]
@@ -160,9 +160,9 @@ def check_folder(config: TrainConfig) -> None:
     """Check that a run's folder can be used, before any slow work starts.
 
     Raises:
-        OutputError: Another run is training in the folder, the folder can't be written or is a
-            link that leads nowhere or named like a file, or ``find_run`` raises this error.
-        ConfigError: ``find_run`` raises this error.
+        OutputError: Another run is training in the folder; the folder can't be written, is a broken
+            link, or is named like a file; or as for ``find_run``.
+        ConfigError: As for ``find_run``.
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")

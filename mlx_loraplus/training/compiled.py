@@ -3,8 +3,8 @@
 ``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
 seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
 Therefore each shape gets its own compiled function when it occurs for the second time. If there
-are too many functions, the least recently used one makes room, which frees its memory, for a shape
-that has occurred twice as often. Without this condition, a run with more shapes than functions
+are too many functions, a shape that has occurred twice as often as the least recently used one
+replaces it, which frees its memory. Without this condition, a run with more shapes than functions
 would trace them again and again; scripts/bench/shapes counts the functions that a run compiles.
 """
 
@@ -71,11 +71,11 @@ class CompiledByShape:
         """The number of compiled functions that are kept."""
         return len(self._traces)
 
-    def recall(self, *arguments: Any) -> None:
-        """Take a call into account that an earlier session made, without computing it.
+    def count_call(self, *arguments: Any) -> None:
+        """Count a call that an earlier session made, without computing it.
 
-        Compiled and eager steps may differ in their last bits. So a resumed run compiles the same
-        steps as an uninterrupted one.
+        A resumed run then compiles the same calls as an uninterrupted one. This matters because
+        compiled and eager results may differ in their last bits.
         """
         self._choose(_shape_of(arguments))
 
@@ -110,8 +110,9 @@ class CompiledByShape:
 
 
 def _shape_of(arguments: tuple[Any, ...]) -> Shape:
-    """Return what a trace is made for."""
+    """Return the names, shapes and types of all arrays of a call."""
     leaves: Any = tree_flatten(list(arguments))
-    return tuple(
-        (name, None if leaf is None else (tuple(leaf.shape), leaf.dtype)) for name, leaf in leaves
-    )
+    shape: list[Any] = []
+    for name, leaf in leaves:
+        shape.append((name, None if leaf is None else (tuple(leaf.shape), leaf.dtype)))
+    return tuple(shape)

@@ -8,7 +8,6 @@ setting must equal the adapters' own setting; only dropout may be changed.
 
 import math
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,10 +71,11 @@ class ExistingAdapters:
 
     def selected_by(self, config: AdapterConfig) -> bool:
         """Return whether a config's targets select the adapted modules, and no others."""
-        with suppress(ConfigError):
+        try:
             targets = find_targets(self.base, config.target_modules, config.num_layers)
-            return targets.keys() == self.adapters.keys()
-        return False
+        except ConfigError:
+            return False
+        return targets.keys() == self.adapters.keys()
 
     def scaled_by(self, config: AdapterConfig) -> bool:
         """Return whether a config's alpha and rslora give the adapters' scale s.
@@ -114,9 +114,9 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
 
     existing = _find_existing(model, asked.resume_adapter_file)
     theirs = _describe(existing)
-    _check(existing, asked.adapter, theirs, given)
+    _check_given(existing, asked.adapter, theirs, given)
 
-    # Settings that express the same thing are not mixed: all come from the adapters, or none.
+    # Of settings that express the same thing, all come from the adapters, or none.
     inherited = {name: value for name, value in theirs.items() if name not in given}
     for names in (_SELECTION, _SCALE):
         if not given.keys().isdisjoint(names):
@@ -178,11 +178,12 @@ def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> Existin
 
 def _recorded_settings(folder: str | Path) -> dict[str, Any]:
     """Return the adapter settings in a run's folder; empty if the folder has no run.yaml."""
-    with suppress(ConfigError):
+    try:
         config = configure(TrainConfig, read_settings(Path(folder) / SETTINGS), whole=False)
-        recorded = settings_of(config.adapter)
-        return {name: value for name, value in recorded.items() if value is not None}
-    return {}
+    except ConfigError:
+        return {}
+    recorded = settings_of(config.adapter)
+    return {name: value for name, value in recorded.items() if value is not None}
 
 
 def _describe(existing: ExistingAdapters) -> dict[str, Any]:
@@ -226,7 +227,7 @@ def _describe(existing: ExistingAdapters) -> dict[str, Any]:
     return found
 
 
-def _check(
+def _check_given(
     existing: ExistingAdapters, asked: AdapterConfig, theirs: Settings, given: Settings
 ) -> None:
     """Check that the given settings equal those of existing adapters.
@@ -234,6 +235,7 @@ def _check(
     Raises:
         ConfigError: Some differ; the message lists them all.
     """
+    # Settings that are compared by their value.
     defaults = settings_of(AdapterConfig())
     names = [name for name in ("adapter", "rank", *_START) if name in given]
     own = {name: theirs.get(name, defaults[name]) for name in names}
@@ -252,6 +254,7 @@ def _check(
     if "train_modules" in given and not _trains_same(existing, asked):
         different.append("train_modules")
 
+    # Report all that differ.
     if not different:
         return
     problems: list[str] = []

@@ -210,7 +210,7 @@ class World:
 
         if problems:
             raise self._agreed(
-                ConfigError(f"all processes must use the same, but {join_problems(problems)}")
+                ConfigError(f"all processes must have equal values, but {join_problems(problems)}")
             )
 
     def broadcast(self, model: nn.Module) -> None:

@@ -183,7 +183,7 @@ def _small_model(family: Any, **settings: Any) -> Any:
 
 
 def _ready(model: nn.Module, bits: int | None = None) -> nn.Module:
-    """Give a model the type that models have on this device."""
+    """Set the type of the weights that is usual on this device, and quantize them if asked to."""
     model.set_dtype(mx.bfloat16 if on_gpu() else mx.float32)
     if bits is not None:
         nn.quantize(model, group_size=64, bits=bits)
@@ -199,7 +199,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     trainable = attach_adapters(model, config.adapter)
     probes = probe_model(model, pack=False)
 
-    # A batch of random tokens, half of which are supervised.
+    # Train on random tokens, half of which are supervised.
     batches = Batches(_random_examples(rows, length), rows, config.seed)
     schedule = schedule_of(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
@@ -207,6 +207,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     split = probes.split(model)
     state = TrainState(model, split, optimizer, batches, schedule, probes=probes)
 
+    # Check the results of all ways to compute a step.
     check = check_step(model, probes, config.adapter, ways_to_check(state, config))
     if check.skipped:
         log(f"self-check: {check}")

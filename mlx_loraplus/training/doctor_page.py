@@ -64,14 +64,15 @@ def tuning_table(tuned: TuningResult, probes: ModelProbes) -> tuple[HTMLTable, l
 
 def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table with aligned columns."""
-    lines = [head, *rows]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    rule = ["-" * max(width, 3) for width in widths]
-    padded = [
-        [cell.ljust(max(width, 3)) for cell, width in zip(line, widths, strict=True)]
-        for line in (head, rule, *rows)
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    # The rule below the head needs three dashes in each column.
+    widths = [max(3, *map(len, cells)) for cells in zip(head, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+
+    lines: list[str] = []
+    for row in (head, rule, *rows):
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
 
 
 def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination]) -> bytes:

@@ -101,7 +101,8 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
 def _describe_run(
     data: Preview, tokens_per_epoch: int, found: _Findings
 ) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) for what a run on this data would be and take."""
+    """Yield a name and a text for each part of what a run on this data would do and need."""
+    # Check what depends on the run's length.
     batches = plan_batches(data.data.examples["train"], data.config.data, data.config.seed)
     schedule = schedule_of(data.config, batches.per_epoch)
     config = fit_to_length(data.config, schedule.steps)
@@ -142,16 +143,8 @@ def _describe_run(
         if config.adapter.adapter == "full":
             weights += plan.sizes.adapters()
         operations = 6.0 * weights * tokens / schedule.steps
-        yield (
-            "time",
-            _time(
-                replace(config, grad_checkpoint="on" if checkpoint else "off"),
-                batches,
-                tokens,
-                operations,
-                found,
-            ),
-        )
+        timed = replace(config, grad_checkpoint="on" if checkpoint else "off")
+        yield "time", _time(timed, batches, tokens, operations, found)
         saved = plan.sizes.gradients() + plan.sizes.moments(optimizer.optimizer)
         yield "disk", _disk(config, saved * (config.keep_checkpoints + 2), found)
     yield "folder", str(Path(config.adapter_path).absolute())
@@ -188,16 +181,16 @@ def _time(
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
-    """Return the seconds per token, padding included, of a second step; None if it was skipped."""
+    """Return how many seconds a token of a step takes, or None if the step was skipped."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
     optimizer = LoRAPlus(with_default_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 
-    # Two steps: the first also compiles.
-    window = config.grad_accumulation_steps
-    schedule = Schedule(steps=2, batches=2 * window, batches_per_step=window)
+    # Make two steps, because the first one also compiles.
+    per_step = config.grad_accumulation_steps
+    schedule = Schedule(steps=2, batches=2 * per_step, batches_per_step=per_step)
     state = TrainState(
         model,
         split_model(model),
@@ -210,6 +203,8 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     reports: list[Event] = []
     config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)
     train(state, (), config, report=reports.append, save=lambda: None)
+
+    # The time includes padding.
     last = reports[-1]
     if "loss" not in last:  # the step was skipped
         return None

@@ -63,7 +63,7 @@ class Answer:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(RichDisplay):
-    """What ``evaluate`` returns.
+    """The scores of a model on a split of the data, from ``evaluate``.
 
     Attributes:
         split: The split of the data, e.g. "test".
@@ -224,7 +224,7 @@ def _score_split(
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
 
-    # Score all examples, and answer some.
+    # Score all examples.
     split_of_model = split_model(model)
     learned, preferred = examples, None
     if isinstance(examples, Pairs):
@@ -234,6 +234,8 @@ def _score_split(
         learned = examples.desirable
         preferred = share_ranked(model, split_of_model, examples, config.data.batch_size)
     found = score(model, split_of_model, learned, config.data.batch_size)
+
+    # Answer some of them.
     prompts = choose_eval_prompts(examples, config, tokenizer, answers)
     answered: list[Answer] = []
     for prompt, generated in zip(prompts, answer_questions(model, tokenizer, prompts), strict=True):
@@ -263,11 +265,14 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     Raises:
         AdapterError: The run's folder holds no adapter.
     """
+    # Take the settings that are not given from the run.
     file = Path(config.adapter_path) / RUN_SETTINGS
     if file.is_file():
         own = {name: value for name, value in settings_of(config).items() if name in given}
         config = configure(TrainConfig, read_run_settings(file) | own)
     check_rows(config)
+
+    # Find the run's adapter, or the model if its weights were trained.
     folder, weights = adapter_files(Path(config.adapter_path))
     is_full = is_model_folder(folder)
     if not is_full and not (folder / weights).is_file():
@@ -287,6 +292,8 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
         base = replace(start, base=base)
         del model
         model, tokenizer = load(config.model)
+
+    # Evaluate the result of the run.
     if is_full:
         del model
         model, tokenizer = load(config.adapter_path)
@@ -305,8 +312,8 @@ def _score_start(
     folder, weights = adapter_files(Path(config.resume_adapter_file))
     if not (folder / weights).is_file():
         Console().print(
-            f"the run started from {config.resume_adapter_file}, which holds no adapter any more;"
-            " its effect is part of what follows"
+            f"the run started from {config.resume_adapter_file}, which no longer holds an adapter,"
+            " so the comparison includes the effect of that adapter"
         )
         return None
     load_adapter(model, config.resume_adapter_file)

@@ -1,4 +1,4 @@
-"""``find_rate``: what ``learning_rate auto`` would find, without training."""
+"""``find_rate``: the rate that ``learning_rate auto`` would find, without training."""
 
 from typing import Unpack
 
@@ -19,7 +19,7 @@ from ..runs.progress import quiet
 from .continuing import take_over
 from .distributed import World
 from .finetune import start_state
-from .preflight import check_fresh, check_world, named
+from .preflight import check_fresh, check_world, with_model_name
 from .rate_search import RateSearch, search_rate
 from .session import Session
 
@@ -50,11 +50,13 @@ def find_rate(
         >>> found = find_rate(model, tokenizer, data="my_folder")
         >>> run = finetune(model, tokenizer, data="my_folder", learning_rate=found.rate)
     """
+    # Read the settings.
     given = translate(TrainConfig, dict(settings))
     if given.get("learning_rate") not in (None, "auto"):
         raise ConfigError("find_rate finds the learning_rate: leave it out")
-    config = take_over(model, named(model, store_data(given | {"learning_rate": "auto"})))
+    config = take_over(model, with_model_name(model, store_data(given | {"learning_rate": "auto"})))
 
+    # Read the data, and choose the sizes that the settings leave to this machine.
     world = World.join(config.parallel)
     with world.sync_errors():
         check_fresh(model, config)
@@ -64,7 +66,7 @@ def find_rate(
         config = resolve_batch(config, model, int(examples["train"].lengths.max()), quiet)
         check_world(config, model, world)
 
-    # The copy shares the model's arrays, and gets the adapters.
+    # Search with a copy, which shares the model's arrays and gets the adapters.
     session = Session(Run(config), tokenizer, examples, None, world, quiet, [])
     trial = shared_copy(model)
     state = start_state(trial, session).state

@@ -39,8 +39,8 @@ from .preflight import (
     check_rates,
     check_validation,
     check_world,
-    named,
     warn_about_rates,
+    with_model_name,
 )
 from .probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .rate_search import choose_rate
@@ -54,7 +54,7 @@ from .run_fingerprint import (
     keep_intervals,
     model_fingerprint,
 )
-from .run_writer import RunWriter, completed, start_folder
+from .run_writer import RunWriter, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .session import Session
 from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
@@ -119,7 +119,7 @@ def finetune(
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
     given = store_data(translate(TrainConfig, dict(settings)))
-    config = take_over(model, named(model, given))
+    config = take_over(model, with_model_name(model, given))
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -188,7 +188,8 @@ def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
     world, run, checkpoint = session.world, session.run, session.checkpoint
     start = start_state(model, session)
-    trainable, state = start.trainable, choose_rate(session, start.state)
+    trainable = start.trainable
+    state = choose_rate(session, start.state)
 
     # Start or resume the history, and write to the folder for the first time.
     with world.sync_errors(), world.computing():
@@ -202,7 +203,7 @@ def _train(model: nn.Module, session: Session) -> None:
     world.broadcast(model)
 
     # Train.
-    writer = RunWriter(session, state, completed(start.identity, state, run.config))
+    writer = RunWriter(session, state, with_choices(start.identity, state, run.config))
     session.show(run.start)
     session.log(f"report: {run.folder / REPORT} shows the run while it trains")
     try:
@@ -248,9 +249,17 @@ def start_state(model: nn.Module, session: Session) -> StartState:
         probes = _probe(model, session)
     probes = share_probes(probes, world)
 
-    # The number of batches is the run's length, which decides on what its settings leave open.
+    # Make the batches, each of which the processes share. Their number gives the length of the run,
+    # on which the defaults of some settings depend.
     with world.sync_errors(), world.computing():
-        batches = _make_batches(model, session, probes)
+        batches = make_batches(
+            model,
+            session.examples["train"],
+            session.config,
+            session.log,
+            world.data_shards,
+            packable=probes.takes_caches,
+        )
         schedule = schedule_of(session.config, batches.per_epoch)
         session.run.config = fit_to_length(session.config, schedule.steps)
 
@@ -259,6 +268,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
         state = _prepare(model, session, trainable, probes, batches, schedule)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
+
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
     return StartState(identity, reference, trainable, state)
@@ -287,7 +297,7 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     settings = identifying_settings(model, session.config)
     identity = RunFingerprint(settings, fingerprint, rows, versions())
 
-    # First the processes are compared with each other, then with the checkpoint.
+    # Compare the processes with each other, then with the checkpoint.
     world.check_same(identity.comparable())
     with world.sync_errors():
         if checkpoint is not None:
@@ -305,7 +315,7 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
         )
     check_caches(model)
 
-    # Verdicts that the run has stored are reused.
+    # Reuse the verdicts that the run has stored.
     probes = None
     if session.checkpoint is not None:
         stored = session.checkpoint.identity
@@ -319,18 +329,6 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
             " memory"
         )
     return probes
-
-
-def _make_batches(model: nn.Module, session: Session, probes: ModelProbes) -> Batches:
-    """Return the training batches, of which each process computes its share."""
-    return make_batches(
-        model,
-        session.examples["train"],
-        session.config,
-        session.log,
-        session.world.data_shards,
-        packable=probes.takes_caches,
-    )
 
 
 def _prepare(

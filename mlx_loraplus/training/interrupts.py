@@ -77,12 +77,13 @@ def explain_failure(
         if failure is None:
             raise
 
-        # The largest batch of the step, or of the settings if there is none yet.
+        # Find the largest batch of the step, or of the settings if no batch was read yet.
         shapes = [part.tokens.shape for part in parts]
         if not shapes:
             shapes = [(config.data.batch_size, config.data.max_seq_length)]
         rows, length = max(shapes, key=math.prod)
 
+        # Advise smaller batches and, if memory ran out, gradient checkpointing.
         happened = f"{failure.what} on a batch of {rows} rows x {length:,} tokens"
         reason = reason_text(error)
         smaller = _smaller_batches(config, length)
@@ -110,7 +111,7 @@ def _memory_in_use() -> str:
 
 
 def _smaller_batches(config: TrainConfig, length: int) -> str:
-    """Return the settings that make a step's work smaller, which a resumed run can't change."""
+    """Return the settings that make a step smaller; a resumed run can't change them."""
     shorter = f"--max-seq-length below {length:,}"
     if config.data.batch_size == 1:
         return shorter

@@ -34,8 +34,8 @@ from .distributed import ALONE, World
 from .preferences import BETA, SUMS, PreferenceScore, answer_log_probs
 
 LABELED_SUMS = (*SUMS, "desirable", "kl")
-"""What is summed over the examples besides the loss; ``SUMS`` of the desirable answers as the
-chosen ones, then the number of these, and z0."""
+"""What is summed over the examples besides the loss: ``SUMS``, with the desirable answers as the
+chosen ones, then the number of desirable answers, and z0."""
 
 _ARRAYS = 6
 """The number of arrays of a batch of labeled answers."""
@@ -109,7 +109,8 @@ def _sum_stats(
     bad = is_answer & (labels == 0)
 
     # A desirable answer should be above z0, an undesirable one below it.
-    above, below = rewards > beta * baseline, rewards < beta * baseline
+    above = rewards > beta * baseline
+    below = rewards < beta * baseline
     parts = [
         mx.where(good, rewards, 0.0),
         mx.where(bad, rewards, 0.0),
@@ -184,34 +185,38 @@ class KLEstimate:
         kl, count = world.sum(total)
         return (mx.maximum(kl / count, 0.0),)
 
-    def recall(self, parts: Sequence[Batch]) -> tuple[mx.array, ...]:
-        """Show a step of an earlier session to the compiled function; return 0 in place of z0."""
+    def count_step(self, parts: Sequence[Batch]) -> tuple[mx.array, ...]:
+        """Count the calls of an earlier session's step, and return 0 in place of z0.
+
+        See ``CompiledByShape.count_call``.
+        """
         if not self.is_needed:
             return ()
 
         for part in parts:
             if part.mismatched is not None and isinstance(self.measure, CompiledByShape):
-                self.measure.recall(arrays_of(part.mismatched))
+                self.measure.count_call(arrays_of(part.mismatched))
         return (mx.array(0.0),)
 
 
 def describe_labeled(sums: Sequence[float], examples: float, prefix: str = "") -> Event:
     """Return the means of ``LABELED_SUMS`` over the examples, by name.
 
-    What is a mean over the desirable or the undesirable answers is left out if there are none.
+    Means over the desirable or the undesirable answers are left out if there are no such answers.
     """
-    named = dict(zip(LABELED_SUMS, sums, strict=True))
-    counts = {"chosen": named["desirable"], "rejected": examples - named["desirable"]}
+    totals = dict(zip(LABELED_SUMS, sums, strict=True))
+    counts = {"chosen": totals["desirable"], "rejected": examples - totals["desirable"]}
 
+    # The second word of a name says which answers it covers; reward_accuracy covers all.
     event: Event = {}
     for name in SUMS:
         _, _, kind = name.partition("_")
         count = counts.get(kind, examples)
         if count:
-            event[name] = named[name] / count
+            event[name] = totals[name] / count
     if "rewards_chosen" in event and "rewards_rejected" in event:
         event["reward_margin"] = event["rewards_chosen"] - event["rewards_rejected"]
-    event["kl"] = named["kl"] / examples
+    event["kl"] = totals["kl"] / examples
     return {prefix + name: value for name, value in event.items()}
 
 
@@ -224,13 +229,14 @@ def score_labeled(
     world: World = ALONE,
 ) -> PreferenceScore:
     """Score a model on all labeled answers, shared among the processes."""
-    # Each process has computed its share; the others are 0.
-    found = np.stack(
-        [answer_log_probs(model, split, each, batch_size, world) for each in examples.both], axis=1
-    )
-    log_probs = world.sum(mx.array(found))
+    # Each process computes its share. The others' values are 0, so the sum joins the shares.
+    columns = [
+        answer_log_probs(model, split, answers, batch_size, world) for answers in examples.both
+    ]
+    log_probs = world.sum(mx.array(np.stack(columns, axis=1)))
     ratios = log_probs - mx.array(examples.reference)
 
+    # The second column has the mismatched answers.
     labels = mx.array(examples.is_desirable.astype(np.float32))
     baseline = mx.maximum(ratios[:, 1].mean(), 0.0)
     losses, rewards = labeled_losses(objective, ratios[:, 0], labels, baseline)

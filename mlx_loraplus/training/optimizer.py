@@ -39,7 +39,7 @@ from ..call_checks import types_checked
 from ..config import OptimizerConfig
 from ..errors import ConfigError
 from ..settings import checked, fit_warmup
-from .compensation import HALF_TYPES, narrowed, no_compensation, widened
+from .compensation import HALF_TYPES, narrowed, widened, zero_compensation
 from .joined_parameters import JoinedParameters
 from .schedule import rate_factor
 
@@ -85,7 +85,7 @@ class LoRAPlus:
         self.groups: dict[str, str] = {}  # the group of each parameter
         self._rules: dict[str, optim.Optimizer] = {}
         self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
-        self._groups: dict[str, str] = {}  # the group that gives each rule its rate
+        self._group_of_rule: dict[str, str] = {}  # the group whose rate each rule uses
         self.state: dict[str, Any] = {
             "step": mx.array(0, mx.uint32),
             "learning_rate": mx.array(self.config.learning_rate, mx.float32),
@@ -117,13 +117,13 @@ class LoRAPlus:
         half = {name: array for name, array in parameters.items() if array.dtype in HALF_TYPES}
         if half:
             self.state[_COMPENSATION] = {
-                name: no_compensation(array) for name, array in half.items()
+                name: zero_compensation(array) for name, array in half.items()
             }
         self.groups = dict(groups)
-        self._members, self._groups, self._rules = {}, {}, {}
+        self._members, self._group_of_rule, self._rules = {}, {}, {}
 
-        # Each group has one rule. With Muon, the vectors of a group have another. With adapter
-        # full, the vectors (norms and biases) do not decay.
+        # Each group has one rule. With Muon, the vectors of a group have another rule. With adapter
+        # full, vectors (norms and biases) have a rule without decay.
         for group in sorted(set(groups.values())):
             matrices = {name: array for name, array in parameters.items() if groups[name] == group}
             vectors: dict[str, mx.array] = {}
@@ -138,7 +138,7 @@ class LoRAPlus:
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""
-        self._groups[key] = group
+        self._group_of_rule[key] = group
         parameters = self._widened(parameters)
         join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
         self._members[key] = members = JoinedParameters(parameters, join=join)
@@ -168,6 +168,7 @@ class LoRAPlus:
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         exact = self._widened(parameters)
+
         # Small arrays are flattened and joined into one array per group and type, because each
         # array costs GPU kernels.
         joined = {key: members.join(flat) for key, members in self._members.items()}
@@ -183,7 +184,7 @@ class LoRAPlus:
         rates = self._rates(self.state["step"])
         keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
-            group = self._groups[key]
+            group = self._group_of_rule[key]
             clipped = joined[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
@@ -213,8 +214,8 @@ class LoRAPlus:
 
     def _widened(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return the exact values of parameters, in float32 if they are in half precision."""
-        kept = self.state.get(_COMPENSATION, {})
-        return {name: widened(array, kept.get(name)) for name, array in parameters.items()}
+        lost = self.state.get(_COMPENSATION, {})
+        return {name: widened(array, lost.get(name)) for name, array in parameters.items()}
 
     def _narrowed(
         self,
@@ -229,12 +230,12 @@ class LoRAPlus:
             before: The parameters before the step.
             finite: Whether the step counts. If not, nothing changes.
         """
-        kept = self.state.get(_COMPENSATION, {})
+        lost = self.state.get(_COMPENSATION, {})
         stored = dict(exact)
-        for name in sorted(exact.keys() & kept.keys()):
+        for name in sorted(exact.keys() & lost.keys()):
             weight, rest = narrowed(exact[name], before[name].dtype)
             stored[name] = mx.where(finite, weight, before[name])
-            kept[name] = mx.where(finite, rest, kept[name])
+            lost[name] = mx.where(finite, rest, lost[name])
         return stored
 
     @property
@@ -265,7 +266,8 @@ class LoRAPlus:
     def rates(self) -> dict[str, float]:
         """Group → the rate of the last update of its parameters; 0 before the first step."""
         return {
-            group: self.state[key]["learning_rate"].item() for key, group in self._groups.items()
+            group: self.state[key]["learning_rate"].item()
+            for key, group in self._group_of_rule.items()
         }
 
     def arrays(self) -> dict[str, mx.array]:
@@ -291,12 +293,13 @@ class LoRAPlus:
         """
         mine = {name: (array.shape, array.dtype) for name, array in self.arrays().items()}
         theirs = {name: (array.shape, array.dtype) for name, array in arrays.items()}
-        names = mine.keys() | theirs.keys()
-        if odd := sorted(name for name in names if mine.get(name) != theirs.get(name)):
+        names = sorted(mine.keys() | theirs.keys())
+        different = [name for name in names if mine.get(name) != theirs.get(name)]
+        if different:
             raise ConfigError(
                 "the saved optimizer state belongs to another optimizer or other adapters:"
-                f" {len(odd)} arrays differ, {odd[0]!r:.80} first; take the run's own, or train"
-                " anew"
+                f" {len(different)} arrays differ, {different[0]!r:.80} first; take the run's own,"
+                " or train anew"
             )
 
         for name in self._own_names():
@@ -341,9 +344,10 @@ def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str])
             f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
             f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
         )
-    if unknown := set(groups.values()) - set(_GROUPS):
+    unknown = sorted(set(groups.values()) - set(_GROUPS))
+    if unknown:
         raise ConfigError(
-            f"no rate is known for the groups {sorted(unknown)}: there are {', '.join(_GROUPS)}"
+            f"no rate is known for the groups {unknown}: there are {', '.join(_GROUPS)}"
         )
 
 

@@ -19,6 +19,7 @@ Sources: DPO arXiv 2305.18290, label smoothing from its authors' note on cDPO, I
 2403.07691, SimPO 2405.14734.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,21 +127,22 @@ def make_pair_loss(
     def loss(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         *batch, reference = arrays
         sums, counts = log_probs(model, *batch)
-        sums, counts, reference = (
-            each.reshape(-1, 2) for each in (sums, counts, reference)
-        )  # (pairs, 2)
 
-        # Rows without an answer have no tokens, and count for nothing.
+        # Each to (pairs, 2). Rows without an answer have no tokens, and count for nothing.
+        sums = sums.reshape(-1, 2)
+        counts = counts.reshape(-1, 2)
+        reference = reference.reshape(-1, 2)
         is_pair = counts[:, 0] > 0
         counts = mx.maximum(counts, 1.0)
         losses, rewards = pair_losses(objective, sums, counts, reference)
         losses = mx.where(is_pair, losses, 0.0)
         rewards = mx.where(is_pair[:, None], rewards, 0.0)
 
-        right = rewards[:, 0] > rewards[:, 1]
+        # The statistics, in the order of ``PAIR_SUMS``.
+        is_right = rewards[:, 0] > rewards[:, 1]
         means = sums / counts
-        preferred = means[:, 0] > means[:, 1]
-        parts = [*rewards.sum(axis=0), right.sum(), *sums.sum(axis=0), preferred.sum()]
+        is_preferred = means[:, 0] > means[:, 1]
+        parts = [*rewards.sum(axis=0), is_right.sum(), *sums.sum(axis=0), is_preferred.sum()]
         stats = mx.stack([part.astype(mx.float32) for part in parts])
         return losses.sum(), mx.stop_gradient(stats)
 
@@ -179,7 +181,8 @@ def score_pairs(
     start_inference(model)
     loss_of = make_pair_loss(split, objective, learning=False)
     total = mx.zeros(1 + len(PAIR_SUMS))
-    for batch in pairs_in_order(pairs, -(-batch_size // world.data_shards), world.share):
+    size = math.ceil(batch_size / world.data_shards)
+    for batch in pairs_in_order(pairs, size, world.share):
         loss, sums = loss_of(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         total = total + mx.concatenate([loss[None], sums])
         world.compute(total)
@@ -198,7 +201,7 @@ def answer_log_probs(
     start_inference(model)
     log_probs = make_log_probs(split, learning=False)
     found = np.zeros(len(answers), np.float32)
-    size = -(-batch_size // world.data_shards)
+    size = math.ceil(batch_size / world.data_shards)
     for members, length, targets in ordered_rows(answers, size, world.share):
         filled = [[answers[int(index)]] for index in members]
         empty: list[list[Example]] = [[]] * (size - len(filled))
@@ -210,10 +213,11 @@ def answer_log_probs(
 
 
 def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
-    """Return the share of pairs whose chosen answer has the higher mean log-probability a token."""
+    """Return the share of pairs whose chosen answer has the higher mean log-probability.
+
+    The mean is that of an answer's supervised tokens.
+    """
     split = split_model(model)
-    chosen, rejected = (
-        answer_log_probs(model, split, answers, batch_size) / answers.targets
-        for answers in pairs.both
-    )
+    chosen = answer_log_probs(model, split, pairs.chosen, batch_size) / pairs.chosen.targets
+    rejected = answer_log_probs(model, split, pairs.rejected, batch_size) / pairs.rejected.targets
     return float((chosen > rejected).mean())

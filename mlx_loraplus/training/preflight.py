@@ -52,6 +52,7 @@ def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
             "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
             " each other, and more than one process"
         )
+
     # Otherwise some processes would never have an example.
     if config.data.batch_size < world.data_shards:
         raise ConfigError(
@@ -68,6 +69,7 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
         ConfigError: An earlier run left its adapters on the model, and ``resume`` is off; or it
             trained the model's weights; or adapter full can't save the model.
     """
+    # Weights that an earlier run trained can't be undone.
     trained_in = getattr(model, "trained_in", None)
     if trains_weights(model):
         raise ConfigError(
@@ -78,6 +80,8 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     if config.adapter.adapter == "full":
         origin_of(model)
         check_full(model, config.adapter.num_layers, original_of(config.model))
+
+    # A resumed run needs its own adapters.
     if trained_in is None or config.resume or not find_adapters(model):
         return
     raise ConfigError(
@@ -87,7 +91,7 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Check that a model has no adapters, for what starts with new ones.
+    """Check that a model has no adapters before a sweep, which starts with new ones.
 
     Raises:
         AdapterError: It has some.
@@ -152,6 +156,7 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
     if optimizer.learning_rate == "auto":
         return
 
+    # Compute the measure, and find the settings that lower it.
     rate = adapter.scale * (optimizer.learning_rate or 0.0)
     if adapter.init == "init2":
         limit = DIVERGED_INIT2
@@ -173,8 +178,8 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
         )
 
 
-def named(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with the name that ``model`` was loaded by.
+def with_model_name(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the name by which ``model`` was loaded.
 
     A model that this package did not load is described by its kind.
 

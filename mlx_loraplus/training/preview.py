@@ -1,5 +1,6 @@
 """Preview the data of a run: rows, lengths, batches, duplicates, leaks and three examples."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def preview(
         given = store_data({**given, "data": data})
     found = preview_run(configure(TrainConfig, given), tokenizer)
 
-    # Remarks name keywords, as errors do
+    # Notes and problems name keywords, as errors do
     found.data.problems[:] = map(in_keywords, found.data.problems)
     for report in found.data.reports.values():
         report.bad_rows[:] = map(in_keywords, report.bad_rows)
@@ -169,12 +170,12 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
     # Plan the batches, and show the first, the middle and the last training example
     train = found.examples["train"]
     plan = None
-    chosen: list[int] = []
+    samples: list[tuple[str, list[Part]]] = []
     if len(train):
         config = resolve_batch(config, None, int(train.lengths.max()))
         plan = _plan_epoch(plan_batches(train, config.data, config.seed), train)
-        chosen = sorted({0, len(train) // 2, len(train) - 1})
-    samples = [sample for index in chosen for sample in _samples(train, index, tokenizer)]
+        for index in sorted({0, len(train) // 2, len(train) - 1}):
+            samples += _samples(train, index, tokenizer)
 
     return Preview(config, found, list(find_overlaps(found.examples)), plan, samples)
 
@@ -204,7 +205,7 @@ def _check_limits(limits: Limits, found: Data, tokenizer: TokenizerWrapper) -> N
 def _check_prompts(
     limits: Limits, found: Data, config: TrainConfig, tokenizer: TokenizerWrapper
 ) -> None:
-    """Add the user's own prompts that exceed the model's limits to the problems."""
+    """Add the first of the user's own prompts that exceeds the model's limits to the problems."""
     if not config.prompts or not len(found.examples["train"]):
         return
     form, _ = choose_format(found.examples["train"], tokenizer)
@@ -221,11 +222,10 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
     tokens = useful = 0
     for number in range(batches.per_epoch):
         rows = batches.rows_of(number)
-        height, length, targets = batches.shape_of(rows)
-        members = np.concatenate(rows)
-        shapes.add((height, length, targets))
-        tokens += height * length
-        useful += _useful_tokens(train, members)
+        count, length, targets = batches.shape_of(rows)
+        shapes.add((count, length, targets))
+        tokens += count * length
+        useful += _useful_tokens(train, np.concatenate(rows))
     return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
 
 
@@ -278,7 +278,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[Text]:
 
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         # Rounded up, so that every bin that is not empty has a bar
-        bar = "█" * -(-int(count) * _BAR_WIDTH // largest)
+        bar = "█" * math.ceil(int(count) * _BAR_WIDTH / largest)
         yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
 
     median, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
@@ -286,7 +286,7 @@ def _histogram(lengths: np.ndarray) -> Iterator[Text]:
 
 
 def _answer_lengths(train: Examples) -> Iterator[Text]:
-    """Yield the mean lengths of good and of bad answers, if the rows tell them apart.
+    """Yield the mean lengths of the preferred and of the other answers, if the rows have both.
 
     If one kind is longer, objectives that sum over an answer's tokens may learn its length.
     """

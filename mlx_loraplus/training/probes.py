@@ -124,6 +124,6 @@ def reusable_probes(
 
 def share_probes(probes: ModelProbes, world: World) -> ModelProbes:
     """Return the main process's verdicts on all processes."""
-    # Every process gets all verdicts; the main process's come first.
+    # Every process gets the verdicts of all; those of the main process come first.
     shared = world.gather(json.dumps(asdict(probes)))[0]
     return pydantic.TypeAdapter(ModelProbes).validate_python(json.loads(shared))

@@ -62,7 +62,7 @@ class Finding:
 def range_test(probe: Probe, steps: float, default: float) -> Finding:
     """Raise the rate at every step, and return the rate at which the loss was lowest.
 
-    The loss is a mean over neighbouring steps. It rises again where the rates are too high.
+    The loss is a mean over neighboring steps. It rises again where the rates are too high.
     """
     count = max(2, int(steps / (1 + FORWARD)))
     rates = np.geomspace(default / SPAN, default * SPAN, count)
@@ -77,12 +77,13 @@ def range_test(probe: Probe, steps: float, default: float) -> Finding:
         if not change < _DIVERGED * abs(untrained[number]):
             break
 
+    # Smooth the changes. A mean belongs to the rate in the middle of its steps.
     changes = np.array([each.change for each in tried])
-    window = min(_SMOOTHED, len(changes))
-    if not window:
+    width = min(_SMOOTHED, len(changes))
+    if not width:
         return Finding(None, tuple(tried))
-    smoothed = np.convolve(changes, np.full(window, 1 / window), "valid")
-    middle = window // 2
+    smoothed = np.convolve(changes, np.full(width, 1 / width), "valid")
+    middle = width // 2
     inner = [each.rate for each in tried[middle : middle + len(smoothed)]]
     return Finding(_lowest(inner, smoothed), tuple(tried))
 
@@ -105,7 +106,8 @@ def line_search(probe: Probe, steps: float, default: float) -> Finding:
         tried.append(TriedRate(float(rate), change))
 
     rates = [each.rate for each in tried]
-    return Finding(_lowest(rates, np.array([each.change for each in tried])), tuple(tried))
+    changes = np.array([each.change for each in tried])
+    return Finding(_lowest(rates, changes), tuple(tried))
 
 
 def curvature(probe: Probe, steps: float, default: float) -> Finding:
@@ -119,7 +121,7 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
     direction = _first_direction(probe, default)
     batches = max(1, int((steps - probe.spent) / 2))
 
-    # The slopes at both points, on the same batches.
+    # Measure the losses and the slopes at both points, on the same batches.
     losses: list[list[float]] = []
     slopes: list[list[float]] = []
     for distance in (0.0, default):
@@ -129,6 +131,7 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
         losses.append([loss for loss, _ in found])
         slopes.append([_dot(gradients, direction) for _, gradients in found])
 
+    # Compute the bend of the line, which must be a bowl to have a lowest point.
     slope, moved = np.mean(slopes, axis=1).tolist()
     change = float(np.mean(losses[1]) - np.mean(losses[0]))
     bend = (moved - slope) / default
@@ -150,17 +153,21 @@ def prodigy(probe: Probe, steps: float, default: float) -> Finding:
         for name, group in probe.state.optimizer.groups.items()
         if group != "embedding"  # embeddings have a rate of their own
     }
+
+    # Adam's moments, and the sums that the estimate is computed from.
     start = probe.parameters()
     moved = {name: mx.zeros(start[name].shape) for name in unit}
     first, second, summed = dict(moved), dict(moved), dict(moved)
-
     rate, numerator = default / SPAN, 0.0
+
     still = {name: mx.zeros_like(array) for name, array in start.items()}
     tried: list[TriedRate] = []
     for _ in range(max(1, int(steps))):
         loss, found = probe.gradients()
         if not math.isfinite(loss):
             break
+
+        # Raise the estimate if the gradients point along the distance moved so far.
         gradients = {name: found[name] * unit[name] for name in unit}
         weight = (1 - math.sqrt(beta_2)) * rate**2
         numerator = math.sqrt(beta_2) * numerator - weight * _dot(gradients, moved)
@@ -168,9 +175,10 @@ def prodigy(probe: Probe, steps: float, default: float) -> Finding:
             first[name] = beta_1 * first[name] + (1 - beta_1) * rate * gradient
             second[name] = beta_2 * second[name] + (1 - beta_2) * mx.square(rate * gradient)
             summed[name] = math.sqrt(beta_2) * summed[name] + weight * gradient
-        size = float(np.array(sum((mx.abs(each).sum() for each in summed.values()), mx.array(0.0))))
+        size = _total([mx.abs(each).sum() for each in summed.values()])
         rate = max(rate, numerator / size if size else 0.0)
 
+        # Make Adam's step at the new rate.
         for name in unit:
             step = first[name] / (mx.sqrt(second[name]) + 1e-8 * rate)
             moved[name] = moved[name] - rate * step
@@ -194,20 +202,21 @@ def trials(probe: Probe, steps: float, default: float) -> Finding:
         # Each round takes half of the work. A third of a trial's work is its judgement.
         work = steps / 2 / (count + FORWARD)
         judged = max(1, round(work / 3 / FORWARD))
-        made = max(1, round(work - judged * FORWARD))
+        trained = max(1, round(work - judged * FORWARD))
 
-        probe.restart(next_step=made)
+        probe.restart(next_step=trained)
         untrained = probe.losses(judged)
         tried = []
         for rate in rates:
             probe.restart()
-            for _ in range(made):
+            for _ in range(trained):
                 probe.step(rate)
             change = float(np.mean(probe.losses(judged) - untrained))
             tried.append(TriedRate(rate, change))
         ordered = sorted(tried, key=lambda each: _last_if_not_finite(each.change))
         rates = [each.rate for each in ordered[:_KEPT_TRIALS]]
 
+    # The last round decides.
     best = min(tried, key=lambda each: _last_if_not_finite(each.change))
     return Finding(best.rate if best.change < 0 else None, tuple(tried))
 
@@ -244,15 +253,18 @@ def _first_direction(probe: Probe, default: float) -> dict[str, mx.array]:
 
 def _dot(one: Mapping[str, mx.array], other: Mapping[str, mx.array]) -> float:
     """Return the inner product of the arrays that both have."""
-    products = [(one[name] * other[name]).sum() for name in one.keys() & other.keys()]
-    return float(np.array(sum(products, mx.array(0.0))))
+    return _total([(one[name] * other[name]).sum() for name in one.keys() & other.keys()])
+
+
+def _total(scalars: list[mx.array]) -> float:
+    """Return the sum of scalar arrays."""
+    return float(np.array(sum(scalars, mx.array(0.0))))
 
 
 def _lowest(rates: list[float], changes: np.ndarray) -> float | None:
     """Return the rate with the lowest change, between the rates; None if no change is a fall.
 
-    A parabola through the lowest point and its neighbours, over log(rate), gives the place between
-    them.
+    A parabola over log(rate), through the lowest point and its neighbors, has its minimum there.
     """
     known = np.where(np.isfinite(changes), changes, np.inf)
     best = int(np.argmin(known))
@@ -269,5 +281,5 @@ def _lowest(rates: list[float], changes: np.ndarray) -> float | None:
 
 
 def _last_if_not_finite(change: float) -> float:
-    """Return the sort key of a change."""
+    """Return the sort key of a change, which is infinite if the change is not finite."""
     return change if math.isfinite(change) else math.inf

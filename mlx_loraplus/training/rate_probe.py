@@ -1,4 +1,4 @@
-"""What a search for the learning rate may do with a run: train from its start, look, and go back.
+"""Train a run from its start at other rates, measure its losses, and return to the start.
 
 A ``Probe`` makes real steps of the run, with its batches, objective, optimizer, accumulation and
 processes, but at a rate of its own and without warm-up and schedule. ``probing`` restores the
@@ -154,13 +154,12 @@ class Probe:
         return total / (pairs or supervised)
 
     def _count(self, counts: mx.array) -> float:
-        """Return what the loss is a mean over: tokens, pairs or labeled answers.
+        """Return the number that the loss is a mean over: of tokens, pairs or labeled answers.
 
         ``counts`` is from ``sum_parts``.
         """
-        return float(
-            np.array(counts)[PAIRS if self.state.objective.has_preferences else SUPERVISED]
-        )
+        place = PAIRS if self.state.objective.has_preferences else SUPERVISED
+        return float(np.array(counts)[place])
 
     def _number(self) -> int:
         """Return the number of the step whose batches come next; after the last comes the first."""

@@ -1,7 +1,7 @@
 """``learning_rate auto``: a run's rate, found on its own model, examples and batches.
 
-The search makes ``STEPS`` steps' work before the first step of the run, and leaves no trace but the
-rate. Where it can't judge, the run uses the default rate and says so.
+The search takes the work of ``STEPS`` steps before the first step of the run, and changes nothing
+but the rate. If it finds no rate, the run uses the default rate and reports the reason.
 """
 
 import json
@@ -25,7 +25,8 @@ METHOD = "range test"
 STEPS = 30
 """The work of a search, in steps: a tenth of a run of 300."""
 MIN_BATCHES = 8
-"""Steps' batches that the data must have, because a rate that suits few examples is too high."""
+"""The data must have the batches of this many steps, because a rate that suits few examples is too
+high."""
 SHARES = {
     "range test": 0.5,
     "line search": 1.0,
@@ -90,7 +91,7 @@ class RateSearch(RichDisplay):
 
 
 def choose_rate(session: Session, state: TrainState) -> TrainState:
-    """Set a run's learning rate if its setting is auto, alike on all processes.
+    """Set a run's learning rate if its setting is auto, to the same value on all processes.
 
     Args:
         session: The run's session; its config gets the rate.
@@ -158,7 +159,7 @@ def search_rate(
 
 
 def _reason_against(state: TrainState) -> str:
-    """Return why a search is not worth while, or nothing."""
+    """Return why a search is not possible for this run, or ""."""
     schedule = state.schedule
     batches = state.batches.per_epoch // schedule.batches_per_step
     if batches < MIN_BATCHES:

@@ -70,12 +70,14 @@ def start_history(
     if reference is not None:
         event["reference"] = reference
 
-    # A measured peak is better than the planned one.
+    # How a step is computed, and how that and the rate were found.
     event["choices"] = asdict(way_of(state, run.config))
     if state.self_check:
         event["self_check"] = state.self_check
     if state.rate_search is not None:
         event["found_rate"] = state.rate_search
+
+    # A measured peak is better than the planned one.
     if state.measured_peak is not None:
         event["memory"]["planned_gb"] = state.measured_peak / 1e9
     run.history.append(event)

@@ -27,7 +27,7 @@ from .distributed import World
 from .preferences import answer_log_probs
 from .session import Session
 
-_ROOM = "reference"  # in the cache
+_FOLDER = "reference"  # in the cache
 _FILE = "log_probs"  # float32, two values for each example
 
 
@@ -87,7 +87,7 @@ def reference_model(model: nn.Module, config: TrainConfig) -> nn.Module:
             load_adapter(reference, config.resume_adapter_file)
         return reference
 
-    # Take the adapters off.
+    # Remove the adapters.
     adapters = find_adapters(reference)
     changed = any(adapter.owns_base for adapter in adapters.values())
     if changed or find_fully_trained(reference):
@@ -118,12 +118,13 @@ def _log_probs_of(
 
     Each process computes its share, unless the main process has them in its cache.
     """
+    # Look them up in the main process's cache.
     parts = f"{digest} {examples.fingerprint()}"
     key = hashlib.blake2b(parts.encode(), digest_size=16).hexdigest()
     stored = _read(key, len(examples)) if world.is_main else None
     (is_stored,) = world.any_rank([stored is not None])
 
-    # The sum joins the shares, because the other processes' values are 0.
+    # Compute them. The sum joins the shares, because the other processes' values are 0.
     found = np.zeros((len(examples), 2), np.float32) if stored is None else stored
     if not is_stored:
         split, size = split_model(model), config.data.batch_size
@@ -132,22 +133,25 @@ def _log_probs_of(
     if world.size > 1:
         found = np.array(world.sum(mx.array(found)))
 
-    # The cache keeps what was computed.
+    # Store them.
     if world.is_main and not is_stored:
-        remove_unused(_ROOM)
-        cached_folder(_ROOM, key, lambda folder: _write(folder / _FILE, found))
+        remove_unused(_FOLDER)
+        cached_folder(_FOLDER, key, lambda folder: _write(folder / _FILE, found))
     return found
 
 
 def _read(key: str, count: int) -> np.ndarray | None:
     """Return what the cache holds for a key, or None if it holds nothing that can be used."""
-    folder = cache_folder() / _ROOM / key
+    folder = cache_folder() / _FOLDER / key
     try:
         content = read_bounded(folder / _FILE, 8 * count)
         os.utime(folder)
     except OSError:
         return None
-    return np.frombuffer(content, np.float32).reshape(-1, 2) if len(content) == 8 * count else None
+
+    if len(content) != 8 * count:
+        return None
+    return np.frombuffer(content, np.float32).reshape(-1, 2)
 
 
 def _write(path: Path, found: np.ndarray) -> None:

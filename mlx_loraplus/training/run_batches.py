@@ -20,7 +20,7 @@ def make_batches(
     examples: Examples,
     config: TrainConfig,
     log: Log,
-    shards: int = 1,
+    shares: int = 1,
     *,
     packable: bool = False,
 ) -> Batches:
@@ -31,7 +31,7 @@ def make_batches(
         examples: The training examples.
         config: The run's settings.
         log: Called with a line about packing.
-        shards: The number of processes that share a batch.
+        shares: The number of processes that share a batch.
         packable: Whether the model is known to work with packed rows; otherwise this is tested.
 
     Raises:
@@ -40,7 +40,7 @@ def make_batches(
     if config.data.pack and not packable:
         check_packing(model)
 
-    batches = plan_batches(examples, config.data, config.seed, shards)
+    batches = plan_batches(examples, config.data, config.seed, shares)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches

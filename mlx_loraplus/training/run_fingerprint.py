@@ -91,7 +91,7 @@ def keep_intervals(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
     then = current_names(stored.settings)
     kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
 
-    # The rate was found when the run started.
+    # The rate that the search found when the run started is kept.
     if settings["learning_rate"] == "auto":
         kept["learning_rate"] = then["learning_rate"]
     return configure(TrainConfig, settings | kept)
@@ -123,6 +123,7 @@ def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
     then = relocated(then, Path(config.adapter_path).absolute())
     now = json.loads(json.dumps(stored_settings(config)))
 
+    # Sort the changes by whether they are allowed.
     allowed: list[str] = []
     refused: list[str] = []
     for name, value in now.items():
@@ -159,6 +160,7 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
     Raises:
         ConfigError: The model or the data is not the same.
     """
+    # The model and the data must be the same.
     problems: list[str] = []
     if stored.model != present.model:
         problems.append(
@@ -172,6 +174,7 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
             " another --adapter-path"
         )
 
+    # Other versions of the libraries are reported, but allowed.
     changed: list[str] = []
     for library, now in present.versions.items():
         then = stored.versions.get(library)

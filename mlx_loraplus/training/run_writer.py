@@ -86,6 +86,7 @@ class RunWriter:
             self.save_error = error
 
     def _write(self) -> None:
+        """Write the files of a save; see ``save``."""
         run, state = self.session.run, self.state
         if not run.folder.is_dir():
             self.session.log(f"warning: {run.folder} has vanished and is created again")
@@ -183,7 +184,7 @@ class RunWriter:
         if not self.session.world.is_main:
             return error
 
-        # What is saved, and the command that continues from there.
+        # Say what is saved, and which command continues from there.
         saved = newest_step(run.folder)
         kept = "no step is saved" if saved is None else f"step {saved:,} is saved"
         return DeviceError(
@@ -222,8 +223,10 @@ class RunWriter:
         self.session.show(run.history[-1])
 
 
-def completed(identity: RunFingerprint, state: TrainState, config: TrainConfig) -> RunFingerprint:
-    """Return a run's fingerprint with the choices that were made since it was taken."""
+def with_choices(
+    identity: RunFingerprint, state: TrainState, config: TrainConfig
+) -> RunFingerprint:
+    """Return a run's fingerprint with the choices that were made after it was computed."""
     return replace(
         identity,
         settings=identifying_settings(state.model, config),
@@ -246,7 +249,7 @@ def start_folder(
     Args:
         run: The run that starts or resumes.
         state: What the run trains, and how.
-        anew: Whether to remove the files of an earlier run first.
+        anew: Whether the run starts from the beginning. Files of an earlier run are then removed.
         residuals: The errors of quantizing the base, if it was quantized when the run started.
     """
     # Remove incomplete files, and the record of fusing, which training makes outdated.
@@ -255,6 +258,7 @@ def start_folder(
         remove_leftovers(place)
     (folder / FUSED).unlink(missing_ok=True)
 
+    # Remove the files of an earlier run.
     if anew:
         remove_checkpoints(folder)
         if holds_full_run(folder):

@@ -31,9 +31,15 @@ def schedule_of(config: TrainConfig, per_epoch: int) -> Schedule:
     With epochs, the last step may have fewer batches; it is not dropped.
     """
     per_step = config.grad_accumulation_steps
-    epochs = Fraction(config.epochs or 1).limit_denominator(10**6)  # 0.07 is exactly 7/100
-    batches = config.iters * per_step if config.iters else max(1, math.ceil(epochs * per_epoch))
-    return Schedule(steps=-(-batches // per_step), batches=batches, batches_per_step=per_step)
+    if config.iters:
+        batches = config.iters * per_step
+    else:
+        # As a fraction, 0.07 epochs are exactly 7/100.
+        epochs = Fraction(config.epochs or 1).limit_denominator(10**6)
+        batches = max(1, math.ceil(epochs * per_epoch))
+
+    steps = math.ceil(batches / per_step)
+    return Schedule(steps=steps, batches=batches, batches_per_step=per_step)
 
 
 def batches_of_step(step: int, schedule: Schedule) -> range:
@@ -44,9 +50,10 @@ def batches_of_step(step: int, schedule: Schedule) -> range:
     )
 
 
-def seed_of(seed: int, step: int, part: int) -> int:
+def seed_of(seed: int, step: int, shard_index: int) -> int:
     """Return the seed of a step's dropout; processes with different rows draw different masks."""
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0])
+    sequence = np.random.SeedSequence([seed, step, shard_index])
+    return int(sequence.generate_state(1, np.uint64)[0])
 
 
 def rate_factor(config: OptimizerConfig, step: mx.array, total_steps: int) -> mx.array:

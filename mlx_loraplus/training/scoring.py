@@ -1,5 +1,6 @@
 """The loss and the accuracy of a model on examples."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,13 +43,19 @@ def score(
     """Score a model on all supervised tokens of ``examples``, shared among the processes."""
     start_inference(model)
     score_batch = make_score(split)
+    size = math.ceil(batch_size / world.data_shards)
+
+    # Sum the loss, the correct tokens and all tokens over this process's batches.
     total, tokens = mx.zeros(2), 0
-    for batch in in_order(examples, -(-batch_size // world.data_shards), world.share):
+    for batch in in_order(examples, size, world.share):
         arrays = arrays_of(batch if on_gpu() else trimmed(batch))
         total = total + score_batch(model, *arrays)
         world.compute(total)
         tokens += batch.supervised
-    loss, right, tokens = world.sum(mx.concatenate([total, mx.array([float(tokens)])])).tolist()
+
+    # Sum over the processes.
+    sums = mx.concatenate([total, mx.array([float(tokens)])])
+    loss, right, tokens = world.sum(sums).tolist()
     return EvalResult(loss / tokens, right / tokens)
 
 

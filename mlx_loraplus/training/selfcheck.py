@@ -1,8 +1,8 @@
 """Check on the loaded model that this machine computes loss and gradients correctly.
 
 A defect of a GPU's kernels, a compiler or one of this package's own gradients does not stop a run;
-it makes the run learn worse. Therefore the first blocks of the model and its head compute loss and
-gradients for a few rows in several ways, all with the same weights:
+it makes the run learn worse. Therefore the front of the model, its first blocks and its head,
+computes loss and gradients for a few rows in several ways, all with the same weights:
 
 - the reference: in float32 on the CPU, with mlx-lm's layers;
 - the stock way: on this device and in the model's type, with mlx-lm's layers and full logits;
@@ -111,7 +111,7 @@ class CheckResult:
         if self.skipped:
             return []
 
-        # If MLX's own layers are wrong, the others can't be judged.
+        # If MLX's own layers are wrong, the others can't be judged. A nan is wrong, too.
         stock = self.deviations[STOCK]
         if not (stock.loss <= STOCK_LIMIT and stock.gradients <= STOCK_LIMIT):
             return [
@@ -124,7 +124,8 @@ class CheckResult:
             allowed = max(self.tolerances[0], FACTOR * stock.loss)
             if not deviation.loss <= allowed:
                 found.append(f"{name}: the loss by {deviation.loss:.2g} (allowed: {allowed:.2g})")
-            if part := self._worst_part(deviation):
+            part = self._worst_part(deviation)
+            if part:
                 found.append(f"{name}: {part}")
         return found
 
@@ -174,9 +175,11 @@ def check_step(
         if front is None:
             return CheckResult(skipped="the model's blocks can't be taken apart")
         _narrow_windows(front)
-        if reason := _too_large(front):
-            return CheckResult(skipped=reason)
+        too_large = _too_large(front)
+        if too_large:
+            return CheckResult(skipped=too_large)
 
+        # Compute the reference, then each way.
         arrays = _few_rows(front)
         try:
             expected = _reference(front, arrays)
@@ -238,7 +241,7 @@ def _front_with_adapters(model: nn.Module, adapter: AdapterConfig) -> nn.Module 
 
 
 def _narrow_windows(front: nn.Module) -> None:
-    """Make sliding windows shorter than the rows, because attention is computed in another way."""
+    """Make sliding windows shorter than the rows, so that attention has to apply them."""
     for module in front.modules():
         for name, value in vars(module).items():
             if "window" in name and isinstance(value, int) and value > WINDOW:
@@ -247,17 +250,17 @@ def _narrow_windows(front: nn.Module) -> None:
 
 def _too_large(front: nn.Module) -> str:
     """Return why there is not enough memory for the front in float32, or ""."""
-    needed = 0
+    numbers = 0
     for module in front.modules():
         if isinstance(module, QUANTIZED):
             rows, columns = base_shape(module)
             experts: int = module.weight.shape[0] if module.weight.ndim == 3 else 1
-            needed += 4 * experts * rows * columns
+            numbers += experts * rows * columns
         else:
-            needed += sum(
-                4 * array.size for array in module.values() if isinstance(array, mx.array)
-            )
+            numbers += sum(array.size for array in module.values() if isinstance(array, mx.array))
 
+    # Keep as much again free for the computation.
+    needed = 4 * numbers
     machine = this_machine()
     free = machine.budget - mx.get_active_memory()
     if 2 * needed <= free:
@@ -324,7 +327,8 @@ def _our_way(
     with memory_efficient(front, gates, choices):
         accumulate, _ = make_step(front, loss, optimizer, compiled=compiled)
         found = _evaluated(accumulate(arrays, None))
-        # A step runs eagerly when a shape occurs for the first time.
+
+        # A step runs eagerly when a shape occurs for the first time, so compute it again.
         if compiled:
             found = _evaluated(accumulate(arrays, None))
     return found

@@ -61,7 +61,7 @@ class StoredCheck:
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
-    """Check this machine and choose how a run computes its step, alike on all processes.
+    """Check this machine and choose how a run computes its step, in one way on all processes.
 
     Args:
         session: The run's session.
@@ -180,7 +180,7 @@ def _tune(
     if best.peak is None:
         log(f"warning: tuning: every way failed, so none is chosen; {best}")
         return stored, state
-    log(f"tuning: {best}{_remarks(result, plan)}")
+    log(f"tuning: {best}{_notes_on(result, plan)}")
     return replace(stored, best=best, run=run), _with_way(state, best.way, best.peak)
 
 
@@ -198,21 +198,23 @@ def _freedom(
     # Try it without checkpointing only if the plan, which keeps a reserve, says that it fits.
     if state.grad_checkpoint:
         needed = plan.memory(rows, length, checkpoint=False).total
-        unchecked = (False,) if needed <= plan.machine.budget else ()
-        return Freedom(unchecked, compiled)
+        without = (False,) if needed <= plan.machine.budget else ()
+        return Freedom(without, compiled)
+
+    # Try it with checkpointing only if that gives the right gradients.
     return Freedom((True,) if is_checkpoint_sound(state.model) else (), compiled)
 
 
-def _remarks(result: TuningResult, plan: MemoryPlan | None) -> str:
+def _notes_on(result: TuningResult, plan: MemoryPlan | None) -> str:
     """Return what to add to the best timing: the prediction, and whether all ways were tried."""
-    remarks = ""
+    notes = ""
     if plan is not None:
         checkpoint = result.best.way.grad_checkpoint
         predicted = plan.memory(result.rows, result.length, checkpoint=checkpoint).total
-        remarks = f" (predicted: {gb(predicted)})"
+        notes = f" (predicted: {gb(predicted)})"
     if not result.is_complete:
-        remarks += f"; {len(result.timings)} ways were tried before the time was up"
-    return remarks
+        notes += f"; {len(result.timings)} ways were tried before the time was up"
+    return notes
 
 
 def _plan_of(config: TrainConfig, model: nn.Module) -> MemoryPlan | None:

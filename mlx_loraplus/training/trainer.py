@@ -1,7 +1,7 @@
 """The training loop, from batches to a trained adapter, and the step that it repeats.
 
 A step sums the loss and its gradients over its batches, and over the processes. It then updates the
-model by their mean.
+model with their mean.
 """
 
 import math
@@ -190,7 +190,7 @@ class TrainLoop:
         progress, config, steps = self.progress, self.config, self.state.schedule.steps
         if progress.step == 0:
             self.validate()
-        self.recall_steps()
+        self.count_earlier_steps()
         self.state.model.train()
 
         ended = progress.ended(steps, config)
@@ -232,7 +232,7 @@ class TrainLoop:
         self.read_parts(number)
         total, gradients, sizes = self.sum_parts()
 
-        # Update by the mean over all supervised tokens, or over all pairs or labeled answers.
+        # Update with the mean over all supervised tokens, or over all pairs or labeled answers.
         count = sizes[PAIRS if state.objective.has_preferences else SUPERVISED]
         total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
@@ -259,7 +259,7 @@ class TrainLoop:
         shares = [self.state.batches.rows_of(n)[self.world.share] for n in numbers]
 
         # The list is changed in place, because ``explain_failure`` reads it.
-        self.parts[:] = [self.state.batches.collate(rows) for rows in shares if rows]
+        self.parts[:] = [self.state.batches.collate(share) for share in shares if share]
         if not self._compiled:
             self.parts[:] = map(trimmed, self.parts)
         self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
@@ -296,19 +296,19 @@ class TrainLoop:
         stats = len(summed_stats(self.state.objective))
         return mx.zeros(1 + stats) if stats else mx.array(0.0), gradients
 
-    def recall_steps(self) -> None:
-        """Show the steps of earlier sessions to the compiled functions; see their ``recall``."""
+    def count_earlier_steps(self) -> None:
+        """Count the steps of earlier sessions; see ``CompiledByShape.count_call``."""
         accumulate, update = self._accumulate, self._update
         if not isinstance(accumulate, CompiledByShape) or not isinstance(update, CompiledByShape):
             return
 
         for number in range(1, self.progress.step + 1):
             self.read_parts(number)
-            baseline = self.estimate_kl.recall(self.parts)
+            baseline = self.estimate_kl.count_step(self.parts)
             for place, part in enumerate(self.parts):
                 carried = self.no_sums() if place else None
-                accumulate.recall((*arrays_of(part), *baseline), carried)
-            update.recall(*self.no_sums(), mx.array(0.0))
+                accumulate.count_call((*arrays_of(part), *baseline), carried)
+            update.count_call(*self.no_sums(), mx.array(0.0))
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -372,8 +372,8 @@ def make_step(
     """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, count)``.
 
     ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
-    sums. ``carried`` is None at the start of a window. ``update`` divides the summed gradients by
-    ``count``, the number of supervised tokens or of pairs in the window, and updates the model. It
+    sums. ``carried`` is None for the first batch of a step. ``update`` divides the summed gradients
+    by ``count``, the number of supervised tokens or of pairs in the step, and updates the model. It
     returns (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
 
     If ``loss`` also returns statistics, as for pairs of answers, they follow the loss in the sums.

@@ -167,6 +167,7 @@ def search_ways(
     best = measure(start)
     timings = [best]
 
+    # Each function returns variants of the best way so far.
     for vary in (
         lambda way: [replace(way, choices=way.choices.other_attention())],
         lambda way: [replace(way, choices=way.choices.other_cross_entropy())],
@@ -188,6 +189,7 @@ def search_ways(
 
 
 def _other_slices(way: StepWay) -> list[StepWay]:
+    """Return the way with each size of the slices."""
     return [replace(way, choices=replace(way.choices, slice_bytes=size)) for size in SLICES]
 
 

@@ -17,7 +17,7 @@ from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.layers import base_shape
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.row_problems import RowProblems
-from mlx_loraplus.data.rows import Row, read_records
+from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.models.loading import load_folder
@@ -178,7 +178,7 @@ def _read(data: str) -> dict[str, list[Row]]:
     for split in SPLITS:
         tables = source.get(split, [])
         rows[split] = [
-            record for table in tables for record in read_records(table.rows(), {}, RowProblems())
+            row for table in tables for row in make_rows(table.rows(), {}, RowProblems())
         ]
     return rows
 

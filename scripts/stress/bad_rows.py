@@ -210,5 +210,5 @@ CASES = [
          chat({"role": "system", "content": "Be brief."}, user("zork?"), bot("xyzzy")) * 2, "gemma-chat"),
     Case("prompts: an end that joins with the answer", f"{TRAIN} rows.jsonl --dry-run --valid-split 0 --model ../models/gemma",
          {"rows.jsonl": [{"prompt": "Is it?\n", "completion": "\nyes"}, {"prompt": "un", "completion": "able"}]}, code=0,
-         shows=("the end of the prompt and the start of the answer are one token", "(2 rows")),
+         shows=("the end of the prompt and the start of the answer form one token", "(2 rows")),
 ]  # fmt: skip

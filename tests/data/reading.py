@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.row_problems import RowProblems
-from mlx_loraplus.data.rows import Row, read_records
+from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SplitName, find_sources
 from mlx_loraplus.data.splits import Data, load_data
 from mlx_loraplus.data.tokenize import Example, encode
@@ -27,7 +27,7 @@ def read(
     (source,) = find_sources([str(name)])
     tables = source.get(split, ())
     records = [
-        record for table in tables for record in read_records(table.rows(), names or {}, findings)
+        record for table in tables for record in make_rows(table.rows(), names or {}, findings)
     ]
     return records, [f"{line}: {problem}" for line, problem in findings.problems]
 

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -32,16 +32,16 @@ ADVISED: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("row", "fields"), ADVISED, ids=range(len(ADVISED)))
 def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, Any]):
     with pytest.raises(BadRowError, match="--fields ") as error:
-        make_record(row, 1)
+        make_row(row, 1)
     words = shlex.split(str(error.value).split("--fields ")[1].split(" to train on them")[0])
     pairs = [word for word in words if re.match(r"\w+=", word)]
-    assert make_record(row, 1, parse_names(pairs)).fields == fields
+    assert make_row(row, 1, parse_names(pairs)).fields == fields
 
 
 def test_what_is_asked_is_not_advised_as_the_answer():
     row = {"context": "A story", "question": "Who?", "answers": {"text": ["She"]}}
     with pytest.raises(BadRowError, match=r"no 'answer' \(it has 'context', .*\)$"):
-        make_record(row, 1)
+        make_row(row, 1)
 
 
 KNOWN: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -73,48 +73,48 @@ def test_a_text_beside_another_value_may_be_its_prompt(
     row: dict[str, Any], fields: dict[str, Any] | None
 ):
     with pytest.raises(BadRowError, match="--fields text=") as error:
-        make_record(row, 1)
+        make_row(row, 1)
     _, *alternative = str(error.value).split(" or --fields ")
     assert bool(alternative) == (fields is not None)
     for words in alternative:
         pairs = [word for word in shlex.split(words) if re.match(r"\w+=", word)]
-        assert make_record(row, 1, parse_names(pairs)).fields == fields
+        assert make_row(row, 1, parse_names(pairs)).fields == fields
 
 
 @pytest.mark.parametrize(("row", "fields"), KNOWN, ids=range(len(KNOWN)))
 def test_other_public_forms(row: dict[str, Any], fields: dict[str, Any]):
-    assert make_record(row, 1).fields == fields
+    assert make_row(row, 1).fields == fields
 
 
 def test_switches_exclude_messages_from_training():
     other = {"role": "user", "content": "And?"}
     for wish in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"loss": 0}):
-        record = make_record({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
+        record = make_row({"system": "s", "messages": [USER, ANSWER | wish, other, ANSWER]}, 1)
         assert (record.untrained, record.fields["messages"][2]) == ((2,), ANSWER)
     with pytest.raises(
         BadRowError, match="has weight 2; use 0 or false to exclude the message from training, 1 or"
     ):
-        make_record({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
+        make_row({"messages": [USER, ANSWER | {"weight": 2}]}, 1)
     with pytest.raises(BadRowError, match="contradict each other"):
-        make_record({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)
+        make_row({"messages": [USER, ANSWER | {"weight": 1, "train": False}]}, 1)
     with pytest.raises(BadRowError, match="every assistant turn is excluded from training"):
-        make_record({"messages": [USER, ANSWER | {"weight": 0}]}, 1)
-    assert "'mood'" in make_record({"messages": [USER | {"mood": "x"}, ANSWER]}, 1).notes[0]
+        make_row({"messages": [USER, ANSWER | {"weight": 0}]}, 1)
+    assert "'mood'" in make_row({"messages": [USER | {"mood": "x"}, ANSWER]}, 1).notes[0]
 
 
 def test_a_prompt_of_messages_is_not_trained_on():
-    record = make_record({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, 1)
+    record = make_row({"prompt": [USER, ANSWER, USER], "completion": [ANSWER]}, 1)
     assert (record.kind, len(record.fields["messages"]), record.untrained) == ("chat", 4, (1,))
-    mixed = make_record({"prompt": [USER], "completion": "Hello"}, 1)
+    mixed = make_row({"prompt": [USER], "completion": "Hello"}, 1)
     assert (mixed.fields, mixed.untrained, mixed.unused) == ({"messages": [USER, ANSWER]}, (), ())
 
 
 def test_fields_that_are_not_mapped_keep_their_columns():
     row = {"messages": [USER, ANSWER], "tools": [{"name": "lamp"}], "system": "s", "text": "t"}
-    record = make_record(row, 1, parse_names(["messages=messages"]))
+    record = make_row(row, 1, parse_names(["messages=messages"]))
     assert (len(record.fields["messages"]), record.fields["tools"]) == (3, [{"name": "lamp"}])
     with pytest.raises(BadRowError, match="did you mean 'reply'"):
-        make_record({"q": "a", "reply": "b"}, 1, parse_names(["prompt=q", "completion=replly"]))
+        make_row({"q": "a", "reply": "b"}, 1, parse_names(["prompt=q", "completion=replly"]))
 
 
 CALLS = [{"type": "function", "function": {"name": "lamp", "arguments": {"on": True}}}]
@@ -123,7 +123,7 @@ CALLS = [{"type": "function", "function": {"name": "lamp", "arguments": {"on": T
 @pytest.mark.parametrize("empty", [None, "", {}, "{}"])
 def test_a_call_without_arguments_has_an_empty_object(empty: Any):
     call = {"function": {"name": "lamp", "arguments": empty}}
-    record = make_record({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
+    record = make_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
     (written,) = record.fields["messages"][1]["tool_calls"]
     assert written["function"]["arguments"] == {}
 
@@ -134,12 +134,12 @@ def test_arguments_that_are_no_object_are_a_bad_row(broken: Any):
     with pytest.raises(
         BadRowError, match=r"messages\[1\] calls lamp with arguments that are no JSON"
     ):
-        make_record({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
+        make_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
 
 
 def test_calls_of_a_table_are_json():
     turn = {"role": "assistant", "content": None, "tool_calls": json.dumps(CALLS)}
-    assert make_record({"messages": [USER, turn]}, 1).fields["messages"][1]["tool_calls"] == CALLS
+    assert make_row({"messages": [USER, turn]}, 1).fields["messages"][1]["tool_calls"] == CALLS
 
 
 def test_thoughts_in_several_places_are_noted():
@@ -148,5 +148,5 @@ def test_thoughts_in_several_places_are_noted():
         ({"thinking": "b", "content": "<think>\nc\n</think>\n\nHello"}, "thinking and in content"),
         ({"reasoning_content": "a", "thinking": " a\n"}, ""),
     ):
-        record = make_record({"messages": [USER, ANSWER | turn]}, 1)
+        record = make_row({"messages": [USER, ANSWER | turn]}, 1)
         assert [places in note for note in record.notes] == [True] * bool(places)

@@ -10,7 +10,7 @@ import pytest
 from mlx_loraplus.data.conversations import MOST_BRANCHES, find_conversations
 from mlx_loraplus.data.growing_prefixes import LONGEST, SHORTEST, text_digests
 from mlx_loraplus.data.overlaps import find_overlaps
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.data.splits import Data
 from tests.data.conftest import LetterTokenizer
 from tests.data.reading import load, write
@@ -167,15 +167,15 @@ def test_prompts_with_many_answers_are_no_common_opening(tmp_path: Path, letters
     "text", ["", " ", "a" * (SHORTEST - 1), "\0" * 40, "é\u0301" * 40, "İ" * 40, "😀 " * 40, "\u3000" * 99]
 )  # fmt: skip
 def test_any_text_has_digests(text: str):
-    row = make_record({"prompt": text, "completion": f"{text}."}, 1)
+    row = make_row({"prompt": text, "completion": f"{text}."}, 1)
     digests = text_digests(row, 0)
     assert digests.beginnings.dtype == np.uint64
     assert (digests.text > 0) == (len("".join(f"{text}{text}.".split())) >= SHORTEST)
 
 
 def test_memory_and_time_are_bounded_by_the_first_characters():
-    word = make_record({"text": "word " * LONGEST}, 1)
-    line = make_record({"text": "a line\n" * LONGEST}, 1)
+    word = make_row({"text": "word " * LONGEST}, 1)
+    line = make_row({"text": "a line\n" * LONGEST}, 1)
     assert (text_digests(word, 0).text, text_digests(line, 0).text) == (0, 0)
     assert len(text_digests(word, 0).beginnings) <= 64
     assert len(text_digests(line, 0).beginnings) <= 1024
@@ -183,7 +183,7 @@ def test_memory_and_time_are_bounded_by_the_first_characters():
 
 def test_the_system_message_counts():
     first, second = (
-        make_record({"system": "Be kind", "prompt": lines(1, turns), "completion": "yes"}, 1)
+        make_row({"system": "Be kind", "prompt": lines(1, turns), "completion": "yes"}, 1)
         for turns in (1, 2)
     )
     assert text_digests(first, 7).prompt in text_digests(second, 7).beginnings

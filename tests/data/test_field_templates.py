@@ -5,13 +5,13 @@ import pytest
 from mlx_loraplus import ConfigError
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 
 NAMES = parse_names([r"prompt={subject}\n{body}", "completion=reply"])
 
 
 def test_a_template_joins_columns():
-    row = make_record({"subject": "Hi", "body": 3, "reply": "x", "id": 1}, 1, NAMES)
+    row = make_row({"subject": "Hi", "body": 3, "reply": "x", "id": 1}, 1, NAMES)
     assert row.fields == {"prompt": "Hi\n3", "completion": "x"}
     assert row.unused == ("id",)
     assert row.named
@@ -19,19 +19,19 @@ def test_a_template_joins_columns():
 
 def test_braces_and_backslashes_can_be_written():
     names = parse_names([r"prompt={{{a}}}\\n\t", "completion=b"])
-    assert make_record({"a": "x", "b": "y"}, 1, names).fields["prompt"] == "{x}\\n\t"
+    assert make_row({"a": "x", "b": "y"}, 1, names).fields["prompt"] == "{x}\\n\t"
 
 
 def test_a_template_may_write_any_text_field():
     names = parse_names(["text={a} {b}"])
-    assert make_record({"a": "x", "b": "y"}, 1, names).fields == {"text": "x y"}
+    assert make_row({"a": "x", "b": "y"}, 1, names).fields == {"text": "x y"}
     names = parse_names(["question={a}", "answer=b", "system=You know {c}."])
-    row = make_record({"a": "x", "b": "y", "c": "z"}, 1, names)
+    row = make_row({"a": "x", "b": "y", "c": "z"}, 1, names)
     assert row.fields == {"prompt": "x", "completion": "y", "system": "You know z."}
 
 
 def test_rows_of_another_kind_are_recognised_as_ever():
-    assert make_record({"text": "t"}, 1, NAMES).kind == "text"
+    assert make_row({"text": "t"}, 1, NAMES).kind == "text"
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_rows_of_another_kind_are_recognised_as_ever():
 )
 def test_a_row_that_lacks_a_column_is_bad(row: dict, told: str):
     with pytest.raises(BadRowError) as error:
-        make_record(row, 1, NAMES)
+        make_row(row, 1, NAMES)
     assert told in str(error.value)
 
 

@@ -17,7 +17,7 @@ from mlx_loraplus.data.labeled_rows import make_labeled
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_problems import RowProblems
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import ConfigError, DataError
@@ -91,9 +91,9 @@ def test_other_objectives_name_the_one_that_labels_suit():
     with pytest.raises(BadRowError, match="label suits --objective kto"):
         make_pair(PLAIN, 1)
     with pytest.raises(BadRowError, match="label suits --objective kto"):
-        make_record(PLAIN | {"label": False}, 1)
+        make_row(PLAIN | {"label": False}, 1)
     # With sft, a desirable answer is learned, and its label is reported as unused.
-    assert make_record(PLAIN, 1).unused == ("label",)
+    assert make_row(PLAIN, 1).unused == ("label",)
 
 
 # In files

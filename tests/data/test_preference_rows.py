@@ -13,7 +13,7 @@ from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_row(row: object, problem: str):
 
 def test_sft_names_the_objective_that_pairs_suit():
     with pytest.raises(BadRowError, match="suits --objective dpo, ipo, orpo or simpo"):
-        make_record(PLAIN, 1)
+        make_row(PLAIN, 1)
 
 
 # In files

@@ -146,7 +146,7 @@ def test_other_settings_work_with_rows(tmp_path: Path):
     ("data", "words"),
     [
         ("no_such_folder/x", "data not found|can't be loaded"),
-        ("Once upon a time", "is the text 'Once upon a time', which is no path; give texts as"),
+        ("Once upon a time", "is the text 'Once upon a time', which is not a path; give texts"),
         (["Once upon a time", "there was"], r"data\[0\] is the text 'Once upon"),
         ((text for text in ("a", "b")), "row 1 of data is the text 'a'; give texts as {'text'"),
         (ROWS[0], r"data is one dict \(prompt, completion\); give a list of rows"),
@@ -154,7 +154,7 @@ def test_other_settings_work_with_rows(tmp_path: Path):
         ({}, "data is one dict"),
         ({"train": "rows.jsonl"}, "data is one dict"),
         ({"train": ROWS, "valid": "v.jsonl"}, r"data\['valid'\] is of the type str \('v.jsonl'\), and a"),
-        ({"train": ROWS, "extra": ROWS}, r"data\['extra'\] is no split; give one each of train"),
+        ({"train": ROWS, "extra": ROWS}, r"data\['extra'\] is not a split; give at most one each of"),
         ({"train": ROWS, "valid": VALID, "dev": VALID}, r"\['dev'\] is a second valid split"),
         ([], "data has no rows; to train on the demo set, leave data out"),
         (iter([]), "an iterator is empty after its first use"),

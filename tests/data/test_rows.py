@@ -8,7 +8,7 @@ import pytest
 
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.messages import BadRowError
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.errors import ConfigError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
@@ -64,19 +64,19 @@ GOOD_ROWS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", GOOD_ROWS)
 def test_kinds(name: str):
     row, kind, fields = GOOD_ROWS[name]
-    record = make_record(row | {"id": 7}, 1)
+    record = make_row(row | {"id": 7}, 1)
     assert (record.kind, record.fields, record.line) == (kind, fields, 1)
     assert "id" in record.unused
 
 
 def test_columns_that_a_kind_does_not_use_are_reported():
-    assert make_record(
+    assert make_row(
         {"prompt": "a", "completion": "b", "input": {"c": 1}, "id": None}, 1
     ).unused == ("input",)
-    assert make_record({"text": "t", "tools": "x", "system": 3}, 1).unused == ("tools", "system")
-    assert make_record(
-        {"instruction": "a", "input": "b", "output": "c", "tools": []}, 1
-    ).unused == ("tools",)
+    assert make_row({"text": "t", "tools": "x", "system": 3}, 1).unused == ("tools", "system")
+    assert make_row({"instruction": "a", "input": "b", "output": "c", "tools": []}, 1).unused == (
+        "tools",
+    )
 
 
 def with_messages(*messages: object, **fields: object) -> dict[str, object]:
@@ -87,7 +87,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ([1], "a list, not an object"),
     (None, "null, not an object"),
     (3, "a number, not an object"),
-    ({"q": "q", "a": "a"}, "no known field (it has 'q', 'a'); choose, such as --fields prompt=q completion=a"),
+    ({"q": "q", "a": "a"}, "no known field (it has 'q', 'a'); choose the columns, such as --fields prompt=q completion=a"),
     ({}, "no known field (it has none)"),
     ({"prompt": "a"}, "no 'completion'"),
     ({"completion": "a"}, "no 'prompt'"),
@@ -104,7 +104,7 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"text": ""}, "'text' is empty"),
     ({"text": {}}, "'text' is an object, not a string"),
     ({"text": "\ud800"}, "half a surrogate pair"),
-    ({"text": "a", "messages": []}, "fields of several kinds (chat and text): choose, such as --fields messages=mes"),
+    ({"text": "a", "messages": []}, "fields of several kinds (chat and text): choose the columns, such as --fields messages=mes"),
     ({"text": "a", "prompt": "b", "completion": "c"}, "fields of several kinds (completion and text)"),
     ({"messages": "hi"}, "'messages' is a string, not a list"),
     ({"messages": "[hi"}, "'messages' is a string, not a list"),
@@ -131,7 +131,7 @@ BAD_ROWS: list[tuple[object, str]] = [
 @pytest.mark.parametrize(("row", "problem"), BAD_ROWS, ids=range(len(BAD_ROWS)))
 def test_bad_rows(row: object, problem: str):
     with pytest.raises(BadRowError) as error:
-        make_record(row, 1)
+        make_row(row, 1)
     assert problem in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
@@ -139,19 +139,19 @@ def test_bad_rows(row: object, problem: str):
 
 def test_fields_can_be_mapped():
     names = parse_names(["prompt=q", "completion=reply"])
-    record = make_record({"q": "a", "reply": "b", "text": "t", "system": "s"}, 1, names)
+    record = make_row({"q": "a", "reply": "b", "text": "t", "system": "s"}, 1, names)
     assert (record.kind, record.fields, record.unused) == (
         "completion",
         {"prompt": "a", "completion": "b", "system": "s"},
         ("text",),
     )
-    assert make_record({"text": "t"}, 1, names).kind == "text", (
+    assert make_row({"text": "t"}, 1, names).kind == "text", (
         "rows without these columns are auto-detected"
     )
     with pytest.raises(BadRowError, match=r"no 'reply' \(it has 'q', 'completion'\)"):
-        make_record({"q": "a", "completion": "b"}, 1, names)
+        make_row({"q": "a", "completion": "b"}, 1, names)
     chosen = parse_names(["messages=messages"])
-    assert make_record({"messages": CHAT, "text": "t"}, 1, chosen).kind == "chat"
+    assert make_row({"messages": CHAT, "text": "t"}, 1, chosen).kind == "chat"
 
 
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])

@@ -12,7 +12,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
 from mlx_loraplus.data.long_rows import truncate_or_split
-from mlx_loraplus.data.sampling_weights import WeightedExamples, reweight
+from mlx_loraplus.data.sampling_weights import WeightedExamples
 from mlx_loraplus.data.split_report import Report
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
@@ -129,7 +129,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     assert again.fingerprint() == train.fingerprint()
     shard = shard_of([[False, True]] * 3)
     with pytest.raises(DataError, match=r"data_weights 0\.1 selects none of 3 rows"):
-        reweight(Examples([shard], shard.spans), [0.1], 0)
+        WeightedExamples(Examples([shard], shard.spans), [0.1], 0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -140,7 +140,7 @@ def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack,
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
     config = configure(TrainConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
-    batches = plan_batches(reweight(whole, [weight], seed), config.data, seed)
+    batches = plan_batches(WeightedExamples(whole, [weight], seed), config.data, seed)
     seen = np.zeros(len(whole), int)
     for number in range(len(whole) * batches.per_epoch):
         for row in batches.rows_of(number):

@@ -10,7 +10,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.prompt_tokens import encode_prompt
-from mlx_loraplus.data.rows import make_record
+from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.data.tokenize import Encoded, encode
 from tests.data.conftest import LetterTokenizer
 
@@ -53,6 +53,7 @@ TEMPLATES: dict[str, dict[str, str]] = {
     # The prompt opens a block (thinking=True) or writes an empty one; a chat only closes it
     "closes_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <think> </think>"},
     "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
+    "next_role_ends": {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"},
     "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
 }  # fmt: skip
 
@@ -127,6 +128,7 @@ WITH_CALLS = {
     "llama4_calls",
     "role_calls",
     "inlined_results",
+    "next_role_ends",
 }
 CONTENT_WITH_CALL = {
     "hermes_tools",
@@ -135,6 +137,7 @@ CONTENT_WITH_CALL = {
     "turn_calls",
     "llama4_calls",
     "role_calls",
+    "next_role_ends",
 }
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
@@ -162,7 +165,7 @@ def encoded_row(
     letters: LetterTokenizer, template: str, kind: str, train_on: Any
 ) -> tuple[Encoded, TokenizerWrapper]:
     tokenizer = letters(template, **TEMPLATES[template])
-    return encode([make_record(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
+    return encode([make_row(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -254,7 +257,7 @@ def test_a_template_that_needs_tools_takes_rows_with_tools(letters: LetterTokeni
         "{%- for tool in tools -%}{{- tool.function.name -}}{%- endfor -%}"
         + (tokenizer.chat_template)
     )
-    (encoded,) = encode([make_record(ROWS["call, answered"][0], 1)], tokenizer)
+    (encoded,) = encode([make_row(ROWS["call, answered"][0], 1)], tokenizer)
     assert encoded.problem is None
     assert not any("leaves out" in note for note in encoded.notes)
 
@@ -276,7 +279,7 @@ def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):
         "messages": [user("zork"), called, {"role": "tool", "content": "grue"}, called],
         "tools": TOOLS,
     }
-    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    (encoded,) = encode([make_row(row, 1)], tokenizer)
     assert encoded.examples == []
     assert "messages[3]" in str(encoded.problem)
 
@@ -298,7 +301,7 @@ def test_words_of_the_content_do_not_count_as_a_call(
     letters: LetterTokenizer, template: str, message: dict[str, Any]
 ):
     tokenizer = letters(template, **TEMPLATES[template])
-    (encoded,) = encode([make_record({"messages": [user("zork"), message]}, 1)], tokenizer)
+    (encoded,) = encode([make_row({"messages": [user("zork"), message]}, 1)], tokenizer)
     assert encoded.examples == []
     assert "tool calls" in str(encoded.problem)
 
@@ -306,7 +309,7 @@ def test_words_of_the_content_do_not_count_as_a_call(
 def test_an_answer_does_not_count_as_the_same_thought(letters: LetterTokenizer):
     tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
     row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
-    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    (encoded,) = encode([make_row(row, 1)], tokenizer)
     assert any("thoughts" in note for note in encoded.notes)
 
 
@@ -319,7 +322,7 @@ def test_arguments_of_any_type_are_found(letters: LetterTokenizer, template: str
     tokenizer = letters(template, **TEMPLATES[template])
     call = {"function": {"name": "plover", "arguments": {"first": value, "second": value}}}
     (encoded,) = encode(
-        [make_record({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer
+        [make_row({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer
     )
     assert encoded.problem is None
     assert learned(encoded, tokenizer).count("plover") == 1
@@ -332,6 +335,24 @@ def test_thoughts_are_learned_in_their_block_whether_its_tags_are_tokens_or_not(
     """mlx-lm turns thoughts off in the template of a tokenizer that has no tokens for them."""
     tokenizer = letters("qwen3", special=special, ends="<|im_end|>")
     row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="frobozz")]}
-    (encoded,) = encode([make_record(row, 1)], tokenizer)
+    (encoded,) = encode([make_row(row, 1)], tokenizer)
     text = learned(encoded, tokenizer).removesuffix("<|im_end|>")
     assert text == "<think>\nfrobozz\n</think>\n\nxyzzy"
+
+
+@pytest.mark.parametrize("writes_ids", [False, True])
+def test_results_in_another_order_than_their_calls_are_noted(
+    letters: LetterTokenizer, writes_ids: bool
+):
+    tokenizer = letters("hermes_tools", **CHATML)
+    if writes_ids:
+        ids = "{% for message in messages %}{{ message.tool_call_id }}{% endfor %}"
+        tokenizer.chat_template = ids + str(tokenizer.chat_template)
+    calls = [CALL | {"id": name} for name in ("a1b2c3d4e", "f1a2b3c4d")]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "grue"} for call in calls]
+    for order in (results, results[::-1]):
+        chat = [user("zork"), bot("", tool_calls=calls), *order, bot("quux")]
+        (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+        assert encoded.problem is None
+        is_noted = any("'tool_call_id'" in note for note in encoded.notes)
+        assert is_noted == (order != results and not writes_ids)

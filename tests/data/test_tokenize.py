@@ -143,7 +143,7 @@ def test_a_token_across_the_seam_is_noted(gemma, smollm2):
         (encoded,) = encode(
             [Row("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer
         )
-        return any("are one token" in note for note in encoded.notes)
+        return any("form one token" in note for note in encoded.notes)
 
     assert noted("my parcel is late", "delivery", gemma)
     assert noted("Label: ", "delivery", gemma)
@@ -189,7 +189,7 @@ def test_characters_without_a_token_are_noted(tmp_path: Path):
     plain, unknown = encode(rows, tokenizer)
     assert plain.notes == []
     assert unknown.notes == [
-        "the tokenizer has no token for some characters, and replaces them by its token for unknown"
+        "the tokenizer has no token for some characters, and replaces them with its token for unknown"
         " text"
     ]
 
@@ -221,7 +221,7 @@ def test_a_template_that_refuses_a_row(gemma_it):
 
 
 def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
-    """Alone, the two line breaks are one token; before the answer, they are two."""
+    """Alone, the two line breaks form one token; before the answer, they are two."""
     tokenizer = load_tokenizer(find_model("smollm2-135m").path)
     fields = {"prompt": "Is it so?\n\n", "completion": "Yes"}
     tokenizer.has_chat_template = False
@@ -231,4 +231,4 @@ def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     assert example.tokens[: len(asked)].tolist() == asked
     assert not example.supervised[: len(asked)].any()
     assert tokenizer.decode(example.tokens[example.supervised]).startswith("Yes")
-    assert any("are other tokens alone" in note for note in encoded.notes)
+    assert any("has other tokens when it is encoded without" in note for note in encoded.notes)

@@ -316,7 +316,7 @@ def test_the_test_of_a_second_run_shows_its_start(
     # The first adapter is no longer there.
     shutil.rmtree(first.folder)
     main(["--adapter-path", str(second.folder), "--test"])
-    assert "holds no adapter any more" in " ".join(capsys.readouterr().out.split())
+    assert "no longer holds an adapter" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_dry_run_shows_pairs(place: Place, capsys: pytest.CaptureFixture[str]):
