@@ -15,7 +15,7 @@ PACKAGES = ("mlx", "mlx-lm", "mlx_loraplus", "numpy")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Return the machine, versions, those of ``packages`` too, commit and date that a result belongs to."""
+    """Return the machine, versions (also of ``packages``), commit and date of a result."""
     return {
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {
@@ -38,7 +38,7 @@ def source_line(result: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit's short name, with a plus sign where the package or the scripts differ from it."""
+    """Return the commit's short name, with a plus sign if the package or the scripts differ from it."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )

@@ -1,7 +1,7 @@
 """Write the generated parts of the README and of docs/; with --check only compare them, and exit with 1 if one differs.
 
-A part stands between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of its page. The
-tables that measuring scripts write into docs/ themselves are not made here.
+A part is the text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of its
+page. Scripts that measure something write their tables into docs/ themselves.
 """
 
 import re
@@ -92,7 +92,7 @@ def _flag(name: str) -> str:
 
 
 def _shown(default: Any) -> str:
-    """Return a default as a cell of a table, empty where there is none."""
+    """Return a default as a cell of a table, which is empty for None."""
     text = " ".join(map(str, default)) if isinstance(default, list) else default
     return "" if text in (None, "") else f"`{text}`"
 
@@ -116,7 +116,7 @@ def rates_table() -> str:
 
 
 def migration_tables() -> str:
-    """Return a table of each program's settings: theirs, ours, and what is to be known."""
+    """Return a table of each program's settings: their names, ours, and notes."""
     lines: list[str] = []
     for program, settings in PROGRAMS.items():
         lines += [f"## From {program}", "", f"| {program} | here | note |", "|---|---|---|"]
@@ -216,9 +216,9 @@ def repository() -> str | None:
 
 
 def with_addresses(text: str, name: str | None) -> str:
-    """Return the README with absolute addresses of its pictures and pages, which a package index needs too.
+    """Return the README with absolute addresses of its pictures and pages, which a package index needs.
 
-    Without the repository's ``name`` the links stay relative to the checkout.
+    Without the repository's ``name``, the links stay relative to the checkout.
     """
     absolute = r"https://(?:raw\.githubusercontent\.com/[^/\s)]+/[^/\s)]+/main|github\.com/[^/\s)]+/[^/\s)]+/blob/main)/"
     text = re.sub(rf"\]\({absolute}", "](", text)

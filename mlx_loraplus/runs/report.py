@@ -23,7 +23,7 @@ from .report_answers import answers_section, other_answers
 from .report_changes import change_section
 from .report_headline import failure_reason, headline, sentence
 from .state import Event
-from .verdict import Trend, divergence, duration
+from .verdict import Trend, divergence, duration, rose_since
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
 LIVE_SECONDS = (
@@ -205,6 +205,10 @@ def _learning_text(run: Run) -> str:
         "levelled off": "it has levelled off",
         None: "there are too few steps or validations to say more",
     }
+    if found.trend is None and (risen := rose_since(run)) is not None:
+        texts[None] = (
+            f"it has risen since step {risen:,}, in too few steps or validations to say more"
+        )
     return (
         f"The validation loss was {found.before:.4f} before training and {found.after:.4f} at best"
         f" (step {found.best_step:,}); {texts[found.trend]}."

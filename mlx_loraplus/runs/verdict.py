@@ -9,8 +9,8 @@ Validation losses decide. With the best loss b, reached at step n, and the loss 
   than 5% of the whole fall f - b
 - levelled off: otherwise
 
-Nothing is called levelled off in fewer than 30 steps, or with fewer than 3 validations after the
-first.
+Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
+validations after the first: so little can be chance.
 """
 
 import math
@@ -29,7 +29,7 @@ Trend = Literal["diverged", "not better", "overfitting", "still falling", "level
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
-_FEWEST_STEPS = 30  # for a verdict that more steps would change little
+_FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
 
@@ -177,15 +177,20 @@ def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
     best, last = min(trained), trained[-1]
     if best >= first:
         return "not better"
-    if last > (1 + _RISE) * best:
-        return "overfitting"
-    if len(trained) < 2:
-        return None
-    if last == best and trained[-2] - last > _FALL * (first - last):
+    if len(trained) > 1 and last == best and trained[-2] - last > _FALL * (first - last):
         return "still falling"
     if steps < _FEWEST_STEPS or len(trained) < _FEWEST_VALIDATIONS:
         return None
-    return "levelled off"
+    return "overfitting" if last > (1 + _RISE) * best else "levelled off"
+
+
+def rose_since(run: "Run") -> int | None:
+    """Return the step of the best validation if the last one is clearly worse, or None."""
+    found = run.verdict
+    last = run.losses("valid_loss")[-1:]
+    if found.after is None or not last or last[0][1] <= (1 + _RISE) * found.after:
+        return None
+    return found.best_step
 
 
 def ends_too_early(run: "Run") -> bool:
@@ -193,6 +198,22 @@ def ends_too_early(run: "Run") -> bool:
     found = run.verdict
     is_short = run.history[-1]["step"] < _FEWEST_STEPS
     return is_short and found.trend is None and found.after is not None
+
+
+def _advice_on_few(run: "Run", kept: str) -> str:
+    """Return what to do after too few steps or validations to name a trend."""
+    unknown, remedy = "the loss has levelled off", "train longer"
+    risen = rose_since(run)
+    if risen is not None:
+        unknown, remedy = "it overfits", "train longer, or with a lower --learning-rate"
+
+    few = "steps"
+    if not ends_too_early(run):
+        few, remedy = "validations", "lower --steps-per-eval"
+    advised = f"too few {few} to say whether {unknown}: {remedy}"
+    if risen is None:
+        return advised
+    return f"the validation loss has risen since step {risen}, whose {kept} kept; {advised}"
 
 
 def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
@@ -237,9 +258,6 @@ def advice(run: "Run", found: Verdict) -> str | None:
     can_sweep = not is_full and not run.config.objective.is_paired
     search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
     kept = "weights are" if is_full else "adapter is"
-    too_few = "too few validations to say whether to train longer: lower --steps-per-eval"
-    if ends_too_early(run):
-        too_few = "too few steps to say whether the loss has levelled off: train longer"
     texts: dict[Trend | None, str] = {
         "not better": (
             "no validation was better than before training: try a lower --learning-rate, such as"
@@ -251,7 +269,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
         ),
         "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
-        None: too_few,
+        None: _advice_on_few(run, kept),
     }
     return texts[found.trend]
 

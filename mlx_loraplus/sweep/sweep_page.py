@@ -31,6 +31,7 @@ def sweep_page(sweep: Sweep, *, live: bool = False) -> bytes:
 
 def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
     """Return what a reader should know first: which rates to train with, and why."""
+    # The best settings so far.
     finalists = sweep.finalists()
     tiles: list[Tile] = []
     if finalists:
@@ -41,6 +42,8 @@ def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
             Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
             Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
         ]
+
+    # What to do next, and why.
     command = ("resume", resume_sweep_command(sweep.config))
     if sweep.outcome == "finished":
         command = ("train", train_best_command(sweep.config))
@@ -105,7 +108,10 @@ def _shown(loss: float) -> str:
 
 
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
-    """Return a chart of the losses over eta, a curve for each lambda, if it has a line."""
+    """Return a chart of the losses over eta with a curve for each lambda, or no chart.
+
+    A curve needs at least two finite losses.
+    """
     curves: list[Curve] = []
     for value, losses in zip(heatmap.y, heatmap.losses, strict=True):
         points = list(zip(heatmap.x, losses.tolist(), strict=True))

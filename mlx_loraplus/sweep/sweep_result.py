@@ -222,7 +222,7 @@ def resume_sweep_command(config: SweepConfig) -> str:
 
 
 def train_best_command(config: SweepConfig) -> str:
-    """Return the command that trains with the settings that a sweep has found, ready to paste."""
+    """Return the command that trains with the settings that a sweep found, ready to paste."""
     settings = shlex.quote(str(Path(config.adapter_path) / BEST))
     return f"mlx_loraplus.train -c {settings}"
 

@@ -106,7 +106,7 @@ class Session:
             self.process.send_signal(number)
 
     def ended(self) -> bool:
-        """Wait, and tell whether the run is at its end; raise on an end that nobody asked for."""
+        """Wait, and return whether the run has finished; raise if it ended unexpectedly."""
         code = self.process.wait()
         full = code == 2 and "No space left" in self.said
         if not full and code not in (0, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM):

@@ -42,8 +42,9 @@ def run_with(losses: list[float], step: int = 10, **settings: Any) -> ml.Run:
         ([1.0, 1.5, 1.2], "not better", "lower --learning-rate, such as 1.3e-04"),
         ([3.0, 1.0], None, "too few steps to say whether the loss has levelled off"),
         ([3.0, 1.001, 1.0], None, "too few steps to say whether the loss has levelled off"),
+        ([3.0, 1.0, 1.4], None, "risen since step 10, whose adapter is kept; too few steps to say whether it overfits: train longer, or"),
     ],
-)
+)  # fmt: skip
 def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words: str):
     run = run_with(losses)
     found = verdict_of(run)
@@ -102,6 +103,11 @@ def test_few_validations_of_a_long_run_are_too_few():
     assert run.verdict.trend is None
     assert "lower --steps-per-eval" in (advice(run, run.verdict) or "")
     assert run_with([3.0, 1.002, 1.001, 1.0], step=100).verdict.trend == "levelled off"
+    risen = run_with([3.0, 1.0, 1.4], step=100)
+    assert risen.verdict.trend is None
+    told = advice(risen, risen.verdict) or ""
+    assert "risen since step 100" in told
+    assert "whether it overfits: lower --steps-per-eval" in told
     assert run_with([3.0, 1.002, 1.001, 1.0], step=2).verdict.trend is None
 
 
