@@ -7,7 +7,7 @@ is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-# First, because it handles Ctrl-C while the others are imported
+# First, because it handles Ctrl-C while the others are imported.
 from . import startup as _startup  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from ._runtime import check_backend, prepare
 from .errors import (
@@ -108,7 +108,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{_meant(name)}")
     check_backend()
 
-    # The messages of functions name keywords, because they were not called by a command
+    # The messages of functions name keywords, because they were not called by a command.
     value = getattr(import_module(_HOMES[name], __name__), name)
     if not isinstance(value, type):
         value = import_module(".keywords", __name__).speak_keywords(value)

@@ -42,9 +42,9 @@ _MALLOPT = (
 
 
 def prepare() -> None:
-    """Set MLX's order of evaluation, macOS's patience and, on a Linux CPU, its BLAS and malloc.
+    """Set MLX's order of evaluation, macOS's time limit and, on a Linux CPU, BLAS and malloc.
 
-    What the user has set stays. Warns if MLX will be slow.
+    Variables that the user has set are not changed. Warns if MLX will be slow.
     """
     backends = installed_backends()
     is_cuda = has_cuda()

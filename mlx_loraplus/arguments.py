@@ -35,15 +35,15 @@ from .startup import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .tyro_errors import unboxed
 from .userpaths import path_of
 
-# Names of other programs' settings that are options of commands here
 _SWITCHES = ("test",)
+"""Settings of other programs that are options of commands here."""
 
 _DASHES = "\u2013\u2014"  # en dash and em dash
 
 _FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
-# The settings of a run or a sweep: a file that then lies beside them, the command that wrote them,
-# and a setting that only this command has
+# File of settings that a run or a sweep wrote → a file beside it, the command that wrote it, and a
+# setting that only this command has.
 _OWN_FILES = {
     "run.yaml": ("history.jsonl", "train", "epochs"),
     "sweep.yaml": ("trials.jsonl", "sweep", "learning_rates"),
@@ -78,13 +78,13 @@ def parse(
         ConfigError: Flags or YAML keys are unknown, or values are not allowed.
         SystemExit: After ``--help``.
     """
-    # The YAML file's settings, and flags of other programs, are tyro's defaults, which flags
-    # override.
     if {"-h", "--help", "--help-all"} & set(arguments):
         everything = "--help-all" in arguments
         log(help_text(kind, switches, prog.replace(".", " "), everything=everything))
         raise SystemExit(0)
-    # Of several processes that one command started, only one reports the translation.
+
+    # The YAML file's settings, and flags of other programs, are tyro's defaults, which flags
+    # override. If one command started several processes, only one reports the translation.
     quiet = LAUNCHED in os.environ or os.environ.get("MLX_RANK", "0") != "0"
     arguments, settings = _read_foreign(kind, _spell_out(arguments), quiet=quiet)
     defaults = configure(kind, settings, whole=False)
@@ -95,9 +95,9 @@ def parse(
     command_type = dataclasses.make_dataclass("Command", parts)
 
     # tyro prints its errors in a box and exits. Convert the box to one line.
-    said = io.StringIO()
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             parsed, unknown = tyro.cli(
                 command_type,
                 prog=prog,
@@ -107,7 +107,7 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code:
-            raise ConfigError(unboxed(said.getvalue())) from None
+            raise ConfigError(unboxed(printed.getvalue())) from None
         raise
 
     if unknown:
@@ -136,9 +136,12 @@ def _unknown_flags(
             hint = foreign_hint(flag) or nearest(flag, flags)
             if not word.startswith("--") and len(word) == 2:
                 hint = " (--help lists the flags)"
-            if meant := meant_setting(_name_of(flag), names):
+            meant = meant_setting(_name_of(flag), names)
+            if meant:
                 hint = f" (did you mean '--{meant.replace('_', '-')}'?)"
-            problems.append(f"{word!r} is no flag{hint}")
+            problems.append(f"{word!r} is not a flag{hint}")
+
+    # Without a flag, the first word is a value in a wrong place.
     if not problems:
         advice = "values follow their flags (--help lists them), and text with spaces needs quotes"
         if unknown[0].lower() in ("true", "false", "yes", "no", "on", "off"):
@@ -229,7 +232,7 @@ def _read_foreign(
         if name in known:
             if name in lists and not values:
                 raise ConfigError(f"{first} needs at least one value after it")
-            # Of one value, the last counts. Of several, the first ones must not get lost.
+            # If a flag with one value is repeated, the last value counts. A list would lose values.
             if name in lists and name in native:
                 flag = first.partition("=")[0]
                 raise ConfigError(f"{flag} is given twice: write all its values after one {flag}")
@@ -246,7 +249,7 @@ def _list_settings(kind: type[Config]) -> set[str]:
     """Return the settings whose flag takes one or more values."""
     defaults = settings_of(kind())
     lists = {name for name, value in defaults.items() if isinstance(value, list)}
-    return lists - {"report_to"}  # none, which is no value, turns it off
+    return lists - {"report_to"}  # it also takes the word none, which leaves no value
 
 
 def _name_of(flag: str) -> str:
@@ -298,7 +301,7 @@ def command(
             raise SystemExit(0)
         yield config, chosen
     except LoRAPlusError as error:
-        if not error.told:
+        if not error.reported:
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except (RuntimeError, MemoryError) as error:

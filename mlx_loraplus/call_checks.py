@@ -1,4 +1,4 @@
-"""Check what a public function is given, so that a value of a wrong type is one clear error.
+"""Check the arguments of a public function, so that a wrong type is reported as one clear error.
 
 Settings, which are given as ``**settings``, are checked when they become a config.
 """
@@ -53,12 +53,12 @@ def check_call(
 ) -> None:
     """Check the arguments of a call against the types of the function's parameters.
 
-    Arguments that are missing or too many are left to Python, except settings without names and
-    unknown names.
+    Python itself reports missing arguments and superfluous ones, except settings that are given by
+    position and unknown names.
 
     Raises:
         ConfigError: An argument has a wrong type.
-        ModelError: The same, for a model.
+        ModelError: A model has a wrong type.
     """
     signature = inspect.signature(function)
     try:
@@ -87,17 +87,17 @@ def check_call(
 
 
 def _name_of(function: Callable[..., Any]) -> str:
-    """Return a function's name, and the class's name for what makes an instance."""
+    """Return a function's name; for ``__init__``, the name of the class."""
     return function.__qualname__.removesuffix(".__init__")
 
 
 def _check_names(
     name: str, signature: inspect.Signature, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
-    """Check that settings are given by name, and that there are no other names.
+    """Check that settings are given by name, and that all names are known.
 
     Raises:
-        ConfigError: They are given by position, or a keyword is unknown.
+        ConfigError: Settings are given by position, or a name is unknown.
     """
     parameters = signature.parameters.values()
     positional = [
@@ -126,7 +126,7 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
 
     Raises:
         ConfigError: It has a wrong type.
-        ModelError: The same, for a model.
+        ModelError: It should be a model, but is not.
     """
     if _fits(value, hint):
         return
@@ -141,7 +141,7 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
 
 
 def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
-    """Return the error for what is given as a model and is none."""
+    """Return the error for a value that should be a model."""
     given, model = _shown(value), "name"
     if isinstance(value, str):
         given, model = f"the name {value!r:.80}", f"{value!r:.80}"
@@ -152,7 +152,7 @@ def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Return whether a value has a type; the items of a container are not looked at."""
+    """Return whether a value has a type; the items of a container are not checked."""
     origin = get_origin(hint)
     if hint is Any:
         return True
@@ -161,7 +161,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str | int) and value in get_args(hint)
 
-    # Numbers of numpy are numbers, too; True and False are none.
+    # Numbers of numpy count as numbers; True and False do not.
     if hint is int or hint is float:
         kind = numbers.Integral if hint is int else numbers.Real
         return type(value) is not bool and isinstance(value, kind)
@@ -181,7 +181,7 @@ def _described(hint: Any) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """Return a simple value as it is written in Python, and the type of another one."""
+    """Return a simple value as it is written in Python, or the type of any other value."""
     if value is None or isinstance(value, str | int | float):
         return f"{value!r:.60}"
     return f"a {type(value).__name__}"

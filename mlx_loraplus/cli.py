@@ -151,15 +151,16 @@ def generate(arguments: Arguments = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.generate", GenerateConfig, words, AdapterSwitches) as parsed:
         config = _with_run(*parsed, words)
+
         import mlx.core as mx
 
         from .data.prompt_tokens import encode_prompt
         from .inference.generate import load, read_tools, stream, system_message
         from .models.prompt_format import format_of
 
+        # Encode the prompt as training does.
         model, tokenizer = load(config.model, config.adapter_path)
         tools = read_tools(config.tools, tokenizer, chat=config.chat)
-        mx.random.seed(config.seed)
         tokens = encode_prompt(
             sys.stdin.read() if config.prompt == "-" else config.prompt,
             tokenizer,
@@ -169,6 +170,8 @@ def generate(arguments: Arguments = None) -> None:
             tools=tools,
         )
 
+        # Print the answer while it is generated.
+        mx.random.seed(config.seed)
         answer = stream(
             model,
             tokenizer,
@@ -305,7 +308,6 @@ COMMANDS = {
 }
 
 
-# What other programs call these commands
 _OTHER_NAMES = {
     "finetune": "train",
     "lora": "train",
@@ -322,6 +324,7 @@ _OTHER_NAMES = {
     "convert": "export",
     "report": "compare",
 }
+"""Names of commands in other programs, or words that users try → the command here."""
 
 
 def main(arguments: Arguments = None) -> None:
@@ -342,7 +345,7 @@ def main(arguments: Arguments = None) -> None:
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
         hint = hint or nearest(name, COMMANDS)
-        sys.stderr.write(f"error: {name!r} is no command{hint}; give {', '.join(COMMANDS)}\n")
+        sys.stderr.write(f"error: {name!r} is not a command{hint}; give {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
 
 

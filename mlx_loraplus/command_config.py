@@ -171,13 +171,13 @@ class ServeConfig:
     folder: Annotated[UserPath, Positional] = "."
     """Folder that holds the runs, at any depth up to four."""
     host: str = "127.0.0.1"
-    """Address to listen at. Others than this machine's own can be reached from the network; then
-    the pages need a token."""
+    """Address to listen at. Any address but this machine's own makes the pages reachable from the
+    network; they then need a token."""
     port: Annotated[int, Field(ge=0, lt=1 << 16)] = 8765
     """Port to listen at; 0: any free one."""
     token: str | None = None
-    """Token that the address must have. Default: a new random one if host is not this machine's
-    own, else none."""
+    """Token that the address of a page must contain. Default: a new random one if host is not this
+    machine's own, else none."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class DoctorConfig:
     """A check of this machine: versions, correct gradients, and the speed of a training step."""
 
     model: UserPath | None = None
-    """Model to check with, named as in training. Default: what gemma-3 means here if it is stored
-    on this machine, else small random models."""
+    """Model to check with, named as in training. Default: gemma-3 if it is stored on this machine,
+    else small random models."""
     save_path: UserPath | None = None
     """Also write the tables as a page (.html)."""
     overwrite: bool = False

@@ -96,7 +96,8 @@ KINDS: Mapping[str, KindFacts] = {
 # with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
 # halving it. PiSSA needs the lowest rate.
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
-# Default rates of the objectives for preferences, as shares of that of sft. In
+
+# Default rates of the objectives for preferences, as shares of the rate of sft. In
 # scripts/study/preferences, dpo learned its preference at 0.05 and 0.2, with lambda 1 and 16 alike;
 # published runs on larger models and harder data use 0.005 to 0.05. Most of orpo's loss is that of
 # sft, and it learned the content far better at 2 than at 0.5.
@@ -182,9 +183,9 @@ class OptimizerConfig:
     optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
     """Optimization algorithm."""
     learning_rate: Rate | None = None
-    """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: found by
-    the work of 30 steps before the first one. Default: by adapter, init and objective (init1 with
-    sft: 1e-3 / sqrt(lr_ratio))."""
+    """Peak learning rate eta of the A matrices, or of the weights with adapter full; auto: searched
+    before the first step, at the cost of 30 steps. Default: by adapter, init and objective (init1
+    with sft: 1e-3 / sqrt(lr_ratio))."""
     lr_ratio: Positive | None = None
     """LoRA+'s lambda: B learns at lr_ratio times A's rate; 1 is plain LoRA. Default: 4, or 1 for
     full, which has no B."""
@@ -216,7 +217,7 @@ class ObjectiveConfig:
     """Weight of the log-probabilities in the loss. Default: 0.1 for dpo, ipo and kto, 2 for
     simpo."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of dpo's pairs that are assumed to be labeled the wrong way round, in [0, 0.5)."""
+    """Share of dpo's pairs whose answers are assumed to be swapped, in [0, 0.5)."""
     simpo_gamma: NotNegative | None = None
     """Margin of simpo between the rewards of the two answers. Default: 1."""
     orpo_lambda: Positive | None = None

@@ -21,6 +21,7 @@ def find_conflicts(
         settings: Its settings, flat.
         defaults: The default settings of a run.
     """
+    # Fuse and sweep.
     if isinstance(config, FuseConfig):
         if config.dequantize and config.bits != "auto":
             return ["dequantize and bits exclude each other: give one of them"]
@@ -38,6 +39,7 @@ def find_conflicts(
     if not isinstance(config, TrainConfig):
         return []
 
+    # Train: length and optimizer.
     problems: list[str] = []
     if config.iters is not None and config.epochs is not None:
         problems.append("iters and epochs both say how long to train: give one of them")
@@ -48,10 +50,10 @@ def find_conflicts(
     only_vectors = config.adapter.adapter == "vera" and not config.adapter.train_modules
     if config.optimizer.optimizer == "muon" and only_vectors:
         problems.append("vera trains only vectors, which muon steps as adamw does: use adamw")
+
+    # Adapter, objective and data.
     problems += adapter_conflicts(config.adapter, settings, defaults)
-
     problems += _objective_conflicts(config)
-
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
         problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")

@@ -12,7 +12,7 @@ import psutil
 
 from .errors import ConfigError
 
-PLAYED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
+SIMULATED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
 _CPU_SHARE = 0.9  # of the memory of a machine without a GPU; the system keeps the rest
 _CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries need the rest
 _WIRED_SHARE = 0.9
@@ -55,7 +55,7 @@ class Machine:
         """Bytes that a run may use.
 
         macOS compresses and swaps the memory of other programs when a run needs it. So on a Mac,
-        ``free`` is no limit, only a reason to warn.
+        ``free`` is not a limit, but only a reason to warn.
         """
         return self.working_set if self.backend == "metal" else min(self.working_set, self.free)
 
@@ -86,7 +86,8 @@ class Machine:
 
 def this_machine() -> Machine:
     """Return this machine, or the Mac that it simulates."""
-    if simulated := os.environ.get(PLAYED):
+    simulated = os.environ.get(SIMULATED)
+    if simulated:
         return simulate_mac(simulated)
 
     system = psutil.virtual_memory()

@@ -28,7 +28,7 @@ _MOST_SUGGESTED = 3
 class LoRAPlusError(Exception):
     """The base class of the tree above: an error that the user can fix."""
 
-    told = False
+    reported = False
     """True if this error has already been shown, here or by another process."""
 
 

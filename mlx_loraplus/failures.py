@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from .errors import LoRAPlusError
 
-# A long command buffer is what the system stops. MLX puts 40 operations or more into one.
+# The system stops long command buffers. MLX puts 40 operations or more into one.
 _SHORTER_WORK = (
-    "set MLX_MAX_OPS_PER_BUFFER=8 in the environment, with which MLX gives the GPU shorter work"
+    "set MLX_MAX_OPS_PER_BUFFER=8 in the environment, so that MLX gives the GPU shorter work"
 )
 
 
@@ -31,8 +31,8 @@ class Failure:
 
     Attributes:
         what: What happened, as a clause.
-        words: An error with any of these words in its text means that this happened.
-        remedy: What helps, whatever was computed.
+        words: If the text of an error contains one of these, this has happened.
+        remedy: Advice that helps in any case.
     """
 
     what: str
@@ -70,7 +70,7 @@ def failure_of(error: BaseException | None) -> Failure | None:
     if isinstance(error, LoRAPlusError) or not isinstance(error, RuntimeError):
         return None
 
-    # Try the last one last: all errors of Metal contain its words.
+    # The last one matches all errors of Metal, so the order matters.
     text = str(error)
     for failure in (MEMORY, DISPLAY, TIMEOUT, GPU):
         if any(words in text for words in failure.words):

@@ -36,7 +36,7 @@ def _left_out(note: str) -> ForeignSetting:
 
 
 def _only(*values: Any, note: str) -> ForeignSetting:
-    """Return a setting whose listed values are what happens here anyway."""
+    """Return a setting that changes nothing here if it has one of these values."""
     return ForeignSetting(values=values, note=note)
 
 
@@ -324,7 +324,7 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("adapter_file", "init_from", "checkpoint"), "resume_adapter_file"),
     "system_prompt": "system",
 }
-"""Words that no program above uses, and the setting that is probably meant."""
+"""Words that none of these programs uses → the setting that is probably meant."""
 
 OUTPUT_WORDS = ("output", "out", "o", "output_path", "output_folder", "save_path", "save_dir")
 """Words for the folder that a command writes: save_path, or adapter_path of a run."""
@@ -355,7 +355,7 @@ def find_foreign(name: str) -> ForeignSetting | None:
 
 
 def foreign_hint(name: str) -> str:
-    """Return what another program's setting is here, in parentheses; "" if it is unknown.
+    """Return what another program's setting means here, in parentheses; "" if it is unknown.
 
     Args:
         name: The name of a setting or a flag.
@@ -367,13 +367,13 @@ def foreign_hint(name: str) -> str:
                 continue
             found = settings[known]
             here = f"--{found.ours.replace('_', '-')}" if found.ours else ""
-            told = "; ".join(part for part in (here, found.note) if part)
-            return f" ({program}'s {known}: {told})"
+            meaning = "; ".join(part for part in (here, found.note) if part)
+            return f" ({program}'s {known}: {meaning})"
     return ""
 
 
 def meant_setting(name: str, known: Collection[str]) -> str:
-    """Return the setting that a word of everyday use means; "" if none is known.
+    """Return the setting that is probably meant by another word; "" if none is known.
 
     Args:
         name: The word, with _ for -.

@@ -168,7 +168,7 @@ def _entry(flag: str, default: Any, text: str) -> list[str]:
 
 
 def _default(value: Any) -> str:
-    """Return a default as it is typed, or "" if there is none or it is off."""
+    """Return a default as it is typed, or "" if it is None or off."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return " ".join(map(str, value))
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Messages for Python: they name keywords where those of the commands name flags.
+"""Messages for Python, which name keywords instead of flags.
 
 Messages are written once, with flags. The public functions pass them through ``in_keywords``, so
 that ``--on-bad drop`` becomes ``on_bad="drop"`` in a notebook.
@@ -20,15 +20,15 @@ from .errors import LoRAPlusError
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
 _END = re.compile(r"[;:,.)]+$")
 
-# Pairs as a shell takes them; an apostrophe in quotes is written '"'"'
+# Pairs as a shell takes them; an apostrophe in quotes is written '"'"'.
 _PAIRS = re.compile(r"""--fields((?: (?='?\w+=)(?:'[^']*'|"[^"]*"|[^\s;,)'"])+)+)""")
 _NEIGHBOURS = re.compile(r'(=(?:"[^"]*"|[\d.]+|True)) (?=[a-z_]+=)')
 _OR_VALUES = re.compile(r'(="\w+")((?:, \w+)* or )(\w+)')
 
-# Where a command starts in a message; the rest of the message keeps its flags
+# Where a command starts in a message; the rest of the message keeps its flags.
 _COMMAND = "mlx_loraplus."
 
-# Settings whose value may be any word, so a word after the flag is the value
+# Settings whose value may be any word, so a word after the flag is the value.
 _NAMES = ("model", "resume_adapter_file")
 _NO_VALUES = ("and", "if", "is", "or", "out")
 
@@ -59,7 +59,7 @@ def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
 def in_keywords(message: str) -> str:
     """Return a message with keywords instead of flags, e.g. ``lr_ratio=16`` for ``--lr-ratio 16``.
 
-    Names that are no keywords of the public functions are kept.
+    Names that are not keywords of the public functions are kept.
     """
     before, command, rest = message.partition(_COMMAND)
     before = _PAIRS.sub(_write_fields, before)
@@ -82,7 +82,7 @@ def _write_keyword(match: re.Match[str]) -> str:
     if name not in known:
         return match[0]
 
-    # The value, without the punctuation after it
+    # The value, without the punctuation after it.
     value = _END.sub("", following)
     rest = following[len(value) :]
     is_after_colon = match.string[: match.start()].endswith("instead: ")

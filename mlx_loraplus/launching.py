@@ -50,6 +50,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             environments = ring_environments(count, hosts.name)
         processes = [_start(environment, arguments) for environment in environments]
 
+        # Pass signals on, and wait. The finally clause kills what is left after an error.
         def pass_on(number: int, _: object) -> None:
             send(processes, signal.Signals(number))
 

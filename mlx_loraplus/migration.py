@@ -158,6 +158,7 @@ def _leave_out_lora(work: _Translation) -> None:
 
 def _unpack(work: _Translation) -> None:
     """Replace nested settings by their contents."""
+    # mlx-lm's settings of LoRA.
     parameters = _pop_mapping(work, "lora_parameters")
     for name, value in parameters.items():
         home = work.ours if name in ("rank", "dropout") else work.foreign
@@ -167,6 +168,7 @@ def _unpack(work: _Translation) -> None:
             hint = "mlx-lm calls it scale" if name == "alpha" else "it has rank, scale and keys"
             work.problems.append(f"lora_parameters: {name} is unknown: {hint}")
 
+    # PEFT's settings of LoftQ.
     loftq = _pop_mapping(work, "loftq_config")
     for name, ours in (("loftq_bits", "quantize"), ("loftq_iter", "loftq_iters")):
         if name in loftq:
@@ -175,6 +177,7 @@ def _unpack(work: _Translation) -> None:
     if loftq:
         work.problems.append(f"loftq_config: {', '.join(loftq)} is unknown")
 
+    # mlx-lm's settings of the chosen optimizer.
     optimizers = _pop_mapping(work, "optimizer_config")
     chosen = optimizers.get(work.get("optimizer", "adamw"), {})
     for name, value in chosen.items() if isinstance(chosen, Mapping) else ():
@@ -182,7 +185,9 @@ def _unpack(work: _Translation) -> None:
             work.ours[name] = value
         elif name not in _USUAL or _number(value) != _USUAL[name]:
             usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
-            work.problems.append(f"optimizer_config: {name} {_shown(value)} is no setting{usual}")
+            work.problems.append(
+                f"optimizer_config: {name} {_shown(value)} is not a setting{usual}"
+            )
 
 
 def _pop_mapping(work: _Translation, name: str) -> dict[str, Any]:

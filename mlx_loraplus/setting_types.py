@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from .userpaths import looks_like_file, user_path
 
-# A number as people write it, and what a letter after it multiplies
+# A number in a notation that is not accepted, and the factors that its units stand for.
 _ODD_NUMBER = re.compile(
     r"(?P<digits>\d{1,3}(,\d{3})+|\d+([.,]\d+)?(e[-+]?\d{1,2})?)\s*(?P<unit>[%k]?)", re.IGNORECASE
 )

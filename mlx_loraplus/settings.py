@@ -39,7 +39,7 @@ _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
 
-# What holds no settings
+# The suffixes of files that users may take for files of settings.
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz")
 _ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 
@@ -50,7 +50,7 @@ _validator = cache(pydantic.TypeAdapter)  # making one takes 20 times longer tha
 
 
 class _UniqueLoader(yaml.SafeLoader):
-    """The safe loader, which refuses a name that stands twice instead of using the last value."""
+    """The safe loader, except that it refuses a repeated name instead of using the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -71,14 +71,14 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
             settings are skipped.
 
     Raises:
-        ConfigError: Names that are no settings, or values that are not allowed; all of them are
+        ConfigError: Names that are not settings, or values that are not allowed; all of them are
             reported together.
     """
     # Unknown names are reported together with the values that are not allowed.
     homes = _homes(kind)
     settings = current_names(settings)
     unknown = [
-        f"{_shown(name)} is no setting{_hint(name, homes)}"
+        f"{_shown(name)} is not a setting{_hint(name, homes)}"
         for name in settings
         if name not in homes
     ]
@@ -123,7 +123,7 @@ def with_default_rate(config: TrainConfig) -> TrainConfig:
 
 
 def _hint(name: str, known: Collection[str]) -> str:
-    """Return what is probably meant by a name that is no setting, in parentheses."""
+    """Return what is probably meant by a name that is not a setting, in parentheses."""
     meant = meant_setting(name, known)
     if meant:
         return f" (did you mean {meant!r}?)"
@@ -276,7 +276,7 @@ def _underscored(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         written = name.replace("-", "_")
         if written in found:
-            raise ConfigError(f"{path}: {written} is given twice, as {name} too")
+            raise ConfigError(f"{path}: {written} is given twice, also as {name}")
         found[written] = value
     return found
 
@@ -298,7 +298,7 @@ def check_settings_file(path: Path) -> None:
         advice = "rows or a history: rows go to --data"
     else:
         return
-    raise ConfigError(f"{path} holds no settings, it is {advice}; -c takes a YAML file")
+    raise ConfigError(f"{path} holds no settings, but is {advice}; -c takes a YAML file")
 
 
 def _depth(line: str) -> int:
@@ -348,6 +348,7 @@ def _describe(details: Iterable[Any]) -> list[str]:
 
     For a setting that may be a number or a word, pydantic reports two errors; they become one line.
     """
+    # Setting and value → pydantic's messages in our words.
     allowed: dict[tuple[str, str], list[str]] = {}
     for detail in details:
         # The location ends with the setting's name. For unions, pydantic's own labels follow it.
@@ -358,9 +359,9 @@ def _describe(details: Iterable[Any]) -> list[str]:
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
         message = message.partition(" after ")[0].replace("Tuple should", "must")
         message = message.replace("should be", "must be").replace("valid tuple", "list of values")
-
         message = message.partition(", got ")[0]
 
+        # Repeat the value only if it is simple.
         given = detail["input"]
         is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
         key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")

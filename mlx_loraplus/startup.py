@@ -1,7 +1,8 @@
-"""End a command quietly if Ctrl-C comes while its modules are imported.
+"""End a command with one line if the user presses Ctrl-C while its modules are imported.
 
-Python would print a traceback of the imports. ``__init__.py`` imports this module before all others
-of the package. A program or notebook that imports the package keeps its own handling of Ctrl-C.
+Otherwise, Python would print a traceback of the imports. ``__init__.py`` imports this module before
+all others of the package. A program or notebook that imports the package keeps its own handling of
+Ctrl-C.
 """
 
 import os
@@ -17,9 +18,10 @@ _PACKAGE = "mlx_loraplus"
 
 
 def report_interrupt() -> None:
-    """Print one line, unless another process of the command does."""
+    """Print one line, unless this process was started by another one that prints it."""
     if LAUNCHED not in os.environ:
-        # A write through sys.stderr may be what was interrupted.
+        # The signal may have interrupted a write through sys.stderr, which must not be entered
+        # again.
         os.write(2, b"interrupted\n")
 
 
@@ -30,6 +32,7 @@ def expect_interrupts() -> None:
 
 
 def _leave(_number: int, _frame: Any) -> None:
+    """Handle Ctrl-C: report it, and end the process."""
     report_interrupt()
     raise SystemExit(INTERRUPTED)
 

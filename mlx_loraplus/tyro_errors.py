@@ -1,6 +1,7 @@
-"""Convert the boxes in which tyro prints errors to one line."""
+"""Convert tyro's errors, which it prints in a box, to one line."""
 
 import re
+from collections.abc import Callable, Mapping
 from itertools import dropwhile, takewhile
 
 from .errors import nearest
@@ -23,55 +24,71 @@ _NO_NUMBER = re.compile(
 _BAD_VALUES = re.compile(
     r"Error parsing (--[\w-]+): Could not find valid parse for arguments: \[(.*?)\]"
 )
-
-
 _BAD_CHOICE = re.compile(
     r"invalid choice (.*) for argument '(--[\w-]+)'\. Expected one of \((.*)\)\."
 )
-
-
 _NO_VALUE = re.compile(r"Missing value for argument '(\S+)'")
 
 
-def unboxed(said: str) -> str:
+def unboxed(printed: str) -> str:
     """Return tyro's error as one line, without its frame, title and advice."""
     # A title, a rule in terminals without Unicode, the message, and advice after another rule.
-    lines = [line.strip("│ ") for line in said.splitlines()[1:]]
+    lines = [line.strip("│ ") for line in printed.splitlines()[1:]]
     after_rule = dropwhile(_is_rule, lines)
     before_rule = takewhile(lambda line: not _is_rule(line), after_rule)
     message = " ".join(line for line in before_rule if line)
 
-    # tyro's two messages about values have types and lists in Python's notation.
-    if found := _BAD_VALUE.match(message):
-        flag, types, value = found.groups()
-        whole = "INT" in types
-        for theirs, ours in _TYPE_WORDS.items():
-            types = types.replace(theirs, ours)
-        hint = number_hint(value.strip("'"), whole=whole)
-        return f"{flag} takes {types}, not {value}{hint}"
+    # Replace the types, lists and names of arguments in Python's notation.
+    for pattern, rewrite in _REWRITES.items():
+        found = pattern.match(message)
+        if found:
+            return rewrite(*found.groups())
+    return message.replace(" .", ".").replace("('None', ", "(") or printed.strip()
 
-    if found := _NO_NUMBER.match(message):
-        flag, conversion, value = found.groups()
-        whole = "int" in conversion
-        hint = number_hint(value.strip("'"), whole=whole)
-        return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
 
-    if found := _BAD_CHOICE.match(message):
-        value, flag, choices = found.groups()
-        words = sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"})
-        hint = "" if value.strip("'").isdigit() else nearest(value.strip("'"), words)
-        return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
+def _bad_value(flag: str, types: str, value: str) -> str:
+    """Return the message for a value of a wrong type."""
+    hint = number_hint(value.strip("'"), whole="INT" in types)
+    for theirs, ours in _TYPE_WORDS.items():
+        types = types.replace(theirs, ours)
+    return f"{flag} takes {types}, not {value}{hint}"
 
-    if found := _NO_VALUE.match(message):
-        return f"{found[1].rpartition('/')[2]} needs a value after it"
 
-    if found := _BAD_VALUES.match(message):
-        flag, values = found.groups()
-        advice = ": give several values with spaces between them" if "," in values else ""
-        return f"{flag} can't take {values}{advice}"
-    return message.replace(" .", ".").replace("('None', ", "(") or said.strip()
+def _no_number(flag: str, conversion: str, value: str) -> str:
+    """Return the message for a value that is not a number."""
+    whole = "int" in conversion
+    hint = number_hint(value.strip("'"), whole=whole)
+    return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
+
+
+def _bad_choice(value: str, flag: str, choices: str) -> str:
+    """Return the message for a word that is not among those that are allowed."""
+    words = sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"})
+    hint = "" if value.strip("'").isdigit() else nearest(value.strip("'"), words)
+    return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
+
+
+def _no_value(argument: str) -> str:
+    """Return the message for a flag without its value."""
+    return f"{argument.rpartition('/')[2]} needs a value after it"
+
+
+def _bad_values(flag: str, values: str) -> str:
+    """Return the message for values that can't be parsed."""
+    advice = ": give several values with spaces between them" if "," in values else ""
+    return f"{flag} can't take {values}{advice}"
+
+
+_REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
+    _BAD_VALUE: _bad_value,
+    _NO_NUMBER: _no_number,
+    _BAD_CHOICE: _bad_choice,
+    _NO_VALUE: _no_value,
+    _BAD_VALUES: _bad_values,
+}
+"""Pattern of a message of tyro → the function that makes ours of the pattern's groups."""
 
 
 def _is_rule(line: str) -> bool:
-    """Return whether a line of tyro's box is only a line, or its lower edge."""
+    """Return whether a line of tyro's box is a rule or the lower edge."""
     return bool(line) and set(line) <= set("─-╰╯")

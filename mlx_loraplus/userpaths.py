@@ -70,7 +70,7 @@ def path_of(value: str | os.PathLike[str], name: str, error: type[Exception]) ->
 
 
 def similar_paths(path: Path, suffixes: Collection[str] | None = None) -> str:
-    """Return a hint at the folders and files beside a missing path whose names are similar.
+    """Return a hint that names the folders and files beside a missing path with similar names.
 
     Args:
         path: The missing path.

@@ -1,4 +1,4 @@
-"""Train Gemma 3 on the built-in demo set, and count exact answers on rows it has never seen, before and after."""
+"""Train Gemma 3 on the built-in demo set, and count exact answers to unseen requests before and after."""
 
 import subprocess
 import sys
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def answer(prompts: list[str], adapter: Path | None) -> list[str]:
-    """Answer the prompts; each answer ends at its line's end."""
+    """Return the first line of each answer."""
     model, tokenizer = load(MODEL, adapter)
     tokens = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     return [
@@ -67,14 +67,14 @@ def answer(prompts: list[str], adapter: Path | None) -> list[str]:
 
 
 def run(command: str | list[str]) -> None:
-    """Run one of the package's own commands, shown as typed."""
+    """Print and run one of the package's own commands."""
     words = command.split() if isinstance(command, str) else command
     say("$ " + " ".join(words))
     subprocess.run([Path(sys.executable).parent / words[0], *words[1:]], check=True)
 
 
 def say(line: str) -> None:
-    """Print a heading at once."""
+    """Print a heading immediately."""
     print(f"\n== {line}", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What only a GPU can tell, on Metal or CUDA, in at most eight minutes and as one JSON file.
+"""Measure what only a GPU can show, on Metal or CUDA, in at most eight minutes, into one JSON file.
 
     scripts/gpu                       on a Mac or with an NVIDIA GPU; writes gpu.json
     scripts/gpu --device any --tiny   tries the script itself on a CPU, with a tiny model
@@ -46,10 +46,10 @@ class Part:
     """A part of the session.
 
     Attributes:
-        run: What it does.
-        limit: Seconds that it may take if all have eight minutes; in proportion if they have more.
-        least: Seconds that must be left to begin it.
-        real: Whether only the real model can take part.
+        run: The function that runs it.
+        limit: Seconds that it may take if the session has eight minutes; more in proportion.
+        least: Seconds that must be left to start it.
+        real: Whether it needs the real model.
     """
 
     run: Callable[[Options], Result]
@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("\n" + json.dumps(PARTS[given.part].run(options)))
         return
 
-    # SIGTERM ends the session like Ctrl-C, so that no part goes on without it.
+    # SIGTERM ends the session like Ctrl-C, so that no part continues alone.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as folder:
         options = Options(given.device, given.tiny, given.steps, folder)
@@ -114,7 +114,8 @@ def choose_parts(options: Options, only: str | None) -> list[str]:
     if only is None:
         return names
     wanted = {"machine", "demo"} | {name.strip() for name in only.split(",")}
-    if unknown := wanted - set(names):
+    unknown = wanted - set(names)
+    if unknown:
         raise SystemExit(
             f"error: no part {', '.join(sorted(unknown))}; there are {', '.join(names)}"
         )
@@ -163,12 +164,12 @@ def run_part(name: str, options: Options, left: float, limit: float) -> Result:
     command += ["--tiny"] if options.tiny else []
     # Without the hub, every machine has the same weights.
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryFile("w+") as told:
+    with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(
             command,
             env=environment,
             stdout=subprocess.PIPE,
-            stderr=told,
+            stderr=errors,
             text=True,
             start_new_session=True,
         ) as process:
@@ -179,8 +180,8 @@ def run_part(name: str, options: Options, left: float, limit: float) -> Result:
                 status, printed = "timed out", ""
             finally:
                 end(process)
-        told.seek(0)
-        error = told.read()
+        errors.seek(0)
+        error = errors.read()
 
     record: Result = {"status": status, "seconds": time.monotonic() - started}
     if status == "done":
@@ -198,14 +199,14 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 def write(path: Path, result: Result) -> None:
-    """Write the file; what stood there is replaced at once."""
+    """Write the file, and replace an older one atomically."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(path)
 
 
 def say(line: str) -> None:
-    """Print a line at once."""
+    """Print a line immediately."""
     print(line, flush=True)
 
 

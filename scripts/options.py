@@ -1,4 +1,4 @@
-"""Write mlx_loraplus/options.py, the types of the keywords, from config.py and command_config.py; with --check only compare it."""
+"""Write mlx_loraplus/options.py, the types of the keywords, from the configs; with --check only compare it."""
 
 import dataclasses
 import subprocess

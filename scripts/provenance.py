@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+CODE = ("mlx_loraplus", "scripts", ":(exclude)scripts/*/results/*")
+"""What decides a number: the package and the scripts, but not their results."""
 PACKAGES = ("mlx", "mlx-lm", "mlx_loraplus", "numpy")
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Return the machine, versions, those of ``packages`` too, commit and date that a result belongs to."""
+    """Return the machine, versions (also of ``packages``), commit and date of a result."""
     return {
         "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {
@@ -36,15 +38,19 @@ def source_line(result: dict[str, Any]) -> str:
 
 
 def commit() -> str:
-    """Return the commit's short name, with a plus sign where the package or the scripts differ from it."""
+    """Return the commit's short name, with a plus sign if the package or the scripts differ from it."""
     found = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
     )
     if found.returncode != 0:
         return "unknown"
-    code = ("mlx_loraplus", "scripts", ":(exclude)scripts/*/results/*")
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *code], cwd=ROOT)
-    return found.stdout.strip() + ("+" if changed.returncode else "")
+    return found.stdout.strip() + ("" if same_code("HEAD") else "+")
+
+
+def same_code(commit: str) -> bool:
+    """Return whether the package and the scripts of this checkout are those of a commit."""
+    command = ["git", "diff", "--quiet", commit, "--", *CODE]
+    return subprocess.run(command, cwd=ROOT, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
 """Write the generated parts of the README and of docs/; with --check only compare them, and exit with 1 if one differs.
 
-A part stands between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of its page. The
-tables that measuring scripts write into docs/ themselves are not made here.
+A part is the text between the markers ``<!-- name:start -->`` and ``<!-- name:end -->`` of its
+page. Scripts that measure something write their tables into docs/ themselves.
 """
 
 import re
@@ -17,6 +17,7 @@ from mlx_loraplus import config
 from mlx_loraplus.foreign_names import NESTED, PROGRAMS, ForeignSetting
 from mlx_loraplus.help_text import GROUPS, field_helps
 from mlx_loraplus.settings import configure, settings_of
+from scripts.all_numbers import origins_table
 from scripts.readme_plans import memory_plan, models_table, readme_plan
 from scripts.readme_results import (
     full_tables,
@@ -91,7 +92,7 @@ def _flag(name: str) -> str:
 
 
 def _shown(default: Any) -> str:
-    """Return a default as a cell of a table, empty where there is none."""
+    """Return a default as a cell of a table, which is empty for None."""
     text = " ".join(map(str, default)) if isinstance(default, list) else default
     return "" if text in (None, "") else f"`{text}`"
 
@@ -115,7 +116,7 @@ def rates_table() -> str:
 
 
 def migration_tables() -> str:
-    """Return a table of each program's settings: theirs, ours, and what is to be known."""
+    """Return a table of each program's settings: their names, ours, and notes."""
     lines: list[str] = []
     for program, settings in PROGRAMS.items():
         lines += [f"## From {program}", "", f"| {program} | here | note |", "|---|---|---|"]
@@ -181,6 +182,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),
+    "origins": (ROOT / "docs" / "benchmarks.md", origins_table),
     "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }
@@ -214,9 +216,9 @@ def repository() -> str | None:
 
 
 def with_addresses(text: str, name: str | None) -> str:
-    """Return the README with absolute addresses of its pictures and pages, which a package index needs too.
+    """Return the README with absolute addresses of its pictures and pages, which a package index needs.
 
-    Without the repository's ``name`` the links stay relative to the checkout.
+    Without the repository's ``name``, the links stay relative to the checkout.
     """
     absolute = r"https://(?:raw\.githubusercontent\.com/[^/\s)]+/[^/\s)]+/main|github\.com/[^/\s)]+/[^/\s)]+/blob/main)/"
     text = re.sub(rf"\]\({absolute}", "](", text)

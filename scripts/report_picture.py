@@ -1,10 +1,10 @@
 r"""Photograph the page of a run, as in the README: ``report_picture.py RUN [PICTURE]``.
 
-The README's picture shows SmolLM2 135M after 24 steps on 300 rows of the demo set. To redo it on
-the whole set::
+The README's picture shows SmolLM2 135M after 60 steps on the first 300 training rows and the first
+40 validation rows of the demo set. To redo it on the whole set::
 
-    mlx_loraplus.train --model smollm2-135m --lr-ratio 16 --learning-rate 5e-4 --warmup 3 \
-        --iters 24 --batch-size 4 --max-seq-length 96 --steps-per-report 2 --steps-per-eval 6 \
+    mlx_loraplus.train --model smollm2-135m --lr-ratio 16 --learning-rate 5e-4 --warmup 6 \
+        --iters 60 --batch-size 4 --max-seq-length 96 --steps-per-report 2 --steps-per-eval 12 \
         --sample-rows 2 --adapter-path home-assistant
     python scripts/report_picture.py home-assistant
 
@@ -47,7 +47,7 @@ def main() -> None:
     given = parser.parse_args()
 
     picture = Image.open(io.BytesIO(photograph(given.run / "report.html"))).convert("RGB")
-    picture.quantize(_COLOURS, Image.Quantize.MAXCOVERAGE).save(given.picture, optimize=True)
+    picture.quantize(_COLOURS, Image.Quantize.MEDIANCUT).save(given.picture, optimize=True)
     print(f"{given.picture}: {given.picture.stat().st_size / 1000:.0f} kB")
 
 

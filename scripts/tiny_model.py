@@ -49,3 +49,20 @@ def write_sums(folder: Path, *, rows: int = 40, seed: int = 0) -> Path:
         ]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
+
+
+def write_preferred_sums(folder: Path, *, rows: int = 40, seed: int = 0) -> Path:
+    """Write train.jsonl and valid.jsonl of pairs: the right sum is preferred to a wrong one."""
+    write_sums(folder, rows=rows, seed=seed)
+    for file in folder.glob("*.jsonl"):
+        sums = [json.loads(line) for line in file.read_text().splitlines()]
+        pairs = [
+            {
+                "prompt": row["prompt"],
+                "chosen": row["completion"],
+                "rejected": f"{row['completion']}7",
+            }
+            for row in sums
+        ]
+        file.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return folder

@@ -97,7 +97,10 @@ def test_a_name_that_no_file_can_have_is_told(
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [([], "error: give a command\n"), (["trian"], "'trian' is no command (did you mean 'train'")],
+    [
+        ([], "error: give a command\n"),
+        (["trian"], "'trian' is not a command (did you mean 'train'"),
+    ],
 )
 def test_the_package_without_a_command_names_its_commands(words: list[str], told: str):
     done = subprocess.run(

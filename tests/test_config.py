@@ -141,7 +141,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--report-to", "wand"], "--report-to"),
         (["--max-minutes", "long"], "--max-minutes takes a number, not 'long'"),
         (["--data-weights", "much", "1"], "--data-weights can't take 'much', '1'"),
-        (["--lr-ration", "4"], "'--lr-ration' is no flag (did you mean '--lr-ratio'"),
+        (["--lr-ration", "4"], "'--lr-ration' is not a flag (did you mean '--lr-ratio'"),
         (["--batch-size", "0"], "batch_size must be greater than or equal to 1 or 'auto', not 0"),
         (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),
         (["--rank", "x"], "--rank"),
@@ -209,7 +209,7 @@ def test_bad_flags_are_one_line(words: list[str], told: str):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("rnak: 4", "rnak is no setting (did you mean 'rank'"),
+        ("rnak: 4", "rnak is not a setting (did you mean 'rank'"),
         ("rank: four", "rank must be a valid integer"),
         ("- rank", "must hold settings, one `name: value` a line"),
         ("rank: [", "is not YAML"),

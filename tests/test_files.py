@@ -118,7 +118,7 @@ def test_what_is_read_is_not_removed_with_the_folder_around_it(
 ):
     (tmp_path / "here" / "out" / "run" / "adapter").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(OutputError, match="holds it or the current folder: give another"):
+    with pytest.raises(OutputError, match=r"is or contains .*: give another folder"):
         check_free(Path(path), ["gemma-3", "out/run/adapter"], overwrite=True)
 
 
@@ -150,16 +150,16 @@ def test_a_cached_folder_is_made_while_others_come_and_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path))
-    (tmp_path / "room").mkdir()
-    (tmp_path / "room" / ".12-gone").symlink_to(
+    (tmp_path / "section").mkdir()
+    (tmp_path / "section" / ".12-gone").symlink_to(
         "nowhere"
     )  # as one that is renamed between two looks at it
 
     def build(path: Path) -> None:
         write_atomically(path / "file", b"mine")
-        cached_folder("room", "key", lambda other: write_atomically(other / "file", b"first"))
+        cached_folder("section", "key", lambda other: write_atomically(other / "file", b"first"))
 
-    folder = cached_folder("room", "key", build)
+    folder = cached_folder("section", "key", build)
     assert (folder / "file").read_bytes() == b"first"  # another process may be reading it
     assert {path.name for path in folder.parent.iterdir()} == {"key", ".12-gone"}
 
@@ -315,7 +315,7 @@ def test_every_format_of_data_is_known():
 def test_a_folder_that_is_read_is_not_written(tmp_path: Path):
     (tmp_path / "link").symlink_to(tmp_path)
     check_apart(tmp_path, ["gemma-3", str(tmp_path / "missing")], "--adapter-path")
-    with pytest.raises(OutputError, match="is read by this run, too"):
+    with pytest.raises(OutputError, match="is also read by this run"):
         check_apart(tmp_path, [str(tmp_path / "link")], "--adapter-path")
 
 

@@ -28,7 +28,7 @@ from scripts.tiny_model import write_tiny_model
         ("--resume continues it, --overwrite replaces it", "resume=True continues it, overwrite="
          "True replaces it"),
         ("(then continue with --resume)", "(then continue with resume=True)"),
-        ("each gives alone; leave --pack off", "each gives alone; leave pack off"),
+        ("separate ones; leave --pack off", "separate ones; leave pack off"),
         ("give the run's --adapter-path, or", "give the run's adapter_path, or"),
         ("--resume-adapter-file a/b with another --adapter-path", 'resume_adapter_file="a/b" with'
          " another adapter_path"),

@@ -60,7 +60,7 @@ MORE_MISTAKES = [
     # files of settings
     ("train -c percent.yaml", "valid_split must be a valid number, not '10%' (write 0.1)"),
     ("train -c dashes.yaml", "batch_size is given twice"),
-    ("train -c upper.yaml", "Model is no setting (did you mean 'model'?); Data is no setting (did you mean 'data'?)"),
+    ("train -c upper.yaml", "Model is not a setting (did you mean 'model'?); Data is not a setting (did you mean 'data'?)"),
     ("train -c axolotl.yaml", "--data takes folders, files and hub ids"),
     ("train -c preferences.yaml", "beta is for objective dpo, ipo, simpo and kto, not sft"),
     ("train -c equals.yaml", "must hold settings, one `name: value` a line"),

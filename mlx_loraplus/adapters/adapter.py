@@ -43,7 +43,7 @@ class Adapter(nn.Module):
     """Parameters for which the layer also holds a frozen float32 array of the same size."""
 
     make_projections: ClassVar[Callable[[list[tuple[int, int]], int], Projections] | None] = None
-    """Makes the shared projections for layers of the given (out, in) and a rank."""
+    """Makes the shared projections from the (out, in) of all layers and a rank."""
 
     def __init__(
         self,

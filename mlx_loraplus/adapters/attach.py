@@ -35,7 +35,7 @@ def attach_adapters(
 ) -> TrainableParams:
     """Freeze ``model`` and put an adapter on every target, or with adapter full train its weights.
 
-    The outputs do not change, except by the rounding that ``quantize`` asks for.
+    The outputs do not change, except for the rounding if ``quantize`` is set.
 
     Args:
         model: A model without adapters.

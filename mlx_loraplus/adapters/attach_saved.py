@@ -83,9 +83,9 @@ def attach_saved(
     here = fingerprint_base([modules[path] for path in adapters])
     if config.base and config.base.quantization == here.quantization and config.base != here:
         raise AdapterError(
-            f"{source} belongs to another model{_own_model(source)}: it fits in shape, but the"
-            " weights it was trained over are not these; load it on its own base (to use it on this"
-            " one anyway, remove base from adapter_config.json)"
+            f"{source} belongs to another model{_own_model(source)}: its shapes fit, but it was"
+            " trained on other weights; load it on its own base (to use it on this one anyway,"
+            " remove base from adapter_config.json)"
         )
 
     put_adapters(model, adapters, trained)
@@ -107,11 +107,11 @@ def _check_finite(source: Path, arrays: Mapping[str, mx.array]) -> None:
 
 
 def _own_model(folder: Path) -> str:
-    """Return the model that an adapter's folder names, for an error message, or nothing."""
+    """Return a phrase with the model that an adapter's folder names, or an empty string."""
+    model = None
     with suppress(AdapterError):
-        if model := recorded_model(folder):
-            return f", {model!r:.200} (commands load that if you leave out --model)"
-    return ""
+        model = recorded_model(folder)
+    return f", {model!r:.200} (commands load that if you leave out --model)" if model else ""
 
 
 def _build_adapters(
@@ -126,7 +126,7 @@ def _build_adapters(
     problems: list[str] = []
     for path, arrays in layers.items():
         if path not in modules or not find_layer_class(kind, modules[path]):
-            problems.append(f"{path[:200]!r} is no layer of this model that can be adapted")
+            problems.append(f"{path[:200]!r} is not a layer of this model that can be adapted")
             continue
 
         # Each layer has its own rank, which is the rank of its A.

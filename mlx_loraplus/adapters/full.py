@@ -85,7 +85,10 @@ def weight_groups(model: nn.Module) -> dict[str, str]:
 
 def trained_modules(model: nn.Module, num_layers: int) -> dict[str, nn.Module]:
     """Return path → module for every module whose own arrays train."""
-    inside = {id(each) for part in _parts_to_train(model, num_layers) for each in part.modules()}
+    inside: set[int] = set()
+    for part in _parts_to_train(model, num_layers):
+        inside.update(id(module) for module in part.modules())
+
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         has_arrays = any(isinstance(value, mx.array) for value in module.values())
@@ -105,6 +108,7 @@ def _input_and_output(model: nn.Module) -> set[str]:
     outside = {path: each for path, each in model.named_modules() if id(each) not in inside}
     tables = {path: each for path, each in outside.items() if isinstance(each, EMBEDDINGS)}
 
+    # The head has as many rows as an embedding.
     vocabularies = {base_shape(table)[0] for table in tables.values()}
     heads = {
         path

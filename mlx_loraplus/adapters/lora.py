@@ -40,7 +40,7 @@ def _(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
     tokens = x.reshape(-1, x.shape[-1])
     d = cotangent.reshape(-1, cotangent.shape[-1])
 
-    # The gradient of the small product x A: (tokens, rank)
+    # The gradient of the small product x A: (tokens, rank).
     dz = d @ b.T
 
     dx = (dz @ a.T).reshape(x.shape)

@@ -30,7 +30,7 @@ class MergedAdapters(Adapter):
         # A tuple, so that MLX does not register the adapters as submodules.
         self._parts = tuple(zip(adapters, weights, strict=True))
 
-    def _mixed(self, y: mx.array, *others: mx.array) -> mx.array:
+    def _combined(self, y: mx.array, *others: mx.array) -> mx.array:
         """Return y + Σ wᵢ (yᵢ - y)."""
         weights = [weight for _, weight in self._parts]
         changes = [weight * (other - y) for weight, other in zip(weights, others, strict=True)]
@@ -40,14 +40,14 @@ class MergedAdapters(Adapter):
         """Return y, in the shape of the base's output."""
         parts: list[Any] = [adapter for adapter, _ in self._parts]
         y = self.base(x, *args, **options)
-        return self._mixed(y, *(part(x, *args, **options) for part in parts))
+        return self._combined(y, *(part(x, *args, **options) for part in parts))
 
     def merged(self, weight: mx.array, part: slice = WHOLE) -> mx.array:
         """Return W + Σ wᵢ (Wᵢ - W); the arguments are those of ``Adapter.merged``."""
-        return self._mixed(weight, *(adapter.merged(weight, part) for adapter, _ in self._parts))
+        return self._combined(weight, *(adapter.merged(weight, part) for adapter, _ in self._parts))
 
 
-class MixedEmbedding(MergedAdapters):
+class MergedEmbedding(MergedAdapters):
     """Several weighted adapters over an embedding, which may also be the model's head.
 
     This is a separate class, because a layer over a linear head must not have ``as_linear``.
@@ -58,7 +58,7 @@ class MixedEmbedding(MergedAdapters):
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the tied head's logits."""
         parts: list[Any] = [adapter for adapter, _ in self._parts]
-        return self._mixed(self.base.as_linear(x), *(part.as_linear(x) for part in parts))
+        return self._combined(self.base.as_linear(x), *(part.as_linear(x) for part in parts))
 
 
 def parse_adapters(words: Sequence[str]) -> dict[str, float]:
@@ -126,14 +126,14 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
     model.load_weights(in_base_type, strict=False)
 
     # Every adapted layer gets one adapter that combines all its adapters.
-    mixtures: dict[str, Adapter] = {}
+    merged: dict[str, Adapter] = {}
     for path, weighted in parts.items():
         layers = [adapter for adapter, _ in weighted]
         numbers = [weight for _, weight in weighted]
         on_embedding = isinstance(layers[0].base, EMBEDDINGS)
-        mixture = MixedEmbedding if on_embedding else MergedAdapters
-        mixtures[path] = mixture(layers, numbers)
-    put_adapters(model, mixtures, {})
+        layer_type = MergedEmbedding if on_embedding else MergedAdapters
+        merged[path] = layer_type(layers, numbers)
+    put_adapters(model, merged, {})
     return model
 
 

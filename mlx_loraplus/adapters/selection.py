@@ -23,7 +23,7 @@ from .probe_tokens import probe_tokens
 READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"
 
-# Attributes of _Watched itself; every other attribute belongs to the layer.
+# Attributes of _ProbedLayer itself; every other attribute belongs to the layer.
 _OWN = ("base", "size", "was_read", "_no_grad", "_training")
 
 
@@ -125,7 +125,7 @@ def _count_adaptable(module: nn.Module) -> int:
 # Layers that an adapter cannot replace
 
 
-class _Watched(nn.Module):
+class _ProbedLayer(nn.Module):
     """A wrapper that records whether a layer's arrays are read, and whether its output matters.
 
     ``size`` scales a random change of the output. The gradient of ``size`` is 0 if the output has
@@ -173,14 +173,14 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
     """
     _check_sound(model)
     layers = _linear_layers(model)
-    watched = {path: _Watched(module) for path, module in layers.items()}
+    probed = {path: _ProbedLayer(module) for path, module in layers.items()}
 
     # Run the model with the wrappers in place, and always restore it.
     training = model.training
     model.eval()
     try:
-        model.update_modules(tree_unflatten(list(watched.items())))
-        gradients = _gradients_of_changes(model, watched)
+        model.update_modules(tree_unflatten(list(probed.items())))
+        gradients = _gradients_of_changes(model, probed)
     except Exception as problem:  # noqa: BLE001
         # A model of mlx-lm that cannot run may raise any type of exception. A user's own model may
         # take inputs other than tokens, so its exceptions are ignored.
@@ -195,7 +195,7 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
         model.update_modules(tree_unflatten(list(layers.items())))
         model.train(training)
 
-    return _reasons(model, watched, gradients)
+    return _reasons(model, probed, gradients)
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -211,16 +211,16 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _reasons(
     model: nn.Module,
-    watched: Mapping[str, _Watched],
+    probed: Mapping[str, _ProbedLayer],
     gradients: Mapping[str, float],
 ) -> dict[str, str]:
-    """Return path → reason for the watched layers that no adapter can replace."""
-    unusable = {path: READ for path, layer in watched.items() if layer.was_read}
+    """Return path → reason for the probed layers that no adapter can replace."""
+    unusable = {path: READ for path, layer in probed.items() if layer.was_read}
 
     # Experts without a gradient are not reported, because other tokens may select them.
     listed = tuple(f"{prefix}." for prefix in _listed_experts(model))
     for path, gradient in gradients.items():
-        is_expert = not isinstance(watched[path].base, LINEARS) or path.startswith(listed)
+        is_expert = not isinstance(probed[path].base, LINEARS) or path.startswith(listed)
         if gradient == 0 and path not in unusable and not is_expert:
             unusable[path] = UNUSED
     return unusable
@@ -254,20 +254,20 @@ def _check_sound(model: nn.Module) -> None:
             )
 
 
-def _gradients_of_changes(model: nn.Module, watched: Mapping[str, _Watched]) -> dict[str, float]:
+def _gradients_of_changes(model: nn.Module, probed: Mapping[str, _ProbedLayer]) -> dict[str, float]:
     """Return path → gradient of a sum over the logits with respect to each layer's ``size``."""
 
     def total(sizes: list[mx.array]) -> mx.array:
-        for layer, size in zip(watched.values(), sizes, strict=True):
+        for layer, size in zip(probed.values(), sizes, strict=True):
             layer.size = size
         logits: Any = model(probe_tokens(model, 8))
         return mx.sin(logits.astype(mx.float32)).sum()
 
-    # If there are no layers to watch, only check that the model runs.
-    if not watched:
+    # If there are no layers to probe, only check that the model runs.
+    if not probed:
         mx.eval(total([]))
         return {}
 
-    found: Any = mx.grad(total)([mx.array(0.0) for _ in watched])
+    found: Any = mx.grad(total)([mx.array(0.0) for _ in probed])
     mx.eval(found)
-    return {path: size.item() for path, size in zip(watched, found, strict=True)}
+    return {path: gradient.item() for path, gradient in zip(probed, found, strict=True)}

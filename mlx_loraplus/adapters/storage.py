@@ -13,8 +13,8 @@ their shapes give the rank. Everything else comes from the config.
 - VeRA's ``vera_d`` and ``vera_b`` are stored with the projections that all layers share. Stock
   mlx-lm rejects these tensors too.
 - Modules that train in full are in ``modules.safetensors``, so that stock mlx-lm can load the rest.
-- ``model`` names the base, so that an adapter can be used without naming it again: a name, a hub
-  id or an absolute path.
+- ``model`` names the base by a short name, a hub id or an absolute path, so that the user need not
+  name it again.
 - ``base`` identifies the weights that the adapter was trained on. It is checked only against a
   model with the same quantization; the same model quantized differently is accepted. Stock mlx-lm
   ignores both keys.
@@ -110,7 +110,8 @@ def write_adapter(model: nn.Module, folder: Path) -> Path:
 def _config_of(
     model: nn.Module, adapters: Mapping[str, Adapter], trained: list[str]
 ) -> dict[str, Any]:
-    """Return the contents of ``adapter_config.json``; mlx-lm's own keys come first."""
+    """Return the contents of ``adapter_config.json``."""
+    # mlx-lm's own keys.
     first = next(iter(adapters.values()))
     config: dict[str, Any] = {
         "fine_tune_type": first.kind,
@@ -123,6 +124,7 @@ def _config_of(
         },
     }
 
+    # Our keys, which are explained above.
     if isinstance(first, LoRA) and first.has_start:
         config["start_rank"] = first.rank
     if first.owns_base:
@@ -132,7 +134,8 @@ def _config_of(
         config["base"] = fingerprint_base(bases).model_dump()
     if trained:
         config["train_modules"] = trained
-    if name := getattr(model, "exact_name", None):
+    name = getattr(model, "exact_name", None)
+    if name:
         config["model"] = lasting_name(name)
     config[PROMPT_FORMAT] = format_of(model).stored()
     return config

@@ -226,8 +226,8 @@ def check_is_adapter(folder: Path) -> None:
     check_not_peft(folder)
     if _stored_json(folder).get("fine_tune_type") == "full":
         raise AdapterError(
-            f"{folder} holds weights that mlx-lm trained (fine_tune_type full), no adapter: make a"
-            " model of them with mlx_lm.fuse, --model as in the training, --adapter-path"
+            f"{folder} holds weights that mlx-lm trained (fine_tune_type full), not an adapter:"
+            " convert them to a model with mlx_lm.fuse, --model as in the training, --adapter-path"
             f" {folder} and --save-path, and give that folder as --model"
         )
 
@@ -283,7 +283,7 @@ def recorded_model(folder: Path) -> str | None:
     if named.model and named.adapter_path:
         name = present_path(named.model, named.adapter_path, folder)
 
-    # The settings of a run tell where its folder was, so its model is found after a move.
+    # The settings of a run contain its old folder, so its model is found even after a move.
     with suppress(ConfigError):
         in_run: Any = read_run_settings(folder / RUN_SETTINGS).get("model")
         is_name = isinstance(in_run, str) and not in_run.endswith(UNKNOWN_MODEL)

@@ -107,13 +107,13 @@ def find_misfits(
     shapes = {name: array.shape for name, array in found.items()}
     problems: list[str] = []
     for name in sorted(shapes.keys() | wanted.keys()):
-        has, wants = shapes.get(name), wanted.get(name)
-        if has is None:
+        shape, expected = shapes.get(name), wanted.get(name)
+        if shape is None:
             problems.append(f"{prefix}{name} {MISSING}")
-        elif wants is None:
+        elif expected is None:
             problems.append(f"{prefix}{name} has no place in the model")
-        elif has != wants:
-            problems.append(f"{prefix}{name} has shape {has}, the model wants {wants}")
+        elif shape != expected:
+            problems.append(f"{prefix}{name} has shape {shape}, the model needs {expected}")
     return problems
 
 
@@ -124,9 +124,9 @@ def find_too_small(path: str, projections: Projections, shape: tuple[int, int]) 
     sizes = {"projection_a": (a.shape[0], columns), "projection_b": (b.shape[1], rows)}
 
     problems: list[str] = []
-    for name, (has, wants) in sizes.items():
-        if has < wants:
-            problems.append(f"{path}: {name} has size {has}, the model wants at least {wants}")
+    for name, (size, least) in sizes.items():
+        if size < least:
+            problems.append(f"{path}: {name} has size {size}, the model needs at least {least}")
     return problems
 
 

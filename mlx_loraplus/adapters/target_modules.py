@@ -145,7 +145,7 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _check_usable(name: str, modules: Mapping[str, nn.Module], reasons: Mapping[str, str]) -> None:
-    """Raise an error if a target matches layers, but none of them can be adapted.
+    """Check that a target does not match only layers that can't be adapted.
 
     Raises:
         ConfigError: None of the matching layers can be adapted.

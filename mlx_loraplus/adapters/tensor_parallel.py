@@ -11,7 +11,7 @@ backward pass:
               the same Σ adds up both terms
 
 For the adapters, only the work is divided. Every process holds the whole A and B and the
-optimizer's moments. These are small: with two processes, dividing them would save only a fourth of
+optimizer's moments. These are small: with two processes, dividing them would save only a quarter of
 their memory. With whole matrices, the update rules (Muon and Adafactor need whole matrices),
 clipping, the saved files and resuming with a different number of processes work the same as in a
 single process.

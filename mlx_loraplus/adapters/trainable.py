@@ -107,7 +107,8 @@ def trainable_summary(
     stray = sorted(trainable.keys() - groups.keys())
     if stray:
         raise AdapterError(
-            f"{len(stray)} trainable parameters belong to no adapter, {stray[0]} first: freeze them"
+            f"{len(stray)} trainable parameters, such as {stray[0]}, belong to no adapter: freeze"
+            " them"
         )
 
     # mlx-lm counts only the bases, so the parameters of the adapters are added.

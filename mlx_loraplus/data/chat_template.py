@@ -13,39 +13,31 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .lost_content import find_lost
 from .messages import BadRowError
+from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS, reason_of
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
     Message,
-    answer_of,
     fill_empty_block,
     find_open_tags,
-    has_only_thought_tags,
-    remove_thought_tags,
     thoughts_of,
+)
+from .turn_start import (
+    after_last_message,
+    common_length,
+    find_seam,
+    fit_to_prompt,
+    opens_later,
+    shows_later,
 )
 
 DAY = datetime(2024, 7, 26)  # noqa: DTZ001
 """The date in training rows, which is the default date of Llama 3's template."""
 
 _NOW = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-
-_TEMPLATE_ERRORS = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    AttributeError,
-    RecursionError,
-    MemoryError,
-)
-"""The errors that a template may raise. Templates are programs that run in a sandbox."""
 
 _THOUGHT_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("enable_thinking", False),
@@ -62,7 +54,9 @@ _THOUGHT_OPTIONS: tuple[tuple[str, Any], ...] = (
 )
 """Template variables that control thoughts, and the value of each that turns thoughts off."""
 
-_QUESTION = "An ordinary question"
+
+class RefusedError(BadRowError):
+    """The chat template raised an error."""
 
 
 class UnsupervisableError(BadRowError):
@@ -132,23 +126,22 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=ask, **options
             )
-        except _TEMPLATE_ERRORS as error:
-            reason = " ".join(str(error).split())
-            raise BadRowError(f"the chat template refuses it ({reason})") from error
+        except TEMPLATE_ERRORS as error:
+            raise RefusedError(f"the chat template refuses it ({reason_of(error)})") from error
 
     # --- properties of the template -------------------------------------------------------------
 
     @cached_property
     def takes_parts(self) -> bool:
         """Whether each content must be a list of parts, as in the templates of vision models."""
-        question = {"role": "user", "content": _QUESTION}
+        question = {"role": "user", "content": QUESTION}
         return not self._shows(question) and self._shows(_in_parts(question))
 
     def _shows(self, question: Message) -> bool:
         """Return whether the rendered text contains the question's content."""
         try:
-            return _QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
-        except _TEMPLATE_ERRORS:
+            return QUESTION in self.tokenizer.apply_chat_template([question], tokenize=False)
+        except TEMPLATE_ERRORS:
             return False
 
     @cached_property
@@ -179,7 +172,7 @@ class ChatTemplate:
 
     def _opens_thoughts(self, options: Mapping[str, Any]) -> bool | None:
         """Return whether the generation prompt opens a block, or None if the template fails."""
-        question = {"role": "user", "content": _QUESTION}
+        question = {"role": "user", "content": QUESTION}
         try:
             prompt = self._apply([question], True, options)
         except BadRowError:
@@ -223,24 +216,30 @@ class ChatTemplate:
             prompt = self._first_header(messages[0], whole, tools)
         else:
             prompt = self.render(messages[:turn], ask=True, thinking=thinking, tools=tools)
+            # After another assistant turn, some templates write no header in the prompt.
+            if messages[turn - 1]["role"] == "assistant" and whole.startswith(
+                prompt + self._header
+            ):
+                prompt += self._header
 
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
-            stop = self._end_of_turn(whole, len(prompt))
-            answer = fill_empty_block(whole[len(prompt) : stop], prompt, messages[turn])
-            return Turn(prompt, answer, whole[stop:])
+            answer, rest = self._split_turn(whole[len(prompt) :], messages[turn])
+            return Turn(prompt, fill_empty_block(answer, prompt, messages[turn]), rest)
 
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
-        seam = _find_seam(prompt, whole, prompt.removeprefix(history))
-        if seam is None or _shows_later(messages[:turn], whole, seam):
+        header = prompt.removeprefix(history) or after_last_message(prompt, messages[turn - 1])
+        seam = find_seam(prompt, whole, header)
+        is_hidden = seam is None or shows_later(messages[:turn], whole, seam)
+        if is_hidden or opens_later(whole[seam:], prompt):
             raise UnsupervisableError(
                 "this chat template can't be supervised by turn: the text before"
                 f" messages[{turn}] differs from the prompt that asks for it"
             )
-        answer = whole[seam : self._end_of_turn(whole, seam)]
+        answer, _ = self._split_turn(whole[seam:], messages[turn])
         answer = fill_empty_block(answer, prompt, messages[turn])
-        return Turn(prompt, _fit_to_prompt(answer, prompt, messages[turn]))
+        return Turn(prompt, fit_to_prompt(answer, prompt, messages[turn]))
 
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
         """Return the text before the content, for a chat that begins with an assistant message."""
@@ -248,7 +247,7 @@ class ChatTemplate:
             self.render([{**message, "content": content}], ask=False, tools=tools)
             for content in ("ONE", "TWO")
         )
-        header = one[: _common_length(one, other)]
+        header = one[: common_length(one, other)]
         if not whole.startswith(header) or "ONE" not in one:
             raise BadRowError(
                 "the chat begins with an assistant turn, which this chat template does not show;"
@@ -256,14 +255,60 @@ class ChatTemplate:
             )
         return header
 
-    def _end_of_turn(self, text: str, start: int) -> int:
-        """Return the end of the first token after ``start`` that ends generation."""
+    def _split_turn(self, text: str, message: Message) -> tuple[str, str]:
+        """Divide the text after a prompt into the turn with its end token, and the rest.
+
+        Args:
+            text: The text after the prompt.
+            message: The message of the turn.
+        """
         stops: list[int] = []
         for end in self.ends:
-            place = text.find(end, start)
+            place = text.find(end)
             if place >= 0:
                 stops.append(place + len(end))
-        return min(stops, default=len(text.rstrip()))
+        if stops:
+            return text[: min(stops)], text[min(stops) :]
+
+        answer = text.rstrip()
+        follower = "tool" if message.get("tool_calls") else "user"
+        if follower in self._ends_before:
+            return answer + self._ends_before[follower], ""
+        return answer, text[len(answer) :]
+
+    @cached_property
+    def _header(self) -> str:
+        """The text that a prompt adds after an ordinary question."""
+        question = {"role": "user", "content": QUESTION}
+        try:
+            asked = self._apply([question], False, {})
+            return self._apply([question], True, {}).removeprefix(asked)
+        except BadRowError:
+            return ""
+
+    @cached_property
+    def _ends_before(self) -> dict[str, str]:
+        """The token that begins the next message and ends generation, for the next one's role.
+
+        In GLM's templates, a turn has no end token of its own: the model ends it with the token of
+        the role that follows.
+        """
+        question = {"role": "user", "content": QUESTION}
+        answer = {"role": "assistant", "content": ANSWER}
+        found: dict[str, str] = {}
+        for role in ("user", "tool"):
+            follower = {"role": role, "content": QUESTION}
+            try:
+                text = self._apply([question, answer, follower], False, {})
+            except BadRowError:
+                continue
+
+            after = text.partition(ANSWER)[2]
+            space = after[: len(after) - len(after.lstrip())]
+            ends = [end for end in self.ends if after.lstrip().startswith(end)]
+            if ends:
+                found[role] = space + max(ends, key=len)
+        return found
 
 
 def dated(tokenizer: TokenizerWrapper, write: Callable[[str], str]) -> dict[str, str]:
@@ -285,75 +330,3 @@ def _in_parts(message: Message) -> dict[str, Any]:
     if not isinstance(content, str):
         return dict(message)
     return {**message, "content": [{"type": "text", "text": content}]}
-
-
-def _find_seam(prompt: str, whole: str, header: str) -> int | None:
-    """Return where a turn begins in a chat that does not begin with the turn's prompt.
-
-    There are two reasons for this. The prompt may have a block of thoughts or white space that the
-    chat does not have. The template may also rewrite earlier messages when it renders the turn.
-
-    Args:
-        prompt: The prompt that asks for the turn.
-        whole: The chat up to and including the turn.
-        header: The text that the prompt adds after the messages before the turn.
-    """
-    # The turn begins where the texts differ. If this is inside a tag, because two tags begin with
-    # the same characters, the turn begins at the start of the tag.
-    seam = _common_length(prompt, whole)
-    for opening, _ in THOUGHT_TAGS:
-        start = prompt.rfind(opening)
-        if 0 <= start < seam < start + len(opening):
-            seam = start
-    if has_only_thought_tags(prompt[seam:]):
-        return seam
-
-    # Earlier messages were rewritten, so the turn begins after the last occurrence of the header.
-    header = remove_thought_tags(header).strip()
-    place = whole.rfind(header) if header else -1
-    if place < 0:
-        return None
-    seam = place + len(header)
-    return seam + 1 if whole[seam:].startswith("\n") else seam
-
-
-def _shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:
-    """Return whether a chat shows a message of the history only after the place of the turn.
-
-    The turn would then include this message, such as the result of a tool between two calls.
-    """
-    for message in history:
-        is_before = "content" not in find_lost(message, whole[:seam])
-        if not is_before and "content" not in find_lost(message, whole):
-            return True
-    return False
-
-
-def _fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
-    """Return the answer as the continuation of a block of thoughts that the prompt writes."""
-    # The prompt may have closed the block that the answer closes again.
-    tags = find_open_tags(prompt)
-    if tags is None:
-        closings = [closing for _, closing in THOUGHT_TAGS if prompt.rstrip().endswith(closing)]
-        for closing in closings:
-            if answer.lstrip().startswith(closing):
-                return answer.lstrip().removeprefix(closing)
-        return answer
-
-    # The prompt has opened a block: the answer has to continue with thoughts and close the block.
-    opening, closing = tags
-    answer = answer.lstrip()
-    if answer.startswith(opening):
-        return answer.removeprefix(opening).lstrip("\n")
-    thoughts = thoughts_of(message).strip()
-    if closing in answer and answer.startswith((closing, thoughts)):
-        return answer
-    return f"{thoughts}\n{closing}\n\n{answer_of({'content': answer})}"
-
-
-def _common_length(one: str, other: str) -> int:
-    """Return the length of the longest common prefix of two texts."""
-    for place, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return place
-    return min(len(one), len(other))

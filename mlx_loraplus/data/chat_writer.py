@@ -11,13 +11,13 @@ becomes a separate example, which ends with the turn.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from .chat_template import ChatTemplate, Turn, UnsupervisableError
+from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .message_forms import chat_forms
-from .messages import BadRowError, assistant_turns
+from .messages import NEEDED_FIELDS, ROLES, BadRowError, assistant_turns
 from .thoughts import Message, answer_of, has_block_after_empty_block, thoughts_of
 
 TrainOn = Literal["turns", "last", "everything"]
@@ -98,6 +98,20 @@ class ChatWriter:
 
     def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
         """Return the chat in the first form without losses, otherwise in the first usable form."""
+        try:
+            return self._try_forms(chat)
+        except BadRowError as problem:
+            remedy = self._suggest_field_to_remove(chat)
+            if not remedy and isinstance(problem, UnsupervisableError):
+                remedy = self._suggest_remedy(chat)
+            raise BadRowError(f"{problem}; {remedy}" if remedy else str(problem)) from problem
+
+    def _try_forms(self, chat: SupervisedChat) -> WrittenChat:
+        """Return the chat in the first form without losses, otherwise in the first usable form.
+
+        Raises:
+            BadRowError: No form is usable; the problem of the first one that the template accepts.
+        """
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
@@ -109,7 +123,8 @@ class ChatWriter:
                 else:
                     written = self._write_turns(chat, form)
             except BadRowError as problem:
-                first_problem = first_problem or problem
+                if first_problem is None or isinstance(first_problem, RefusedError):
+                    first_problem = problem
                 continue
             if not written.notes:
                 return written
@@ -118,9 +133,20 @@ class ChatWriter:
         if best is not None:
             return best
         assert first_problem is not None  # there is at least one form
-        if isinstance(first_problem, UnsupervisableError):
-            raise BadRowError(f"{first_problem}; {self._suggest_remedy(chat)}")
         raise first_problem
+
+    def _suggest_field_to_remove(self, chat: SupervisedChat) -> str:
+        """Return the message field without which the chat can be written, as a suggestion."""
+        fields = {field for message in chat.messages for field in message}
+        for field in sorted(fields - NEEDED_FIELDS):
+            for roles in (("assistant",), ROLES):
+                try:
+                    self._try_forms(replace(chat, messages=_without(field, chat.messages, roles)))
+                except BadRowError:
+                    continue
+                whose = "assistant" if len(roles) == 1 else "all"
+                return f"remove the field {field!r:.40} from {whose} messages"
+        return ""
 
     def _suggest_remedy(self, chat: SupervisedChat) -> str:
         """Return a suggestion for a chat whose turns can't be found."""
@@ -191,13 +217,33 @@ class ChatWriter:
                 lost.add("tool calls")
 
         # A tool's name is part of its call, which is checked there.
-        speakers = {message.get("name") for message in written.form if message["role"] != "tool"}
-        if any(name and str(name) not in written.rows[0].text for name in speakers):
-            lost.add("names of speakers")
-
+        if self._ignores("name", ("system", "user", "assistant"), chat, written):
+            lost.add("names of speakers ('name')")
         if chat.tools and not self._shows_tools(written.form, chat.tools):
             lost.add("tools")
-        return [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+        notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+
+        # Without ids, the first result is that of the first call.
+        is_swapped = _has_swapped_results(written.form)
+        if is_swapped and self._ignores("tool_call_id", ("tool",), chat, written):
+            notes.append(
+                "the chat template leaves out 'tool_call_id', and results of tools are in another"
+                " order than their calls; write them in the same order"
+            )
+        return notes
+
+    def _ignores(
+        self, field: str, roles: Sequence[str], chat: SupervisedChat, written: WrittenChat
+    ) -> bool:
+        """Return whether messages of some roles have a field that the text does not depend on."""
+        without = _without(field, written.form, roles)
+        if without == list(written.form):
+            return False
+        text = self.template.render(written.form, ask=False, tools=chat.tools)
+        try:
+            return self.template.render(without, ask=False, tools=chat.tools) == text
+        except BadRowError:
+            return False
 
     def _shows_tools(self, form: Sequence[Message], tools: Sequence[Any]) -> bool:
         """Return whether the rendered chat depends on the tools."""
@@ -208,6 +254,33 @@ class ChatWriter:
             return True
         with_tools = self.template.render(form, ask=False, thinking=thinking, tools=tools)
         return with_tools != without_tools
+
+
+def _without(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
+    """Return messages of which those of some roles lack a field."""
+    return [
+        {name: value for name, value in message.items() if name != field}
+        if message["role"] in roles
+        else message
+        for message in messages
+    ]
+
+
+def _has_swapped_results(messages: Sequence[Message]) -> bool:
+    """Return whether results of tools are in another order than the calls before them."""
+    places: dict[Any, int] = {}
+    last = -1
+    for message in messages:
+        if message["role"] == "tool":
+            place = places.get(message.get("tool_call_id"), last)
+            if place < last:
+                return True
+            last = place
+        else:
+            calls = message.get("tool_calls") or ()
+            places = {call.get("id"): number for number, call in enumerate(calls)}
+            last = -1
+    return False
 
 
 def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:

@@ -36,7 +36,13 @@ def make_labeled(row: object, line: int, names: Mapping[str, str] | None = None)
     found = read_fields(row, names or {}, ("prompt", "completion", "label"))
     kind = _read_label(found.fields["label"])
     answer = make_answer(found.fields, "completion", line)
-    return replace(answer, kind=kind, unused=found.unused, named=found.named)
+    return replace(
+        answer,
+        kind=kind,
+        unused=found.unused,
+        named=found.named,
+        notes=(*found.notes, *answer.notes),
+    )
 
 
 def _read_label(value: object) -> Literal["desirable", "undesirable"]:

@@ -47,17 +47,26 @@ _ROLE_NAMES = dict(zip(ROLES, ROLES, strict=True)) | dict(OTHER_ROLES)
 SWITCHES = ("weight", "train", "training", "train_on", "loss")
 """Message fields that switch training on the message on or off."""
 
+OTHER_SWITCHES = (
+    "loss_weight",
+    "loss_mask",
+    "loss_scale",
+    "mask",
+    "masked",
+    "trainable",
+    "train_detail",
+)
+"""Message fields that look like switches, but have another meaning in each program."""
+
 TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that hold text."""
 
-_KNOWN_FIELDS = (
-    "role",
-    "content",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    *THOUGHT_KEYS,
-)
+NEEDED_FIELDS = frozenset({"role", "content", "tool_calls", *THOUGHT_KEYS})
+"""Message fields whose content is trained on, or that say who writes it."""
+
+_KNOWN_FIELDS = (*NEEDED_FIELDS, "name", "tool_call_id")
+
+_NAMED_FIELDS = (*_KNOWN_FIELDS, *OTHER_SWITCHES)
 
 _TYPE_NAMES: dict[type[Any], str] = {
     dict: "an object",
@@ -129,7 +138,14 @@ def read_chat(chat: object, name: str) -> Chat:
                 " template may leave out all but those of one place"
             )
 
-        unknown = ", ".join(repr(key) for key in message if key not in _KNOWN_FIELDS)
+        # The chat template may use other fields, but no template reads weights.
+        weights = ", ".join(repr(key) for key in message if key in OTHER_SWITCHES)
+        if weights:
+            notes.append(
+                f"message fields without effect: {weights}; to exclude a message from training,"
+                " give it weight 0"
+            )
+        unknown = ", ".join(repr(key) for key in message if key not in _NAMED_FIELDS)
         if unknown:
             notes.append(f"message fields that only the chat template may use: {unknown:.300}")
 
@@ -213,10 +229,24 @@ def _to_openai(fields: dict[str, Any], place: str) -> dict[str, Any]:
     if role == "assistant" and content is None and calls:
         return message
     if not isinstance(content, str):
-        raise BadRowError(f"{place} ({role}) has {type_name(content)} as content, not a string")
+        raise BadRowError(_describe_content(message, place))
     if role == "assistant" and not content.strip() and not calls:
         raise BadRowError(f"{place} (assistant) has empty content")
     return message
+
+
+def _describe_content(message: Mapping[str, Any], place: str) -> str:
+    """Return what is wrong with a content that is not a string, and where the text may be."""
+    content = message["content"]
+    problem = f"{place} ({message['role']}) has {type_name(content)} as content, not a string"
+    others = [name for name, value in message.items() if name != "role" and _is_text(value)]
+    if content is None and others:
+        problem += f"; if {others[0]!r:.40} holds its text, move that to 'content'"
+    return problem
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _pop_role(fields: dict[str, Any], place: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from .field_templates import read_columns
 from .messages import BadRowError, type_name
 from .row_kinds import find_kind
+from .row_switches import check_switches
 from .rows import Row, make_row
 
 _PROMPT_FIELDS = ("prompt", "system", "system_prompt", "tools")
@@ -20,11 +21,13 @@ class AnswerFields:
         fields: The value of each field.
         unused: The names of the columns that are not used.
         named: Whether the row has a column that ``--fields`` names.
+        notes: Remarks for the report.
     """
 
     fields: dict[str, Any]
     unused: tuple[str, ...]
     named: bool
+    notes: tuple[str, ...]
 
 
 def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) -> AnswerFields:
@@ -37,7 +40,7 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
         needed: The fields that the row must have.
 
     Raises:
-        BadRowError: A needed field is missing.
+        BadRowError: A needed field is missing, or a column excludes the row from training.
     """
     if not isinstance(row, dict):
         raise BadRowError(f"{type_name(row)}, not an object with {' and '.join(needed)}")
@@ -54,7 +57,8 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
     fields = {field: values[column] for field, column in columns.items() if field in known}
     used = {*columns.values(), *in_templates}
     unused = tuple(column for column in values if column not in used)
-    return AnswerFields(fields, unused, bool(named))
+    notes = check_switches(values, unused, named=bool(named))
+    return AnswerFields(fields, unused, bool(named), notes)
 
 
 def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:

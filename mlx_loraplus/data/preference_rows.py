@@ -37,10 +37,10 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     fields = found.fields
 
     # Make a row for each answer.
-    notes: tuple[str, ...] = ()
+    notes = found.notes
     if "prompt" not in fields:
         fields |= _split_conversations(fields["chosen"], fields["rejected"])
-        notes = (_SHARED,)
+        notes = (*notes, _SHARED)
     chosen = make_answer(fields, "chosen", line)
     rejected = make_answer(fields, "rejected", line)
     _compare(chosen, rejected)

@@ -9,6 +9,7 @@ from ..errors import DataError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
 from .special_tokens import fast_tokenizer, leading_bos
+from .template_check import check_template
 
 
 def encode_prompt(
@@ -33,6 +34,7 @@ def encode_prompt(
 
     Raises:
         DataError: The template refuses the messages, or the prompt has no tokens.
+        ModelError: The template can't write any chat.
     """
     form = form or PromptFormat()
     bos = leading_bos(tokenizer)
@@ -44,6 +46,7 @@ def encode_prompt(
     if not chat:
         text = prompt
     elif tokenizer.has_chat_template:
+        check_template(tokenizer)
         first = [{"role": "system", "content": system}] if system.strip() else []
         messages = [*first, *earlier, {"role": "user", "content": prompt}]
         template = ChatTemplate(tokenizer)

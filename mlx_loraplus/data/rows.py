@@ -27,6 +27,7 @@ from .field_templates import read_columns
 from .messages import BadRowError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 from .row_problems import RowProblems
+from .row_switches import check_switches
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
+    notes += check_switches(values, unused, named=found.named)
     return Row(kind, content, line, unused, found.named, untrained, notes)
 
 

@@ -40,6 +40,7 @@ from .special_tokens import (
     has_unknown,
     leading_bos,
 )
+from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
 
 _TAIL = 16
@@ -203,8 +204,13 @@ def encode(
         train_on: Which tokens are supervised: "turns", "last" or "everything".
 
     Raises:
-        ModelError: The tokenizer has no fast version, or no end-of-sequence token.
+        ModelError: The tokenizer has no fast version, no end-of-sequence token, or a chat template
+            that can't write any chat.
     """
+    # The rows are not to blame for a broken chat template.
+    if tokenizer.has_chat_template and any("text" not in row.fields for row in rows):
+        check_template(tokenizer)
+
     # Write all rows before encoding any, because the tokenizer encodes many texts in parallel.
     writer = RowWriter(tokenizer, train_on)
     results = [Encoded() for _ in rows]

@@ -44,7 +44,7 @@ def has_base_form(model: nn.Module, base: Path) -> bool:
         return False
     try:
         read = _sanitize(model, in_base_form(model, base))
-    # ``sanitize`` of mlx-lm's models may raise any kind of error for unexpected tensors
+    # ``sanitize`` of mlx-lm's models may raise any kind of error for unexpected tensors.
     except Exception:  # noqa: BLE001
         return False
 
@@ -64,7 +64,7 @@ def has_base_form(model: nn.Module, base: Path) -> bool:
 
 
 def _is_same(array: mx.array, own: mx.array) -> bool:
-    """Return whether two arrays are equal up to the rounding of the largest number."""
+    """Return whether two arrays are equal, up to a rounding error of the largest number."""
     if mx.array_equal(array, own, equal_nan=True).item():
         return True
     if not is_floating(own):
@@ -76,8 +76,8 @@ def _is_same(array: mx.array, own: mx.array) -> bool:
 def in_base_form(model: nn.Module, base: Path) -> dict[str, mx.array]:
     """Return a fused model's weights as tensors with the names, shapes and types of its base.
 
-    A tensor that ``sanitize`` changes, and that the fuse did not, is the base's own. Tensors that
-    mlx-lm drops are left out. The arrays are computed when they are used.
+    A tensor that ``sanitize`` changes is copied from the base if the fuse did not change it.
+    Tensors that mlx-lm drops are left out. The arrays are computed when they are used.
 
     Args:
         model: The fused model, with the parameters that will be stored.
@@ -128,7 +128,7 @@ def _find_renamed(model: nn.Module, tensors: Mapping[str, mx.array]) -> dict[str
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """The tensors of a base of which ``sanitize`` computes weights.
+    """The tensors of a base from which ``sanitize`` computes weights.
 
     Attributes:
         model: The model.
@@ -143,7 +143,7 @@ class _Checkpoint:
     outputs: tuple[str, ...]
 
     def invert(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return the tensors of which ``sanitize`` makes the given weights."""
+        """Return the tensors from which ``sanitize`` makes the given weights."""
         zeros: dict[str, mx.array] = {}
         for name, array in self._read().items():
             zeros[name] = mx.zeros(array.shape, array.dtype)

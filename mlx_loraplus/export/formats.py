@@ -1,4 +1,4 @@
-"""The export targets: each name in ``config.Written`` or ``Read`` has a function here."""
+"""Export and import adapters: each format in ``setting_types.py`` has a case here."""
 
 import re
 import shlex
@@ -122,7 +122,7 @@ def _for_whole_model(config: ExportConfig, log: Callable[[str], None]) -> Export
             " hub; programs that load models take the folder itself"
         )
     if config.to == "gguf" and config.merged is None:
-        log("a whole model is written, as f16 (--merged chooses another type)")
+        log("the whole model is written as f16 (--merged chooses another type)")
         config = replace(config, merged="f16")
     return replace(config, model=folder)
 

@@ -215,7 +215,7 @@ def save_fused(
     """
     config = _fused_config(model, base_config)
 
-    # Use the base's own names and types where the weights can be written so.
+    # Use the names and types of the base's files if they can express the weights.
     stored, is_as_base = model, False
     if missing_file(source) is None:
         stored = as_stored(model, stored_dtypes(source))
@@ -331,22 +331,22 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
             tensors of the text model.
     """
     tensors = stored_tensors(source)
-    beside = {
+    others = {
         name: array for name, array in tensors.items() if not name.startswith("language_model.")
     }
     is_multimodal = "language_model" in model
 
-    if keep and (not is_multimodal or len(beside) in (0, len(tensors))):
+    if keep and (not is_multimodal or len(others) in (0, len(tensors))):
         raise ModelError(
             f"{source} has no vision tower beside tensors named language_model: leave"
             " --keep-vision out"
         )
-    if is_multimodal and beside and not keep:
+    if is_multimodal and others and not keep:
         log(
-            f"{len(beside)} tensors of {source} that are not text are left out; --keep-vision keeps"
-            " them"
+            f"{len(others)} tensors of {source} that are not part of the text model are left out;"
+            " --keep-vision keeps them"
         )
-    return beside if keep else {}
+    return others if keep else {}
 
 
 def quantization_of(model: nn.Module) -> dict[str, Any] | None:

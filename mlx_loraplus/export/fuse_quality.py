@@ -273,7 +273,7 @@ def _within_positions(run: TrainConfig, limits: Limits) -> TrainConfig:
     return replace(run, data=replace(run.data, max_seq_length=length))
 
 
-class _Watched(nn.Module):
+class _RecordingLayer(nn.Module):
     """A layer that appends its inputs to a list."""
 
     def __init__(self, layer: Adapter, inputs: list[mx.array]):
@@ -308,8 +308,10 @@ def gather_inputs(
         if isinstance(adapter.base, LINEARS)
     }
     inputs: dict[str, list[mx.array]] = {path: [] for path in adapters}
-    watched = [(path, _Watched(adapter, inputs[path])) for path, adapter in adapters.items()]
-    model.update_modules(tree_unflatten(watched))
+    recording = [
+        (path, _RecordingLayer(adapter, inputs[path])) for path, adapter in adapters.items()
+    ]
+    model.update_modules(tree_unflatten(recording))
     start_inference(model)
 
     # Use only a part of a long example, so that at least four examples are used.
@@ -370,17 +372,17 @@ def losses(answers: Mapping[str, Answers]) -> dict[str, float]:
 
     With several sets, the result also has ``kl``, the mean KL(first || last).
     """
-    named = list(answers.values())
-    first, last = named[0], named[-1]
+    sets = list(answers.values())
+    first, last = sets[0], sets[-1]
     count = len(first.targets)
 
     # Logits are computed for a few positions at a time.
     vocabulary = first.logs(slice(1)).shape[-1]
     step = max(1, CHUNK_BYTES // (4 * vocabulary))
-    sums = np.zeros(len(named) + 1)
+    sums = np.zeros(len(sets) + 1)
     for start in range(0, count, step):
         part = slice(start, start + step)
-        logs = [each.logs(part) for each in named]
+        logs = [each.logs(part) for each in sets]
         targets = first.targets[part, None]
         found = [-mx.take_along_axis(log, targets, axis=-1).sum() for log in logs]
         divergence = (mx.exp(logs[0]) * (logs[0] - logs[-1])).sum()

@@ -70,7 +70,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
     model = load_adapters(shared_copy(base), weights)
 
-    # Where no weight is rounded, the fused model answers as base + adapter does.
+    # If no weight is rounded, the fused model gives the same answers as base + adapter.
     if run and not _compares(config, model):
         log("no weight is quantized, so the answers are not compared (--sample-tokens 2048 does)")
         run = None
@@ -119,10 +119,10 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:
-    """Return a note if fused weights that are not quantized have names or shapes of mlx-lm.
+    """Return a note if a fused model that is not quantized has names or shapes of mlx-lm.
 
-    mlx-lm joins the experts of a block into one weight, for example. transformers looks for the
-    names of the original checkpoint.
+    For example, mlx-lm joins the experts of a block into one weight. transformers expects the names
+    of the original checkpoint.
     """
     stored = {name: array.shape for name, array in stored_tensors(base).items()}
     written = {name: array.shape for name, array in stored_tensors(fused).items()}
@@ -137,8 +137,8 @@ def renamed_weights_note(base: Path, fused: Path) -> str | None:
     if not others:
         return None
     return (
-        f"note: {len(others)} weights have names or shapes of mlx-lm ({others[0]}), which"
-        " transformers does not load; for transformers, use the base with mlx_loraplus.export --to"
+        f"note: {len(others)} weights have names or shapes of mlx-lm ({others[0]}), so transformers"
+        " can't load this model; for transformers, export the adapter with mlx_loraplus.export --to"
         " peft"
     )
 

@@ -1,8 +1,8 @@
 """Adapters as GGUF files for llama.cpp, Ollama and LM Studio.
 
-``models/gguf/tensor_layout.py`` translates the differences from mlx-lm in both directions. The
-order of a matrix's rows, as of Llama's queries and keys, is also the order of the rows of its
-adapter's B, and the order of its columns is that of the columns of A.
+``models/gguf/tensor_layout.py`` translates between the layouts of mlx-lm and llama.cpp. If the rows
+of a matrix have another order in llama.cpp, as in Llama's queries and keys, so do the rows of its
+adapter's B. The same is true of the columns of the matrix and of A.
 
 Sources: llama.cpp's convert_lora_to_gguf.py and src/llama-adapter.cpp (each tensor's scale is
 alpha / rank; an embedding's A and the matrices of experts are not transposed).
@@ -46,7 +46,8 @@ def write_lora(model: nn.Module, path: Path) -> None:
 
     problems = [f"{path} trained in full" for path in find_fully_trained(model)]
     for module, adapter in adapters.items():
-        if problem := _inexpressible(module, adapter, names, config):
+        problem = _inexpressible(module, adapter, names, config)
+        if problem:
             problems.append(problem)
     if problems:
         raise AdapterError(
@@ -67,13 +68,13 @@ def write_lora(model: nn.Module, path: Path) -> None:
         a, b = adapter.lora_matrices()
         b = b * (adapter.scale * a.shape[1] / alpha)
 
-        # The matrices of experts have the same orientation in both
+        # The matrices of experts have the same orientation in both.
         is_expert = isinstance(adapter.base, EXPERTS)
         is_embedding = isinstance(adapter.base, EMBEDDINGS)
         left = np.array(mx.contiguous(a if is_expert or is_embedding else a.T))
         right = np.array(mx.contiguous(b if is_expert else b.T)) * _output_scale(model, module)
 
-        # Tensors that hold halves of a weight's rows have the same A, and halves of B
+        # Tensors that hold halves of a weight's rows have the same A, and halves of B.
         tensors = names[module]
         for name, part in zip(tensors, np.split(right, len(tensors), axis=-2), strict=True):
             writer.add_tensor(f"{name}.lora_a", in_column_order(left, name, config, to_gguf=True))
@@ -96,17 +97,18 @@ def _inexpressible(
             f"{module} has a quantized base of its own (--quantize), which belongs to the adapter"
         )
     if isinstance(adapter.base, EMBEDDINGS) and config["tie_word_embeddings"]:
-        return f"{module} is the head, too, and llama.cpp can't adapt both"
+        return f"{module} is also the head, and llama.cpp can't adapt both"
     if module not in names:
         return f"{module} has no name in llama.cpp"
     return None
 
 
 def _output_scale(model: nn.Module, module: str) -> np.ndarray:
-    """Return the factor of a layer's output that llama.cpp does not apply to an adapter's output.
+    """Return the factor that llama.cpp applies to a layer's output, but not to its adapter's.
 
     This is the scale of every expert in Gemma 4, (experts, 1, 1), and 1 for all other layers. The
-    adapter's B takes it. Source: ``build_lora_mm_id`` in llama.cpp's src/llama-graph.cpp.
+    adapter's B is multiplied by it. Source: ``build_lora_mm_id`` in llama.cpp's
+    src/llama-graph.cpp.
     """
     layer, ending, _ = module.rpartition("experts.switch_glu.down_proj")
     if not ending:
@@ -154,7 +156,7 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
             array = in_column_order(array, name, config, to_gguf=False)
         arrays[tensor] = array
 
-    # An embedding's A and the matrices of experts are stored in the same orientation as ours
+    # An embedding's A and the matrices of experts are stored in the same orientation as ours.
     weights: dict[str, mx.array] = {}
     for module, tensors in names.items():
         for leaf, array in _joined(arrays, tensors, path).items():
@@ -168,9 +170,9 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
 def _joined(
     arrays: Mapping[str, np.ndarray], tensors: list[str], path: Path
 ) -> dict[str, np.ndarray]:
-    """Return the A and B of a weight, as far as the file has them, by leaf.
+    """Return leaf → the A and B of a weight that the file has.
 
-    If two tensors hold halves of the weight's rows, their adapters become one.
+    If two tensors hold halves of the weight's rows, their adapters are joined into one.
 
     Raises:
         AdapterError: Only one half is adapted, or the ranks differ.
@@ -183,17 +185,17 @@ def _joined(
     if len(tensors) == 1 or not found:
         return {leaf: parts[0] for leaf, parts in found.items()}
 
-    # The same A is used once. Two different ones become one of twice the rank
+    # The same A is used once. Two different ones become one of twice the rank.
     is_whole = len(found) == 2 and all(len(parts) == 2 for parts in found.values())
     if not is_whole or any(one.shape != other.shape for one, other in found.values()):
         raise AdapterError(
-            f"{path} adapts {' and '.join(tensors)} differently; they are one matrix here"
+            f"{path} adapts {' and '.join(tensors)} differently, but they are one matrix here"
         )
     (a, other_a), (b, other_b) = found["lora_a"], found["lora_b"]
     if np.array_equal(a, other_a):
         return {"lora_a": a, "lora_b": np.concatenate([b, other_b])}
-    nothing = np.zeros_like(b)
-    blocks = np.block([[b, nothing], [nothing, other_b]])
+    zeros = np.zeros_like(b)
+    blocks = np.block([[b, zeros], [zeros, other_b]])
     return {"lora_a": np.concatenate([a, other_a]), "lora_b": blocks}
 
 
@@ -207,7 +209,7 @@ def _read_alpha(file: GGUFFile, config: dict[str, Any], path: Path) -> float:
     is_lora = file.metadata.get("adapter.type") == "lora"
     if not is_lora or not isinstance(alpha, float) or not 0 < abs(alpha) < 1e9:
         raise AdapterError(
-            f"{path} is no LoRA: adapter.type or adapter.lora.alpha is missing or invalid (a"
+            f"{path} is not a LoRA: adapter.type or adapter.lora.alpha is missing or invalid (a"
             " model is given as --model)"
         )
     if "adapter.alora.invocation_tokens" in file.metadata:

@@ -33,13 +33,13 @@ from ..models.gguf.gemma4 import gemma4_metadata
 from ..models.gguf.mamba import mamba_metadata
 from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
-from ..models.gguf.tensor_layout import gguf_shape, relaid
+from ..models.gguf.tensor_layout import gguf_shape, in_other_layout
 from ..models.gguf.write_tokenizer import add_tokenizer
 from ..setting_types import Merged
 from .peft import is_tied
 
 _CONTEXT = {"gemma2": 8192, "mixtral": 32_768, "gpt_oss": 131_072}
-"""Context lengths of the families whose model in mlx-lm does not store it; else 2048."""
+"""Context lengths of the families whose models in mlx-lm do not store them; others get 2048."""
 
 _GEMMA2_WINDOW = 4096  # of every second layer; llama.cpp applies it, mlx-lm's Gemma 2 does not
 
@@ -66,32 +66,35 @@ def gguf_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         ModelError: The architecture is not supported.
     """
+    # Find the architecture.
     text: Any = getattr(model, "language_model", model)
     kind = type(text).__module__.rpartition(".")[2]
     is_granite4 = kind == "granitemoehybrid"
     if is_granite4 and text.args.use_moe and "mamba" not in text.args.layer_types:
         raise ModelError(
-            "a Granite 4 with experts and without Mamba can't become GGUF here: fuse it"
-            " (mlx_loraplus.fuse --dequantize) and convert that with llama.cpp's"
+            "a Granite 4 with experts and without Mamba can't be written as GGUF here: fuse it"
+            " (mlx_loraplus.fuse --dequantize), and convert the fused model with llama.cpp's"
             " convert_hf_to_gguf.py"
         )
     if kind == "qwen3_5" and text.args.num_experts:
         kind = "qwen3_5_moe"
     if kind not in ARCHITECTURES:
         raise ModelError(
-            f"{text.model_type} can't become GGUF here, allowed are {', '.join(ARCHITECTURES)}:"
-            " fuse it (mlx_loraplus.fuse --dequantize) and convert that with llama.cpp's"
-            " convert_hf_to_gguf.py"
+            f"{text.model_type} can't be written as GGUF here, allowed are"
+            f" {', '.join(ARCHITECTURES)}: fuse it (mlx_loraplus.fuse --dequantize), and convert"
+            " the fused model with llama.cpp's convert_hf_to_gguf.py"
         )
 
+    # Fill in the defaults.
     config = dataclasses.asdict(text.args)
     config["model_type"] = kind
-    config["head_dim"] = (
-        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    )
-    context = config.get("max_position_embeddings") or _CONTEXT.get(kind, 2048)
-    config["max_position_embeddings"] = context
+    if not config.get("head_dim"):
+        config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+    if not config.get("max_position_embeddings"):
+        config["max_position_embeddings"] = _CONTEXT.get(kind, 2048)
     config["tie_word_embeddings"] = is_tied(model)
+
+    # Adjust the settings of single families.
     if kind == "ministral3":
         config |= ministral3_rope(config)
     if kind == "granitemoehybrid" and "mamba" not in config["layer_types"]:
@@ -143,8 +146,9 @@ def write_model(
         ModelError: llama.cpp does not support the architecture or a feature of the model.
     """
     config = gguf_config(model)
-    if problems := _unsupported(config):
-        raise ModelError(f"this model can't become GGUF: {join_problems(problems)}")
+    problems = _unsupported(config)
+    if problems:
+        raise ModelError(f"this model can't be written as GGUF: {join_problems(problems)}")
 
     # Add the metadata.
     expected = expected_tensors(config)
@@ -178,7 +182,7 @@ def write_model(
         weight = _merged(modules[module], leaf)
         if half is not None:
             weight = np.split(weight, 2)[half]
-        weight = relaid(weight, tensor, config, to_gguf=True)
+        weight = in_other_layout(weight, tensor, config, to_gguf=True)
         weight = weight.reshape(shapes[tensor])
         writer.write_tensor_data(quantize(weight, types[tensor]))
     for array in scaling.values():
@@ -192,12 +196,14 @@ def tensor_types(
     """Return the type to store each tensor in."""
     types: dict[str, GGMLQuantizationType] = {}
     for tensor, shape in shapes.items():
-        # The biases of experts have two axes, too
+        # The biases of experts also have two axes, but they are no matrices.
         is_matrix = len(shape) >= 2 and tensor.endswith(".weight")
-        is_matrix = is_matrix and not any(part in tensor for part in _FULL_PRECISION)
-        chosen = GGMLQuantizationType[kind.upper()] if is_matrix else GGMLQuantizationType.F32
+        is_small = any(part in tensor for part in _FULL_PRECISION)
+        chosen = GGMLQuantizationType.F32
+        if is_matrix and not is_small:
+            chosen = GGMLQuantizationType[kind.upper()]
 
-        # The embeddings and the head lose the most; llama.cpp keeps them in more bits, too
+        # The embeddings and the head lose the most. llama.cpp also gives them more bits.
         if tensor in _SENSITIVE and kind in ("q5_1", "q4_1"):
             chosen = GGMLQuantizationType.Q8_0
 
@@ -228,7 +234,8 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
             problems.append(f"{key} {config[key]!r:.60} instead of {value!r:.60}")
 
     architecture = ARCHITECTURES[config["model_type"]]
-    if problem := rope_problem(config, architecture.scalings):
+    problem = rope_problem(config, architecture.scalings)
+    if problem:
         problems.append(problem)
     return problems
 
@@ -242,14 +249,14 @@ def _add_config(writer: GGUFWriter, config: dict[str, Any]) -> None:
         _add_value(writer, f"{writer.arch}.{key}", value)
     writer.add_vocab_size(config["vocab_size"])
 
-    # Add what is stored in another form
+    # Add what is stored in another form.
     if model_type in _FAMILY_METADATA:
         for key, value in _FAMILY_METADATA[model_type](config).items():
             _add_value(writer, f"{writer.arch}.{key}", value)
     if model_type == "gemma4_text":  # its heads have two sizes, which are added above
         return
 
-    # Add the sizes of a head, and what changes its rotation
+    # Add the sizes of a head, and what changes its rotation.
     writer.add_value_length(config["head_dim"])
     if not model_type.startswith("gemma"):
         rotated = int(config["head_dim"] * config.get("partial_rotary_factor", 1.0))

@@ -122,7 +122,7 @@ def model_card(
         licence: The hub's name of the base's licence.
         repo_id: The repository's id, owner/name.
         run: The run that trained the adapter.
-        formats: The formats in the repository, out of mlx, peft and gguf; or only model.
+        formats: The formats of the adapter in the repository (mlx, peft, gguf), or only "model".
     """
     data = ModelCardData(
         library_name="peft" if "peft" in formats else "mlx",

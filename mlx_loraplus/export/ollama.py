@@ -66,11 +66,11 @@ def _system_line(system: str) -> str:
     """Return the line that sets the system prompt.
 
     Raises:
-        ModelError: The text contains the marks that would end it.
+        ModelError: The text contains the quotation marks that would end it.
     """
     if '"""' in system:
         raise ModelError(
-            'a Modelfile can\'t hold a system prompt with """ in it: train with another one'
+            'a Modelfile can\'t contain a system prompt with """ in it: train with another one'
         )
     return f'SYSTEM """{system}"""'
 

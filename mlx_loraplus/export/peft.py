@@ -58,10 +58,10 @@ from .vllm_rules import vllm_refusals
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
-_READS = "; --from peft reads a LoRA by PEFT"
+_READS = "; --from peft reads LoRA adapters that PEFT has saved"
 
-# Types that PEFT can merge into the base. Other types, such as learned prompts, leave its weights
-# unchanged.
+# The types of adapters that PEFT can merge into the base. Others, such as learned prompts, do not
+# change its weights.
 _MERGEABLE = (
     "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING",
     "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
@@ -101,7 +101,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         folder: The folder to write into.
 
     Returns:
-        The parts of the adapter that vLLM refuses or applies otherwise, although PEFT loads them.
+        The parts of the adapter that vLLM refuses or applies differently, although PEFT loads them.
 
     Raises:
         AdapterError: PEFT can't express the adapter.
@@ -110,13 +110,14 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     adapters = find_adapters(model)
     trained = find_fully_trained(model)
     kind = str(model.model_type)
-    if problems := _inexpressible(adapters, trained, kind):
+    problems = _inexpressible(adapters, trained, kind)
+    if problems:
         raise AdapterError(
             f"PEFT can't express this adapter: {join_problems(problems, most=3)}; fold it into the"
             " base instead: mlx_loraplus.fuse"
         )
 
-    # All modules get one rank and one scale. PEFT's scale is positive, so B takes a negative sign.
+    # All modules get one rank and one scale. PEFT's scale is positive, so B takes a minus sign.
     experts = find_experts(adapters)
     first = next(iter(adapters.values()))
     ranks = [adapter.lora_matrices()[0].shape[1] for adapter in adapters.values()]
@@ -124,6 +125,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
         ranks.append(stacked_rank(experts))
     layout = _Layout(kind, max(ranks), abs(first.scale) or 1.0, is_tied(model))
 
+    # Collect the tensors. The targets are the layers that have tensors, except experts.
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
         if path not in experts:
@@ -132,6 +134,7 @@ def write_peft(model: nn.Module, base: str, folder: Path) -> list[str]:
     tensors |= expert_tensors(experts, kind, layout.rank, layout.scale)
     saved = _add_trained(tensors, trained, layout)
 
+    # Write the files.
     config = _peft_config(base, adapters, layout, saved) | targets
     tensors = {PREFIX + name: mx.contiguous(array) for name, array in tensors.items()}
     with replacing(folder / WEIGHTS) as file:
@@ -192,7 +195,7 @@ def is_tied(model: nn.Module) -> bool:
 
 def _inexpressible(adapters: Mapping[str, Adapter], trained: Iterable[str], kind: str) -> list[str]:
     """Return a message for each property of the adapters that PEFT can't express."""
-    # Experts have other names, which expert_parts returns.
+    # The names of experts differ more, so ``expert_problems`` checks them.
     paths = [path for path, adapter in adapters.items() if not isinstance(adapter.base, EXPERTS)]
     paths += [path for path in trained if path.endswith("embed_tokens")]
     problems = missing_modules(paths, kind)
@@ -347,8 +350,11 @@ def _read_config(folder: Path) -> PEFTConfig:
     Raises:
         AdapterError: The adapter is of another type, or its initialization changed the base.
     """
+    # Refuse other formats and types.
     if (folder / OWN_WEIGHTS).is_file():
-        raise AdapterError(f"{folder} is no adapter of PEFT: every command takes it as it is")
+        raise AdapterError(
+            f"{folder} is an adapter of this package, not of PEFT: every command takes it as it is"
+        )
     kind = read_adapter_config(folder / CONFIG, _PEFTType, _READS).peft_type
     if kind != "LORA":
         advice = ""
@@ -358,6 +364,7 @@ def _read_config(folder: Path) -> PEFTConfig:
             f"{folder} is of PEFT's type {kind!r:.40}, and only LORA can be read{advice}"
         )
 
+    # Refuse an adapter whose base was changed.
     config = read_adapter_config(folder / CONFIG, PEFTConfig, _READS)
     init = str(config.init_lora_weights).lower()
     if init.startswith(_CHANGES_BASE):

@@ -32,13 +32,13 @@ _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 JOINED = "gate_up_proj"
 """The parameter of transformers 5 that holds gate and up."""
 
-# PEFT takes these ends of names for experts, also where they are linear layers, such as those of
-# shared experts and of dense blocks.
+# PEFT takes layers with these names for experts, even if they are the linear layers of shared
+# experts or of dense blocks.
 _TAKEN = ("gate_proj", "up_proj", "down_proj")
 
 
 def expert_problems(path: str, adapter: Adapter, adapters: Collection[str], kind: str) -> list[str]:
-    """Return a message for each property of an adapter on experts that PEFT can't express.
+    """Return a message for what PEFT can't express of an adapter on experts.
 
     Args:
         path: The path of the layer of experts.

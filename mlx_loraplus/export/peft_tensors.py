@@ -105,7 +105,7 @@ def _matches(pattern: str, name: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", name) is not None
     except re.error as problem:
         raise AdapterError(
-            f"the alpha_pattern {pattern[:80]!r} is no regular expression: {problem}"
+            f"the alpha_pattern {pattern[:80]!r} is not a regular expression: {problem}"
         ) from None
 
 
@@ -157,7 +157,7 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
         leaf = _leaf_of(path, stored)
         if leaf is None:
             raise AdapterError(
-                f"{file} is no LoRA that can be read here: {name[:200]} is not known"
+                f"{file} is not a LoRA that can be read here: {name[:200]} is not known"
             )
         ours = LEAVES[leaf]
         module = path.removesuffix(f".{leaf}")
@@ -277,7 +277,7 @@ def _split_experts(
     a = arrays["lora_a"].T  # (E r, in)
     b = arrays["lora_b"]  # (r E, out)
 
-    # Recognise the projections by the shapes.
+    # Recognize the projections by the shapes.
     shape = (a.shape[1], b.shape[1])
     if shape == (columns, 2 * rows):
         projections, theirs = ("gate_proj", "up_proj"), "gate_up_proj"

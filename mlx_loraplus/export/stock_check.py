@@ -44,7 +44,7 @@ def check_loads_unchanged(model: Any) -> None:
 
 
 def check_runs_in_mlx_lm(model: nn.Module, folder: Path) -> None:
-    """Check that mlx-lm alone computes from a written folder what the model in memory computes.
+    """Check that mlx-lm alone computes the same logits from a written folder as our model.
 
     mlx-lm's model takes the arrays that are already in memory, so this needs hardly more memory.
 
@@ -63,7 +63,7 @@ def check_runs_in_mlx_lm(model: nn.Module, folder: Path) -> None:
         stock.eval()
         found: Any = stock(tokens)
         is_same = _is_close(found, expected)
-    # mlx-lm's model classes may raise any kind of error for unexpected weights
+    # mlx-lm's model classes may raise any kind of error for unexpected weights.
     except Exception as problem:  # noqa: BLE001
         reason = " ".join(str(problem).split())
         raise ModelError(f"mlx-lm can't run the fused model ({reason:.200}): {advice}") from None
@@ -80,7 +80,7 @@ def _differs(array: mx.array, own: mx.array) -> bool:
 
 
 def _is_close(found: mx.array, expected: mx.array) -> bool:
-    """Return whether logits agree up to rounding; masked ones are -inf in both."""
+    """Return whether logits agree up to rounding; masked logits are -inf in both."""
     known = mx.where(mx.isfinite(expected), mx.abs(expected), 0.0)
     margin = 1e-3 * float(known.max().item())  # pyright: ignore[reportArgumentType]
     same = mx.allclose(found, expected, rtol=0.0, atol=margin, equal_nan=True)

@@ -41,7 +41,8 @@ def hub_path(path: str, kind: str) -> str:
 def expert_parts(path: str, kind: str) -> tuple[str, str] | None:
     """Return (module, projection) of an expert layer, or None if PEFT can't adapt it.
 
-    PEFT's name of one expert is ``module.<number>.<projection>``, that of all is ``module``.
+    PEFT's name of a single expert is ``module.<number>.<projection>``, and that of all experts is
+    ``module``.
     """
     block, _, leaf = path.rpartition(".")
     module = block.removesuffix(".switch_mlp").removesuffix(".experts")

@@ -1,4 +1,4 @@
-"""Find settings and tensors of a PEFT adapter that vLLM refuses or applies in another way.
+"""Find settings and tensors of a PEFT adapter that vLLM refuses or applies differently.
 
 The rules are those of vLLM 0.33.0: its checks in vllm/lora, and the linear layers, the
 ``embedding_modules`` and the ``packed_modules_mapping`` of its models.
@@ -38,19 +38,20 @@ _EMBEDDINGS_AND_HEAD = (
 )  # fmt: skip
 """The model types whose embeddings and head vLLM adapts."""
 
-_EMBEDDINGS_ALONE = ("cohere2", "olmo2", "olmo3", "smollm3")
+_EMBEDDINGS_ONLY = ("cohere2", "olmo2", "olmo3", "smollm3")
 """The model types whose embeddings vLLM adapts, but not their head."""
 
 _REMOVED = {"dots1": "0.23"}
 """Model type → the last version of vLLM that has it."""
 
 _UNSUPPORTED = ("use_dora", "modules_to_save")
+"""Settings that vLLM refuses unless they are off."""
 
 # The model types whose stacked experts vLLM adapts, and the last parts of the names of down_proj
 # and gate_up_proj. vLLM needs both.
 _STACKED = ("gpt_oss",)
 _STACKED_NAMES = ("experts", "base_layer")
-_PROJECTIONS = 3  # of each expert that is stored by itself; vLLM needs all of them
+_PROJECTIONS = 3  # of an expert that is stored separately; vLLM needs all of them
 
 
 def vllm_refusals(
@@ -59,7 +60,7 @@ def vllm_refusals(
     model_type: str,
     keys_as_values: Collection[str] = (),
 ) -> list[str]:
-    """Return a message for each part of a PEFT adapter that vLLM refuses or applies otherwise.
+    """Return a message for each part of a PEFT adapter that vLLM refuses or applies differently.
 
     Args:
         config: The contents of adapter_config.json.
@@ -69,14 +70,14 @@ def vllm_refusals(
     """
     problems = _config_refusals(config)
     if model_type in _REMOVED:
-        problems.append(f"vLLM has {model_type} up to {_REMOVED[model_type]} only")
+        problems.append(f"vLLM supports {model_type} only up to version {_REMOVED[model_type]}")
     problems += _tensor_refusals(names, model_type)
 
     # vLLM stores the weights of such a layer twice, and adapts one of them.
     for name in keys_as_values:
         if f"{PREFIX}{name}.lora_A.weight" in names:
             problems.append(
-                f"{name} makes keys and values, and vLLM would change the keys alone: fuse the"
+                f"{name} computes keys and values, but vLLM would change only the keys: fuse the"
                 " adapter, or train without k_proj"
             )
     return problems
@@ -90,10 +91,10 @@ def _config_refusals(config: Mapping[str, Any]) -> list[str]:
         if config.get(key)
     ]
 
-    # vLLM compares the largest rank with the limit, including the ranks of patterns.
+    # The limit also applies to the ranks in a pattern.
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > _MAX_RANK:
-        problems.append(f"the rank is {rank}, allowed are up to {_MAX_RANK}")
+        problems.append(f"the rank is {rank}, allowed are ranks up to {_MAX_RANK}")
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}, allowed is 'none'")
     if not isinstance(config["target_modules"], list):
@@ -103,35 +104,40 @@ def _config_refusals(config: Mapping[str, Any]) -> list[str]:
 
 def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     """Return a message for each tensor that vLLM refuses."""
-    leaves = tuple(leaf for leaf in LEAVES if leaf != MAGNITUDE)
+    endings = tuple(ending for ending in LEAVES if ending != MAGNITUDE)
+    modules = _adapted_modules(model_type)
 
-    # Collect the modules that vLLM adapts in this family.
-    modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()))
-    if model_type in _EMBEDDINGS_AND_HEAD:
-        modules = (*modules, "embed_tokens", "lm_head")
-    if model_type in _EMBEDDINGS_ALONE:
-        modules = (*modules, "embed_tokens")
-    if model_type in _STACKED:
-        modules = (*modules, *_STACKED_NAMES)
-
-    # Check each tensor, and note which projections of the experts have adapters.
+    # Check each tensor, and collect the projections of the experts.
     problems: list[str] = []
     stacked: set[str] = set()
     single: set[str] = set()
     for name in names:
         module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
         leaf = module.rpartition(".")[2]
-        if not name.startswith(PREFIX) or not name.endswith(leaves):
-            problems.append(f"the tensor {name} is neither lora_A nor lora_B")
+        if not name.startswith(PREFIX) or not name.endswith(endings):
+            problems.append(f"the tensor {name} is neither a lora_A nor a lora_B")
         elif leaf not in modules:
-            problems.append(f"{module} is none of the modules that its {model_type} can adapt")
+            problems.append(f"vLLM can't adapt {module} of a {model_type} model")
         elif leaf in _STACKED_NAMES:
             stacked.add(leaf)
         elif re.search(r"\.experts\.\d+\.", module):
             single.add(leaf)
 
+    # vLLM needs adapters on all projections of the experts.
     if single and len(single) < _PROJECTIONS:
         problems.append("each expert needs adapters on all three projections")
     if len(stacked) == 1:
         problems.append("the experts need adapters on both gate_up_proj and down_proj")
     return problems
+
+
+def _adapted_modules(model_type: str) -> tuple[str, ...]:
+    """Return the last parts of the names of the modules that vLLM adapts in a model type."""
+    modules = (*_MODULES, *_MORE_MODULES.get(model_type, ()))
+    if model_type in _EMBEDDINGS_AND_HEAD:
+        modules = (*modules, "embed_tokens", "lm_head")
+    if model_type in _EMBEDDINGS_ONLY:
+        modules = (*modules, "embed_tokens")
+    if model_type in _STACKED:
+        modules = (*modules, *_STACKED_NAMES)
+    return modules

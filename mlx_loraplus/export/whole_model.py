@@ -27,7 +27,7 @@ from .written_files import MODEL, check_kinds, what_stays
 
 
 def whole_model_of(weights: Mapping[str, float], model: str | None) -> Path | None:
-    """Return the folder of the run that trained a whole model, or None if there is no such run.
+    """Return the folder of the run that trained a whole model, or None if none of the runs did.
 
     Args:
         weights: Each folder, with its weight.

@@ -29,6 +29,16 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
+def _lasting(path: Path) -> Path:
+    """Return a path with the lasting names of temporary folders, which is what users know."""
+    names: list[str] = []
+    for part in path.parts:
+        found = _TEMPORARY.fullmatch(part)
+        lasting = found[2][1:] if found and found[2] else part
+        names.append(lasting)
+    return Path(*names)
+
+
 @contextmanager
 def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
     """Open a temporary file for writing, and rename it to ``path`` if the block succeeds.
@@ -66,7 +76,7 @@ def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
         if durable:
             _flush_to_disk(folder)
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(_lasting(path), error) from error
     finally:
         if folder is not None:
             with suppress(OSError):

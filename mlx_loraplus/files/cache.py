@@ -33,7 +33,7 @@ def write_error(path: Path, error: OSError) -> OutputError:
     if error.errno in _NO_SPACE:
         advice = f"free some space, or {advice}"
 
-    # The system reports a file in the place of a folder in several ways.
+    # The system reports a file instead of a folder in several ways.
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
         for parent in path.parents:

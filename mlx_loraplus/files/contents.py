@@ -13,7 +13,7 @@ DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 FILE_SUFFIXES = (*DATA_SUFFIXES, ".gguf", ".safetensors", ".bin", ".npz", ".yaml", ".yml", ".html")
 
-# What a folder holds → patterns of the names of files that show it
+# What a folder holds → patterns of the names of files by which it is recognized.
 _MARKS: dict[Contents, tuple[str, ...]] = {
     "a run": ("history.jsonl",),
     "a sweep": ("trials.jsonl",),
@@ -67,7 +67,7 @@ def _check_name(folder: Path, flag: str) -> None:
 
 
 def check_apart(folder: Path, read: Sequence[str], flag: str) -> None:
-    """Check that a folder to write is none of the folders that are read.
+    """Check that a folder to write is not among the folders that are read.
 
     Args:
         folder: The folder to write; it may not exist.
@@ -79,4 +79,4 @@ def check_apart(folder: Path, read: Sequence[str], flag: str) -> None:
     """
     for name in read:
         if folder.is_dir() and Path(name).is_dir() and folder.samefile(name):
-            raise OutputError(f"{folder} is read by this run, too: give another {flag}")
+            raise OutputError(f"{folder} is also read by this run: give another {flag}")

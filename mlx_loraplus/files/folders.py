@@ -23,20 +23,20 @@ def _all_ours(_: str) -> bool:
     return True
 
 
-def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
-    """Return the folder ``room/key`` of the cache, and build it if it is missing.
+def cached_folder(section: str, key: str, build: Callable[[Path], None]) -> Path:
+    """Return the folder ``section/key`` of the cache, and build it if it is missing.
 
     If two processes build the folder at the same time, the one that is finished first is kept.
 
     Args:
-        room: A folder of the cache.
+        section: A folder of the cache.
         key: The name of the folder in it.
         build: Called with an empty folder to fill.
 
     Raises:
         OutputError: The cache can't be written.
     """
-    folder = cache_folder() / room / key
+    folder = cache_folder() / section / key
     if folder.is_dir():
         return folder
 
@@ -47,13 +47,13 @@ def cached_folder(room: str, key: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def remove_unused(room: str) -> None:
-    """Remove the folders of a room of the cache that nothing has used for a month.
+def remove_unused(section: str) -> None:
+    """Remove the folders in a section of the cache that have not been used for a month.
 
-    Whoever uses a folder must set its time of modification.
+    Code that uses such a folder must update its modification time.
     """
-    for folder in (cache_folder() / room).glob("[!.]*"):
-        # Another process may remove it at the same time
+    for folder in (cache_folder() / section).glob("[!.]*"):
+        # Another process may remove it at the same time.
         with suppress(OSError):
             age = time.time() - folder.stat().st_mtime
             if age > _MAX_AGE:
@@ -163,7 +163,7 @@ def check_free(
         path: The folder.
         read: Paths, or names that may be paths, that are read.
         overwrite: Whether a folder that is not empty may be replaced.
-        refused: What the folder must not hold, even so.
+        refused: What the folder must not hold, even with ``overwrite``.
 
     Raises:
         OutputError: ``path`` is a file, is named like one, or is a link that leads nowhere; it is
@@ -181,10 +181,8 @@ def check_free(
     for name in (*read, "."):
         needed = Path(name).expanduser()
         if needed.exists() and needed.resolve().is_relative_to(path.resolve()):
-            raise OutputError(
-                f"save_path {path} is what is read, or holds it or the current folder: give another"
-                " folder"
-            )
+            kept = "the current folder" if name == "." else f"{name}, which is read"
+            raise OutputError(f"save_path {path} is or contains {kept}: give another folder")
 
     check_contents(path, refused, "--save-path")
     if any(path.iterdir()) and not overwrite:

@@ -1,4 +1,4 @@
-"""Links that lead nowhere, and other entries of a folder that are no ordinary files."""
+"""Links that lead nowhere, and other entries of a folder that are not ordinary files."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ def check_links(path: Path, name: str) -> None:
         name: The name of the setting that gives the folder, for the error message.
 
     Raises:
-        OutputError: A link does.
+        OutputError: A link leads nowhere or in a circle.
     """
     for part in (*reversed(path.parents), path):
         if part.is_symlink() and not part.exists():
@@ -25,12 +25,12 @@ def check_links(path: Path, name: str) -> None:
 
 
 def describe_entry(path: Path) -> str:
-    """Return what is at a path that is no ordinary file, with its article."""
+    """Return what is at a path that is not an ordinary file, with an article."""
     if path.is_symlink() and not path.exists():
         return f"a link that leads nowhere (to {str(path.readlink())!r:.200})"
     return "a folder" if path.is_dir() else "not an ordinary file"
 
 
 def is_no_file(path: Path) -> bool:
-    """Return whether something is at a path, but no ordinary file."""
+    """Return whether a path exists, but is not an ordinary file."""
     return os.path.lexists(path) and not path.is_file()

@@ -27,8 +27,8 @@ def locked(folder: Path) -> Generator[str | None]:
         OutputError: Another process holds the lock, ``.lock`` is not a lock, or the folder can't be
             created or written.
     """
-    # The file stays after the lock is released: removing it would race with other processes. Only
-    # one that is all that was written is removed, since then nothing was locked for long.
+    # The file usually stays after the lock is released, because removing it would race with other
+    # processes. It is removed only if nothing else was written, as after a refused setting.
     path = folder / LOCK
     absent = [each for each in (folder, *folder.parents) if not each.exists()]
     before = _names(folder)
@@ -106,7 +106,7 @@ def _open_lock(path: Path, mode: int) -> TextIO:
 
 def _is_lock(descriptor: int) -> bool:
     """Return whether a file has only one name and holds only a process number, or nothing."""
-    # Another name of the file could belong to another program.
+    # If the file has a second name, it may belong to another program.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _MAX_SIZE:
         return False

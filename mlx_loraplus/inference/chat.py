@@ -17,6 +17,7 @@ from rich.text import Text
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_model_folder, model_for
 from ..command_config import ChatConfig
+from ..data.template_check import check_template
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
 from ..models.prompt_format import format_of
@@ -32,7 +33,7 @@ COMMANDS = {
     "/quit": "leave; Ctrl-D or pressing Ctrl-C twice also leaves",
 }
 
-# Minimum number of terminal columns for answers side by side
+# Minimum number of terminal columns for answers side by side.
 _MIN_WIDTH = 60
 
 _TEMPERATURE = re.compile(r"\d+\.?\d*|\.\d+")
@@ -59,15 +60,18 @@ class Conversation:
         self.config = config
         self.console = console
 
-        # A run with adapter full is a model. Its base would take as much memory again
+        # A run with adapter full is a whole model. Its base is not loaded, because it would take as
+        # much memory again.
         adapter_path, only = config.adapter_path, "base"
         if config.model is None and adapter_path is not None and is_model_folder(adapter_path):
             self.name, adapter_path, only = adapter_path, None, "model"
         else:
             self.name = model_for(config.model, adapter_path)
 
-        # Both models use the prompt format of the adapter
+        # Both models use the prompt format of the adapter.
         base, self.tokenizer = load(self.name)
+        if self.tokenizer.has_chat_template:
+            check_template(self.tokenizer)
         self.models = {only: base}
         if adapter_path is not None:
             adapted = load_adapter(shared_copy(base), adapter_path)
@@ -82,7 +86,7 @@ class Conversation:
 
     def talk(self) -> None:
         """Read lines from standard input and answer each of them, until the input ends."""
-        # Replace bytes that are invalid in the terminal's encoding
+        # Replace bytes that are invalid in the terminal's encoding.
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
 
@@ -103,7 +107,7 @@ class Conversation:
                 else:
                     self.answer(line)
             except LoRAPlusError as error:
-                # For example, the chat template refuses the conversation
+                # For example, the chat template refuses the conversation.
                 self.print(f"error: {error}")
 
     def lines(self, prompt: str) -> Iterator[str]:
@@ -131,7 +135,7 @@ class Conversation:
             if line:
                 yield line
 
-        # End the line, so that the shell's prompt starts on a new line
+        # End the line, so that the shell's prompt starts on a new line.
         if prompt:
             self.print("")
 
@@ -185,10 +189,10 @@ class Conversation:
             else:
                 self._answer_in_turn(prompt, answers)
         except KeyboardInterrupt:
-            # The terminal has printed ^C, so start a new line
+            # The terminal has printed ^C, so start a new line.
             self.print("")
 
-        # If an answer is interrupted, keep the part that was generated
+        # If an answer is interrupted, keep the part that was generated.
         for name, text in answers.items():
             self.history[name] += [
                 {"role": "user", "content": prompt},

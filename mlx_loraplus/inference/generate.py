@@ -34,7 +34,7 @@ from ..models.registry import find_model
 from ..models.sliding_windows import ignored_window
 from ..settings import configure
 
-# Number of tokens by which an answer may exceed the longest expected answer
+# Number of tokens by which an answer may exceed the longest expected answer.
 _EXTRA_TOKENS = 8
 
 
@@ -74,25 +74,25 @@ def load(
     if source.note:
         print(source.note, file=sys.stderr)
 
-    # Divide the model before its weights are read
+    # Divide the model before its weights are read.
     prepare = None
     if group is not None and group.size() > 1:
         prepare = partial(shard_model, group=group)
     model, tokenizer, config = load_folder(source.path, prepare)
 
-    # Record where mlx-lm computes something that differs from the config
+    # Record where mlx-lm computes something that differs from the config.
     model.ignored_window = ignored_window(model, config)
     if note := activation_note(model, config):
         print(f"note: {note}", file=sys.stderr)
 
-    # A fused model stores its prompt format in its config; an adapter has a separate one
+    # A fused model stores its prompt format in its config; an adapter has a separate one.
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
     if adapter_path is not None:
         load_adapter(model, fspath(adapter_path))
     start_inference(model)
 
-    # ``finetune`` and ``save_adapter`` record these as the name of the model, and adapter full
-    # saves the model with its config
+    # ``finetune`` and ``save_adapter`` record these names of the model, and adapter full saves the
+    # model with its config.
     model.loaded_as = name
     model.exact_name = source.exact_name
     model.origin = ModelOrigin(source.path, config)
@@ -100,16 +100,16 @@ def load(
 
 
 def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]:
-    """Return the messages to begin with for the setting ``system``.
+    """Return the first messages of a chat, from the setting ``system``.
 
-    If it is None, the model's own system prompt is used, and a note is printed if there are
-    several.
+    If it is None, there are none, so that the system prompt of the training rows is used. A note is
+    printed if these had several.
     """
     if system is not None:
         return [{"role": "system", "content": system}]
     if format_of(model).mixed_systems:
         sys.stderr.write(
-            "note: the training rows had different system prompts, and none is used: give one with"
+            "note: the training rows had different system prompts, so none is used: give one with"
             " --system\n"
         )
     return []
@@ -119,7 +119,7 @@ def read_tools(path: str | None, tokenizer: TokenizerWrapper, *, chat: bool) -> 
     """Return the list of tools in a JSON file; an empty list for None.
 
     Raises:
-        ConfigError: The file holds no list of tools, or no chat template would write them.
+        ConfigError: The file does not hold a list of tools, or no chat template is used.
     """
     if path is None:
         return []
@@ -159,8 +159,8 @@ def complete(
         max_tokens: Maximum number of tokens to generate.
         temperature: Sampling temperature; 0 always takes the most likely token.
         chat: Whether to use the chat template.
-        system: The system prompt; None for that of the training rows if most share one, and an
-            empty text for none.
+        system: The system prompt. None: that of the training rows if most share one. An empty text:
+            no system prompt.
 
     Raises:
         ConfigError: ``max_tokens`` or ``temperature`` is out of range.
@@ -193,13 +193,13 @@ def stream(
 ) -> Iterator[str]:
     """Yield the answer of ``complete`` piece by piece.
 
-    ``prompt`` may also be the token ids from ``encode_prompt``, which ``chat`` and ``earlier`` do
-    not change. ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The
-    other arguments are those of ``complete``.
+    ``prompt`` may also be token ids from ``encode_prompt``; then ``chat`` and ``earlier`` are not
+    used. ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other
+    arguments are those of ``complete``.
     """
     start_inference(model)
 
-    # Check the prompt; a model with learned positions may have room for fewer tokens
+    # Check the prompt; a model with learned positions may have room for fewer tokens.
     if isinstance(prompt, str):
         form = format_of(model)
         tokens = encode_prompt(prompt, tokenizer, chat=chat, earlier=earlier, form=form)

@@ -34,8 +34,8 @@ class CausalMask:
     window: int | None = None  # i - j < window
     # (rows, length): 1, 2, ... for the examples of a row, and 0 for padding
     segments: mx.array | None = None
-    # 0, 1, ... for a whole row; given by who makes the mask for several layers, so that a compiled
-    # step computes each part once
+    # 0, 1, ... for a whole row. If layers share this array, a compiled step computes each part of
+    # the mask only once.
     positions: mx.array | None = None
 
     def is_plain(self, length: int) -> bool:
@@ -90,10 +90,8 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
 
     def scores(q: mx.array, k: mx.array, queries: slice, keys: slice) -> mx.array:
         products = by_key(q, queries) @ k[:, :, keys].swapaxes(-1, -2)
-        products = products.reshape(rows, heads, queries.stop - queries.start, -1).astype(
-            mx.float32
-        )
-        return mx.where(mask.part(queries, keys), products * scale, UNSEEN)
+        by_head = products.reshape(rows, heads, queries.stop - queries.start, -1)
+        return mx.where(mask.part(queries, keys), by_head.astype(mx.float32) * scale, UNSEEN)
 
     if mask.positions is None:
         mask = replace(mask, positions=mx.arange(length))
@@ -110,6 +108,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
             out = out.reshape(rows, heads, s.shape[2], -1) / total
             outs.append(out.astype(q.dtype).swapaxes(1, 2))
             sums.append(top + mx.log(total))
+
         # Contiguous in the layout that o_proj reads, so the model's transpose does not copy.
         joined = mx.contiguous(mx.concatenate(outs, axis=1))
         return joined.swapaxes(1, 2), *sums
@@ -121,25 +120,23 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
         q, k, v = mx.depends(list(primals), [d_out])
         delta = (d_out.astype(mx.float32) * out.astype(mx.float32)).sum(axis=-1, keepdims=True)
         dq: list[mx.array] = []
-        dk: dict[int, Any] = {}  # by the index of the first key
+        dk: dict[int, Any] = {}  # by the index of the first key of a chunk
         dv: dict[int, Any] = {}
+
         for (queries, keys), lse in zip(mask.chunks(length), lses, strict=True):
+            # Recompute P, and compute dS.
             d = by_key(d_out, queries)
             p = exp(scores(q, k, queries, keys) - lse)
             dp = (d @ v[:, :, keys].swapaxes(-1, -2)).reshape(p.shape)
             ds = (p * (dp - delta[:, :, queries]) * scale).astype(q.dtype)
-            p, ds = (by_key(x, slice(0, p.shape[2])) for x in (p.astype(v.dtype), ds))
+            whole = slice(0, p.shape[2])
+            p, ds = by_key(p.astype(v.dtype), whole), by_key(ds, whole)
+
+            # Each chunk of keys gets gradients from all chunks of queries that see it.
             dq.append((ds @ k[:, :, keys]).reshape(rows, heads, queries.stop - queries.start, -1))
-            for sums, part in (
-                (dk, ds.swapaxes(-1, -2) @ by_key(q, queries)),
-                (dv, p.swapaxes(-1, -2) @ d),
-            ):
-                for start in range(keys.start, keys.stop, CHUNK):
-                    piece = part[:, :, start - keys.start : start - keys.start + CHUNK]
-                    sums[start] = sums[start] + piece if start in sums else piece
-        joined = [
-            mx.concatenate([sums[start] for start in sorted(sums)], axis=2) for sums in (dk, dv)
-        ]
+            _add_by_chunk(dk, ds.swapaxes(-1, -2) @ by_key(q, queries), keys)
+            _add_by_chunk(dv, p.swapaxes(-1, -2) @ d, keys)
+        joined = [_join_chunks(dk), _join_chunks(dv)]
 
         # Blocks that share the keys of an earlier block need d_keys only there. Without this
         # dependency, the scores of all of them would be kept until then.
@@ -148,3 +145,21 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: CausalM
 
     both: Any = forward(q, k, v)
     return both[0]
+
+
+def _add_by_chunk(sums: dict[int, Any], part: mx.array, keys: slice) -> None:
+    """Add the gradients of some keys to the sums of the chunks of keys.
+
+    Args:
+        sums: Index of a chunk's first key → sum; changed in place.
+        part: The gradients, (rows, kv heads, keys, dim).
+        keys: The keys, which begin at the start of a chunk.
+    """
+    for start in range(keys.start, keys.stop, CHUNK):
+        piece = part[:, :, start - keys.start : start - keys.start + CHUNK]
+        sums[start] = sums[start] + piece if start in sums else piece
+
+
+def _join_chunks(sums: dict[int, Any]) -> mx.array:
+    """Return the sums of all chunks of keys as one array, in the order of the keys."""
+    return mx.concatenate([sums[start] for start in sorted(sums)], axis=2)

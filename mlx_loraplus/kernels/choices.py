@@ -24,9 +24,9 @@ class StepChoices:
     """How a training step is computed. Results differ only by rounding.
 
     Attributes:
-        attention: "native" for MLX's own attention where it has a fused gradient, which excludes
-            packed rows, and ``kernels/window_attention.py`` for sliding windows that are shorter
-            than the row. "chunked" for ``kernels/attention.py`` everywhere.
+        attention: "native" for MLX's own attention where it has a fused gradient (not for packed
+            rows), and ``kernels/window_attention.py`` for sliding windows that are shorter than the
+            row. "chunked" for ``kernels/attention.py`` everywhere.
         slice_bytes: Bytes of the float32 logits in one slice of the vocabulary. MLX evaluates
             ahead, so six to sixteen slices exist at once.
         cross_entropy: "native" for MLX's own cross-entropy in each slice, which reads the logits

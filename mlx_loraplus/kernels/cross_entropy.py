@@ -8,12 +8,14 @@ frozen head, the forward pass can already compute the gradient of the hidden sta
 
     d loss / d hidden = (e W) / sum(e) - W[target],   e = exp(logits - max)
 
-with one exponential for each logit. Here scores = hidden Wᵀ, and logits = head.finish(scores): a
-multiplier and a soft cap, which most models do not have. head.pull_back multiplies a gradient by
-d logits / d scores. The backward pass only multiplies this gradient by the
-cotangent. The maximum, the sum and e W are updated from slice to slice, as in *FlashAttention*
-(arXiv 2205.14135). W is read twice for each chunk of rows. Only a few slices are in memory at a
-time, instead of (batch, seq, vocabulary) logits.
+with one exponential for each logit. Here scores = hidden Wᵀ, and logits = head.finish(scores),
+which applies a multiplier and a soft cap if the model has them. head.pull_back multiplies a
+gradient by d logits / d scores.
+
+The backward pass only multiplies the gradient of the hidden states by the cotangent. The maximum,
+the sum and e W are updated from slice to slice, as in *FlashAttention* (arXiv 2205.14135). W is
+read twice for each chunk of rows. Only a few slices are in memory at a time, instead of
+(batch, seq, vocabulary) logits.
 """
 
 import math
@@ -112,7 +114,7 @@ def select_hidden(
     Packed rows need masks, and so does the attention that replaces MLX's while a model trains.
     mlx-lm's models take masks from their caches, so caches that hold only masks are given to them.
     """
-    # A training step replaces attention, for plain rows too. Validation may do so.
+    # A training step also replaces attention for plain rows. Validation may do so.
     needs_masks = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
     if segments is not None or needs_masks:
@@ -204,9 +206,10 @@ def _trained_losses(head: Head) -> Loss:
     """
 
     def losses(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-        return checkpoint(head.layer, lambda hidden: _score(head(hidden), targets, weights)[0])(
-            hidden
-        )
+        def losses_of(hidden: mx.array) -> mx.array:
+            return _score(head(hidden), targets, weights)[0]
+
+        return checkpoint(head.layer, losses_of)(hidden)
 
     return losses
 
@@ -228,9 +231,11 @@ def _frozen_losses(head: Head, choices: StepChoices) -> Loss:
 
     @losses_and_gradient.vjp
     def _(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        # Only ``hidden`` has a gradient.
         _, targets, weights = primals
+        gradient = cotangents[0][:, None] * outputs[1]
         return (
-            (cotangents[0][:, None] * outputs[1]).astype(outputs[1].dtype),
+            gradient.astype(outputs[1].dtype),
             mx.zeros_like(targets),
             mx.zeros_like(weights),
         )
@@ -287,7 +292,7 @@ def _score_slices(
         found = mx.take_along_axis(scores, place, axis=-1)
         target_score = mx.where(inside, found, target_score.astype(scores.dtype))
 
-        # Each use casts the scores by itself, so that no float32 copy of the slice is stored.
+        # Each use casts the scores separately, so that no float32 copy of the slice is stored.
         if native:
             higher = _log_of_sum(head, shift, scores, found, place)
         else:
@@ -304,6 +309,7 @@ def _score_slices(
             product = project(head.layer, slice_gradient, part, back=True)
             gradient_sum = gradient_sum * rescale + product.astype(mx.float32)
 
+    # The losses, and the gradient of the sum of exponentials minus that of the targets' logits.
     target_score = target_score.astype(mx.float32)
     chosen = head.finish(target_score)
     losses = (shift + mx.log(total) - chosen).squeeze(-1) * weights

@@ -83,7 +83,7 @@ def loop_in_pieces(
 
 @mx.custom_function
 def _state_last(state: mx.array, *inputs: mx.array) -> tuple[mx.array, ...]:
-    """Return the arrays. The backward pass computes the gradients of the inputs before the state's.
+    """Return the arrays unchanged. The backward pass computes the gradient of the state last.
 
     Without this order, MLX follows the gradient of the state through all pieces, and keeps the
     states of each until the gradients of its inputs are needed.

@@ -44,9 +44,9 @@ def _make_gate(inner: Unary, slope: Unary) -> Gate:
         gate, up = mx.depends(list(primals), [cotangent])
         x, y, d = gate.astype(mx.float32), up.astype(mx.float32), cotangent.astype(mx.float32)
         s = sigmoid(inner(x))
-        return (d * y * (s + x * s * (1 - s) * slope(x))).astype(gate.dtype), (d * x * s).astype(
-            up.dtype
-        )
+        d_gate = d * y * (s + x * s * (1 - s) * slope(x))
+        d_up = d * x * s
+        return d_gate.astype(gate.dtype), d_up.astype(up.dtype)
 
     return gated
 
@@ -72,8 +72,8 @@ def exp(x: mx.array) -> Any:
 
     The relative error is at most 3e-7 + 9e-8 |x|. Below x = -88 the result is 0.
 
-    On a CPU, MLX's own exp is scalar code. MLX's compiler vectorizes this function, which takes a
-    fourth of the time.
+    On a CPU, MLX's own exp is scalar code. MLX's compiler vectorizes this function, which then
+    takes a quarter of the time.
     """
     return mx.exp(x) if on_gpu() else _exp_on_cpu(x)
 

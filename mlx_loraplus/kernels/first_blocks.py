@@ -25,7 +25,7 @@ def front_of(model: nn.Module, *, blocks: int, rows: int) -> nn.Module | None:
     front = shared_copy(model)
     front.eval()
 
-    # Shorten every list of the blocks.
+    # Find every list of the blocks.
     own = blocks_of(front)
     holders: list[tuple[Any, str]] = []
     for module in front.modules():
@@ -34,6 +34,8 @@ def front_of(model: nn.Module, *, blocks: int, rows: int) -> nn.Module | None:
                 holders.append((module, name))
     if not holders:
         return None
+
+    # Shorten these lists, but keep a block of every kind.
     kinds = [_kind_of(block) for block in own]
     needed = max(kinds.index(kind) for kind in set(kinds)) + 1
     for module, name in holders:

@@ -44,9 +44,8 @@ class Head:
     def __call__(self, hidden: mx.array) -> mx.array:
         """Return the logits: (…, hidden) → (…, vocabulary)."""
         layer: Any = self.layer
-        return self.finish(
-            layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden)
-        )
+        scores = layer.as_linear(hidden) if hasattr(layer, "as_linear") else layer(hidden)
+        return self.finish(scores)
 
     def finish(self, scores: mx.array) -> mx.array:
         """Return cap * tanh(m * scores / cap)."""
@@ -100,17 +99,17 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
     model.eval()
     try:
         expected = model(tokens).astype(mx.float32)
-        tolerance = (1e-3 if model_dtype(model) == mx.float32 else 1e-2) * mx.abs(expected).max()
+        relative = 1e-3 if model_dtype(model) == mx.float32 else 1e-2
+        tolerance = relative * mx.abs(expected).max()
         for number, split in enumerate(split_candidates(model)):
             try:
                 logits = split.head(split.trunk(tokens)).astype(mx.float32)
             # Skip a trunk that can't be called like this, for example one that requires a cache.
             except Exception:  # noqa: BLE001, S112
                 continue
-            if (
-                logits.shape == expected.shape
-                and (mx.abs(logits - expected).max() <= tolerance).item()
-            ):
+            if logits.shape != expected.shape:
+                continue
+            if (mx.abs(logits - expected).max() <= tolerance).item():
                 return replace(split, takes_caches=takes_caches(model), candidate=number)
     finally:
         model.train(training)

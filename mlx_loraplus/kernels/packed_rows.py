@@ -24,11 +24,10 @@ from .patch import replaced_attention, replaces_attention
 
 TOLERANCE = 1e-3
 """Largest allowed relative difference between logits of packed and of separate examples."""
+
 # The reduced model for the trial has at least 4 blocks, and 64 rows of embeddings and head.
-_BLOCKS, _TOKENS = (
-    4,
-    64,
-)
+_BLOCKS = 4
+_TOKENS = 64
 
 
 class RowCache:
@@ -71,8 +70,8 @@ def check_packing(model: nn.Module) -> None:
     if not takes_caches(model):
         kind = getattr(model, "model_type", type(model).__name__)
         raise ConfigError(
-            f"pack does not work with this model ({kind}): rows packed into one do not give what"
-            " each gives alone; leave --pack off"
+            f"pack does not work with this model ({kind}): packed examples give other logits than"
+            " separate ones; leave --pack off"
         )
 
 
@@ -89,16 +88,21 @@ def takes_caches(model: nn.Module) -> bool:
     if front is None:
         return False
     front.set_dtype(mx.float32)
-    known = table_rows(front, TOKEN_TABLES) or 2
-    numbers = iter([(7 * place) % min(known, _TOKENS) for place in range(1, 100)])
-    filler, second, third = ([next(numbers) for _ in range(length)] for length in (29, 11, 6))
-    changed = [(token + 1) % min(known, _TOKENS) for token in filler]
-    rows = mx.array([[*filler, *second, *third, 0], [*changed, *second, *third, 0]])
+
+    # Two rows of three examples and one token of padding. Only the first example differs.
+    known = min(table_rows(front, TOKEN_TABLES) or 2, _TOKENS)
+    tokens = [(7 * place) % known for place in range(1, 47)]
+    first, second, third = tokens[:29], tokens[29:40], tokens[40:]
+    changed = [(token + 1) % known for token in first]
+    rows = mx.array([[*first, *second, *third, 0], [*changed, *second, *third, 0]])
     segments = mx.array([[1] * 29 + [2] * 11 + [3] * 6 + [0]] * 2)
+
     try:
         alone = mx.concatenate([front(mx.array([second]))[0], front(mx.array([third]))[0]])
         with replaced_attention():
             packed = front(rows, cache=row_caches(front, segments))
+
+        # Compare the logits of the second and third examples.
         one, other = packed[0, 29:46], packed[1, 29:46]
         size = TOLERANCE * mx.linalg.norm(alone)
         fits: Any = (

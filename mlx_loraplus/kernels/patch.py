@@ -180,11 +180,10 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of ``kind`` whose call is checkpointed."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        key = (
-            mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
-            if self.training
-            else mx.random.key(0)
-        )
+        # Both passes draw the masks of dropout from this key.
+        key = mx.random.key(0)
+        if self.training:
+            key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32)
 
         def run(parameters: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             self.update(parameters)
@@ -231,11 +230,11 @@ def find_gated_mlps(model: nn.Module) -> dict[str, str]:
     try:
         for path, module in model.named_modules():
             layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-            if all(isinstance(base_of(layer), LINEARS) for layer in layers):
-                for name, gate in GATES.items():
-                    if _computes(module, gate):
-                        found[path] = name
-                        break
+            if not all(isinstance(base_of(layer), LINEARS) for layer in layers):
+                continue
+            name = next((name for name, gate in GATES.items() if _computes(module, gate)), None)
+            if name is not None:
+                found[path] = name
     finally:
         model.train(training)
     return found

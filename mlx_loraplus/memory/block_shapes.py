@@ -44,7 +44,7 @@ _MAMBA_STEP = 256  # tokens whose decays mlx-lm computes at a time
 
 @dataclass
 class Layers:
-    """The linear layers of a block, and what they are to it.
+    """The linear layers of a block, and the parts of the block that they belong to.
 
     Attributes:
         modules: Path → module, of the whole block.
@@ -87,17 +87,18 @@ def read_block(
     out, attention = layers.out, layers.attention
     mixer = _read_mixer(layers.recurrent)
 
-    # Attention
+    # Attention.
     is_attention = out is not None and attention is not layers.recurrent
-    heads = attribute(attention, *_HEADS) or 0 if is_attention else 0
+    heads = (attribute(attention, *_HEADS) or 0) if is_attention else 0
     queries = local_shape(layers.bases[out])[1] if out and is_attention else 0
-    keys = queries * (attribute(attention, *_KEY_HEADS) or heads) // heads if heads else 0
+    key_heads = attribute(attention, *_KEY_HEADS) or heads
+    keys = queries * key_heads // heads if heads else 0
     if out:
         hidden = local_shape(layers.bases[out])[0]
     else:
         hidden = local_shape(next(iter(layers.bases.values())))[1]
 
-    # MLPs, experts, and what adapters save
+    # MLPs, experts, and what adapters save.
     routed = max(
         attribute(module, "top_k", "num_experts_per_tok", "top_k_experts") or 1
         for module in layers.modules.values()
@@ -109,16 +110,16 @@ def read_block(
     if is_attention and layers.rows_of("q_proj") == 2 * queries:
         outputs += 3 * queries  # the gate of attention's output, its sigmoid, and their product
 
+    # Norms of the residual stream, and of queries and keys.
     norms = (m for m in layers.modules.values() if "Norm" in type(m).__name__ and "weight" in m)
+    has_qk_norm = "q_norm" in attention or getattr(attention, "use_qk_norm", False)
     return Block(
         hidden=hidden,
         norms=sum(norm["weight"].size == hidden for norm in norms),
         heads=heads,
         queries=queries,
         keys=keys,
-        kept_twice="q_norm" in attention
-        or getattr(attention, "use_qk_norm", False)
-        or "qkv_proj" in attention,
+        kept_twice=has_qk_norm or "qkv_proj" in attention,
         window=cache.max_size if isinstance(cache, RotatingKVCache) else None,
         whole_scores=_whole_scores(attention, cache) if heads else _OURS,
         mlp=mlp,
@@ -137,7 +138,7 @@ def _find_layers(block: nn.Module) -> Layers:
     modules, bases = dict(block.named_modules()), dict(layers_of(block))
     recurrent = next((module for module in modules.values() if _read_mixer(module)), None)
 
-    # The output layers of attention, and then that of a recurrent layer
+    # The output layers of attention, and then that of a recurrent layer.
     found: list[str] = []
     for path in bases:
         parent = modules.get(path.rpartition(".")[0])  # None if it is a list
@@ -181,7 +182,7 @@ def _read_adapters(
         rows, columns = local_shape(base)
         times = routed if isinstance(base, EXPERTS) else 1
 
-        # The outputs of layers outside attention and MLPs
+        # The outputs of layers outside attention and MLPs.
         outside = out is None or parent != layers.parent(out)
         if outside and name not in (*gates, *_DOWN):
             outputs += rows
@@ -221,18 +222,18 @@ def _whole_scores(attention: Any, cache: Any) -> tuple[float, float]:
 
 
 def _read_mixer(module: Any) -> Mixer | None:
-    """Return the sizes of a recurrent layer, or None if the module is no such layer."""
+    """Return the sizes of a recurrent layer, or None if the module is not one."""
     if module is None:
         return None
 
-    # The gated delta rule computes the states of a piece again.
+    # The gated delta rule, whose backward pass computes the states of a piece again.
     if "head_v_dim" in vars(module) and attribute(module, "num_v_heads"):
         values = module.num_v_heads * module.head_v_dim
         width = 2 * module.num_k_heads * module.head_k_dim + values
         state = values * module.head_k_dim
         return Mixer(width, PIECE, state, 4.5, adds_up=False, decay_heads=0)
 
-    # Mamba 2 has decays of (tokens, tokens) of each head, and adds what the states before give.
+    # Mamba 2, which has decays between all tokens of a piece, and adds up the states of its pieces.
     size = attribute(module, "ssm_state_size")
     if size and attribute(module, "num_heads") and "conv1d" in module:
         heads, width = module.num_heads, module.intermediate_size
@@ -266,7 +267,8 @@ def layers_of(block: nn.Module) -> Iterator[tuple[str, Any]]:
 def attribute(module: Any, *names: str) -> int | None:
     """Return the module's first attribute of these names that is an integer, or None."""
     for name in names:
-        if isinstance(value := getattr(module, name, None), int):
+        value = getattr(module, name, None)
+        if isinstance(value, int):
             return value
     return None
 

@@ -15,11 +15,12 @@ from ..kernels.window_attention import Blocks
 # Arrays of the scores of a group of window blocks, in the type of the activations, on a GPU.
 _WINDOW_ARRAYS = 11.5
 
-# Arrays of an expert's backward pass: of its width, and of the width of the residual stream.
+# Arrays in the backward pass of experts: of their width, and of the width of the residual stream.
 _EXPERT_ARRAYS = 5.0
 _EXPERT_STREAMS = 6.0
 
-# Arrays of a recurrent layer's backward pass of its width; and arrays of its decays, kept and then.
+# A recurrent layer's arrays: of its width in the backward pass, of its decays that are kept for the
+# backward pass, and of its decays in it.
 _MIXER_ARRAYS = 10.0
 _DECAYS_KEPT = 2.55
 _DECAYS = 4.5
@@ -78,9 +79,9 @@ class Mixer:
         piece: Tokens that are computed at a time. One state is kept for each piece.
         state: Numbers in a recurrent state of a row.
         states: Arrays of a state for each token of a piece that the backward pass needs.
-        adds_up: Whether each piece but the first needs these at the same time, or one piece at a
-            time.
-        decay_heads: Heads that have decays from each token of a piece to each other, or 0.
+        adds_up: Whether all pieces except the first need these arrays at the same time, or one
+            piece at a time.
+        decay_heads: Heads with a decay between each two tokens of a piece, or 0.
     """
 
     width: int
@@ -106,8 +107,8 @@ class Mixer:
         these add up
 
         The delta rule computes a piece at a time, before the rest of the layer's backward pass, so
-        its larger part counts. MLX's own delta rule is counted without the states of a piece. It
-        runs on a GPU only, and its memory was not measured.
+        only the larger of the two counts. MLX's own delta rule is counted without the states of a
+        piece. It runs on a GPU only, and its memory was not measured.
         """
         pieces, tokens = self._pieces(batch)
         numbers = _DECAYS * self.decay_heads * tokens**2
@@ -139,8 +140,8 @@ class Block:
         whole_scores: Arrays of all scores that attention keeps, and that its gradient needs: 0 for
             ours.
         mlp: F, the intermediate size of the gated MLPs; 0 if there are none.
-        joined: F of those that do not have our gradient, because gate and up come from one layer,
-            or have other names.
+        joined: F of the MLPs among them that do not have our gradient, because gate and up come
+            from one layer, or have other names.
         experts: F of the experts' gated MLPs times the number of experts per token.
         expert_arrays: Arrays of this size that their activation keeps.
         routed: Number of experts per token.

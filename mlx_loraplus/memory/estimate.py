@@ -34,12 +34,11 @@ _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
 """Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
 
-# What a GPU computes in another way, measured on a CPU with the operations that stand in for its
-# kernels: bytes in a slice of the head's logits, for each of its float32 bytes and each byte per
-# activation.
+# On a GPU: bytes at a slice of the head's logits, for each of its float32 bytes and each byte per
+# activation. It was measured on a CPU, with the operations that replace a GPU's kernels there.
 _NATIVE_SLICES = 12.2 / 4
 
-# A soft cap of the logits needs further arrays of a slice: the scores, their tanh and its gradient.
+# A soft cap of the logits needs more arrays of a slice: the scores, their tanh and its gradient.
 _CAPPED_SLICES = 2.4
 
 
@@ -106,10 +105,13 @@ class Sizes:
         """
         if optimizer != "adafactor":
             return _MOMENTS[optimizer] * self.gradients()
-        return 4 * sum(
-            math.prod(s[:-1]) + math.prod((*s[:-2], *s[-1:])) if len(s) > 1 else sum(s)
-            for s in self.trained
-        )
+        means = 0
+        for shape in self.trained:
+            if len(shape) > 1:
+                means += math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
+            else:
+                means += sum(shape)
+        return 4 * means
 
     def update(self, optimizer: str) -> int:
         """Return the bytes of the gradients and of the update rule's temporary arrays.
@@ -122,10 +124,9 @@ class Sizes:
         """Return the bytes at the head: slices of float32 logits, and hidden states.
 
         A slice has the shape (min(targets, 512), width) and takes at most ``slice_bytes``; all
-        slices of a head have about the same width. A head
-        that trains computes full logits instead, of few rows at a time (8 ``slice_bytes``). The
-        hidden states of the trunk and of the targets, with the gradients of both, take
-        e H (2 T + 2 targets).
+        slices of a head have about the same width. A head that trains computes full logits instead,
+        of few rows at a time (8 ``slice_bytes``). The hidden states of the trunk and of the
+        targets, with the gradients of both, take e H (2 T + 2 targets).
         """
         slice_bytes = self.choices.slice_bytes
         logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
@@ -133,12 +134,16 @@ class Sizes:
         if self.choices.cross_entropy == "native":
             arrays = _NATIVE_SLICES * self.itemsize
         arrays += _CAPPED_SLICES * self.capped
+
+        # The slices of a frozen head, or the full logits of one that trains.
         count = max(1, math.ceil(logits / slice_bytes))
         slices = logits / count * (arrays if count > 1 else 7)
         if not self.sliced:
             rows = max(8, 8 * slice_bytes // (4 * self.vocabulary))
             slices = 14.5 * 4 * self.vocabulary * min(targets, rows)
-        return int(slices) + self.itemsize * self.hidden * 2 * (batch.rows * batch.length + targets)
+
+        hidden = 2 * self.itemsize * self.hidden * (batch.rows * batch.length + targets)
+        return int(slices) + hidden
 
     def validation(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the temporary bytes of a validation: a block's forward pass or the head's slices.
@@ -176,7 +181,7 @@ class Sizes:
 class Memory:
     """The peak memory of a step in bytes, by purpose.
 
-    All but ``traces``, which are on the heap of the process, are MLX's arrays.
+    ``traces`` are on the heap of the process; all other parts are MLX's arrays.
     """
 
     weights: int
@@ -237,7 +242,7 @@ def estimate(
     backward = [block.backward(batch, parts, checkpoint=checkpoint) for block in kinds]
     if checkpoint:
         activations = int(batch.of(sizes.hidden)) * sizes.learning
-        backward = [made + block.kept(batch) for made, block in zip(backward, kinds, strict=True)]
+        backward = [size + block.kept(batch) for size, block in zip(backward, kinds, strict=True)]
 
     # The phases do not overlap, so the largest sets the peak.
     step = max(sizes.head(batch, targets, parts), *backward, sizes.update(optimizer) - activations)

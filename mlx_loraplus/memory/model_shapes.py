@@ -27,6 +27,9 @@ from ..errors import ModelError
 from .block_shapes import attribute, layers_of, read_block
 from .estimate import Sizes
 
+_Targets = list[tuple[Any, type[Adapter]]]
+"""The layers with an adapter, each with the class of its adapter."""
+
 
 def measure(
     model: nn.Module,
@@ -58,75 +61,104 @@ def measure(
 
 
 def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
+    """Measure the sizes of a model with adapters, or call ``_measure_full``."""
     if config.adapter == "full":
         return _measure_full(model, config, itemsize)
-    attached = find_adapters(model)
+
+    # The layers with an adapter, and the modules that train in full. Such a module saves its input,
+    # as a LoRA layer does.
     assert config.rank is not None
-    targets = [(adapter.base, type(adapter)) for adapter in attached.values()]
+    attached = find_adapters(model)
+    targets: _Targets = [(adapter.base, type(adapter)) for adapter in attached.values()]
     if not attached:
-        found = find_targets(model, config.target_modules, config.num_layers, config.rank)
-        # Refuse a rank that is too large for every layer. Some small layers get no adapter in the
-        # end, which only the loaded model shows.
-        largest = max(found, key=lambda path: min(base_shape(found[path])), default=None)
-        if largest is not None:
-            check_rank(largest, found[largest], config)
-        for path, module in found.items():
-            targets.append((module, layer_class(config.adapter, module, path)))
+        targets = _find_targets(model, config)
     full = find_fully_trained(model) or find_trained(model, config.train_modules, config.num_layers)
-    # A module that trains in full saves its input, as a LoRA layer does.
     chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)
     chosen |= {id(module): layer for module, layer in targets}
-    shapes = [layer.shapes(module, config.rank) for module, layer in targets]
-    # Frozen extras, and the start of PiSSA.
-    shared = sum(
-        math.prod(shape) * ((name in layer.frozen_extras) + (config.init == "pissa"))
-        for named, (_, layer) in zip(shapes, targets, strict=True)
-        for name, shape in named.items()
-    )
-    if any(layer.make_projections for _, layer in targets):
-        shared += config.rank * sum(
-            map(max, zip(*(base_shape(module) for module, _ in targets), strict=True))
-        )
+
+    # The trainable parameters. If they are already attached, they are among the weights.
+    trained: list[tuple[int, ...]] = []
     weights = weight_bytes(model, itemsize)
     if attached:
-        trained = [array.shape for array in _arrays(model.trainable_parameters())]
+        trained += [array.shape for array in _arrays(model.trainable_parameters())]
         weights -= 4 * sum(map(math.prod, trained))
     else:
-        trained = [shape for named in shapes for shape in named.values()]
-        trained += [
-            array.shape for module in full.values() for array in _arrays(module.parameters())
-        ]
-        weights -= sum(weight_bytes(module, itemsize) for module in full.values())
-    layers = _passes(model)
-    blocks = [read_block(block, cache, chosen, config) for block, cache in layers]
-    learns = [any(id(module) in chosen for module in block.modules()) for block, _ in layers]
-    first = learns.index(True) if True in learns else len(blocks)
+        for module, layer in targets:
+            trained += layer.shapes(module, config.rank).values()
+        for module in full.values():
+            trained += [array.shape for array in _arrays(module.parameters())]
+            weights -= weight_bytes(module, itemsize)
+
+    # The blocks from the first one that trains on save activations.
+    passes = _passes(model)
+    learns = [any(id(module) in chosen for module in block.modules()) for block, _ in passes]
     embeddings, head = find_ends(model)
+    if id(embeddings) in chosen:
+        learning = len(passes)
+    else:
+        learning = len(passes) - learns.index(True) if True in learns else 0
+
     return Sizes(
         weights=weights,
-        itemsize=itemsize
-        or min(
-            a.itemsize for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)
-        ),
+        itemsize=itemsize or _smallest_itemsize(model),
         hidden=base_shape(head)[1],
         vocabulary=base_shape(head)[0],
         sliced=id(head) not in chosen,
         capped=_is_capped(model),
         trained=tuple(trained),
-        shared=shared,
-        adapted=tuple(
-            sorted(
-                (
-                    math.prod((*module.weight.shape[:-2], *base_shape(module))),
-                    weight_bytes(module, itemsize),
-                )
-                for module, _ in targets
-            )
-        ),
-        blocks=tuple(blocks),
-        learning=len(blocks) if id(embeddings) in chosen else len(blocks) - first,
+        shared=_count_frozen(targets, config),
+        adapted=tuple(sorted(_base_size(module, itemsize) for module, _ in targets)),
+        blocks=tuple(read_block(block, cache, chosen, config) for block, cache in passes),
+        learning=learning,
         context=limits_of(model, skeleton=True).longest,
     )
+
+
+def _find_targets(model: nn.Module, config: AdapterConfig) -> _Targets:
+    """Return the modules that will get an adapter, each with its layer class.
+
+    Raises:
+        ConfigError: A target matches nothing, or the rank is too large for every target.
+    """
+    found = find_targets(model, config.target_modules, config.num_layers, config.rank or 1)
+
+    # Check only the largest target, because only the loaded model shows which small ones get no
+    # adapter in the end.
+    largest = max(found, key=lambda path: min(base_shape(found[path])), default=None)
+    if largest is not None:
+        check_rank(largest, found[largest], config)
+    return [(module, layer_class(config.adapter, module, path)) for path, module in found.items()]
+
+
+def _count_frozen(targets: _Targets, config: AdapterConfig) -> int:
+    """Return how many frozen float32 numbers adapters hold.
+
+    These are the frozen extras of each layer, the start of PiSSA, and the shared projections.
+    """
+    assert config.rank is not None
+    count = 0
+    for module, layer in targets:
+        for name, shape in layer.shapes(module, config.rank).items():
+            copies = (name in layer.frozen_extras) + (config.init == "pissa")
+            count += copies * math.prod(shape)
+
+    # The projections are as large as the largest layer needs.
+    if any(layer.make_projections for _, layer in targets):
+        shapes = [base_shape(module) for module, _ in targets]
+        count += config.rank * (max(rows for rows, _ in shapes) + max(size for _, size in shapes))
+    return count
+
+
+def _base_size(module: Any, itemsize: int | None) -> tuple[int, int]:
+    """Return the numbers in the weight of an adapter's base, and the bytes of the base."""
+    numbers = math.prod((*module.weight.shape[:-2], *base_shape(module)))
+    return numbers, weight_bytes(module, itemsize)
+
+
+def _smallest_itemsize(model: nn.Module) -> int:
+    """Return the bytes of the smallest type among a model's floating-point arrays."""
+    arrays = _arrays(model.parameters())
+    return min(array.itemsize for array in arrays if mx.issubdtype(array.dtype, mx.floating))
 
 
 def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> Sizes:
@@ -140,14 +172,13 @@ def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None)
     trained: list[mx.array] = []
     for module in full.values():
         trained += [value for value in module.values() if isinstance(value, mx.array)]
-    floating = [a for a in _arrays(model.parameters()) if mx.issubdtype(a.dtype, mx.floating)]
-    size = itemsize or min(array.itemsize for array in floating)
+    size = itemsize or _smallest_itemsize(model)
     weights = weight_bytes(model, itemsize) - sum(array.size * size for array in trained)
 
     # A layer saves its input for the gradient of its weight, as a LoRA layer does.
     chosen: dict[int, type[Adapter]] = dict.fromkeys(map(id, full.values()), LoRA)
-    layers = _passes(model)
-    learning = len(layers) if config.num_layers == -1 else config.num_layers
+    passes = _passes(model)
+    learning = len(passes) if config.num_layers == -1 else config.num_layers
     _, head = find_ends(model)
     return Sizes(
         weights=max(0, weights),
@@ -159,7 +190,7 @@ def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None)
         trained=tuple(array.shape for array in trained),
         shared=0,
         adapted=(),
-        blocks=tuple(read_block(block, cache, chosen, config) for block, cache in layers),
+        blocks=tuple(read_block(block, cache, chosen, config) for block, cache in passes),
         learning=learning,
         context=limits_of(model, skeleton=True).longest,
     )
@@ -185,17 +216,12 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
 
     # Some families have a second, wider table that holds an entry for each layer.
     table = min(tables, key=lambda base: base_shape(base)[1])
-    heads = [
-        base
-        for base in outside
-        if isinstance(base, LINEARS) and base_shape(base) == base_shape(table)
-    ]
+
+    # The head has the same shape, or at least as many rows. Without one, the table is the head.
+    linear = [base for base in outside if isinstance(base, LINEARS)]
+    heads = [base for base in linear if base_shape(base) == base_shape(table)]
     if not heads:
-        heads = [
-            base
-            for base in outside
-            if isinstance(base, LINEARS) and base_shape(base)[0] == base_shape(table)[0]
-        ]
+        heads = [base for base in linear if base_shape(base)[0] == base_shape(table)[0]]
     return table, heads[0] if heads else table
 
 
@@ -203,7 +229,8 @@ def _vocabulary(model: nn.Module) -> int | None:
     """Return the vocabulary size from the model's arguments; those of its text part come first."""
     for part in (getattr(model, "language_model", None), model, getattr(model, "model", None)):
         for name in ("args", "config"):
-            if size := attribute(getattr(part, name, None), "vocab_size", "num_vocab"):
+            size = attribute(getattr(part, name, None), "vocab_size", "num_vocab")
+            if size:
                 return size
     return None
 
@@ -225,26 +252,25 @@ def _passes(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     if len(caches) >= len(blocks):
         loops = len(caches) // len(blocks)
         return list(zip(blocks * loops, caches, strict=False))
-    kinds = [_attention_kind(block) for block in blocks]
-    latest = {kind: cache for kind, cache in zip(kinds, caches, strict=False)}  # noqa: C416
-    return [
-        (
-            block,
-            (
-                caches[index]
-                if index < len(caches)
-                else latest.get(kinds[index], caches[-1] if caches else None)
-            ),
-        )
-        for index, block in enumerate(blocks)
-    ]
+
+    # The first blocks have a cache each. The others use the last cache of their kind.
+    last = caches[-1] if caches else None
+    latest: dict[Any, Any] = {}
+    passes: list[tuple[nn.Module, Any]] = []
+    for index, block in enumerate(blocks):
+        kind = _attention_kind(block)
+        if index < len(caches):
+            latest[kind] = caches[index]
+        passes.append((block, latest.get(kind, last)))
+    return passes
 
 
 def _attention_kind(block: nn.Module) -> Any:
     """Return a block's kind of attention: its layer type, or whether it uses a sliding window."""
     for module in block.modules():
         for name in ("layer_type", "is_sliding", "use_sliding"):
-            if isinstance(value := getattr(module, name, None), str | bool):
+            value = getattr(module, name, None)
+            if isinstance(value, str | bool):
                 return value
     return None
 
@@ -259,15 +285,13 @@ def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
         module: The module.
         itemsize: e; by default the present size of the floating-point numbers.
     """
-    return sum(
-        (
-            array.size * itemsize
-            if itemsize and mx.issubdtype(array.dtype, mx.floating)
-            else array.nbytes
-        )
-        for array in _arrays(module.parameters())
-    )
+    total = 0
+    for array in _arrays(module.parameters()):
+        is_floating = mx.issubdtype(array.dtype, mx.floating)
+        total += array.size * itemsize if itemsize and is_floating else array.nbytes
+    return total
 
 
 def _arrays(tree: Any) -> Sequence[mx.array]:
+    """Return the arrays in a tree of parameters."""
     return [array for _, array in tree_flatten(tree)]  # pyright: ignore[reportReturnType]

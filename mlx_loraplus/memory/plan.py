@@ -45,9 +45,9 @@ class MemoryPlan:
 
     @property
     def holds_traces(self) -> bool:
-        """Whether the memory that the plan is about also holds the traces of a compiled step.
+        """Whether the planned memory also holds the traces of a compiled step.
 
-        With CUDA, the plan is about the GPU's memory, and traces are in the computer's.
+        With CUDA, the plan is about the GPU's memory, but traces are in the computer's memory.
         """
         compiled, backend = self.config.compile, self.machine.backend
         return backend != "cuda" and compiled != "off" and (compiled == "on" or backend == "metal")
@@ -145,7 +145,8 @@ class MemoryPlan:
             return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
 
         # Adapters on fewer blocks.
-        if by_blocks := eased.with_fewer_blocks(rows, length, more_than=fewer):
+        by_blocks = eased.with_fewer_blocks(rows, length, more_than=fewer)
+        if by_blocks:
             found.append(flag + by_blocks)
 
         # Fewer and shorter rows.
@@ -244,7 +245,7 @@ def resolve_length(
     if length < 2:
         raise ConfigError(_does_not_fit(plan, rows, 64))
 
-    log(f"max_seq_length is {length:,}: of such rows, {rows} fit in {gb(plan.budget)}")
+    log(f"max_seq_length is {length:,}: {rows} rows of this length fit in {gb(plan.budget)}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 
@@ -297,10 +298,9 @@ def resolve_grad_checkpoint(
         f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
         f" {'on' if checkpoint else 'off'}"
     )
-    if warning := shortage(plan, *batch):
-        log(warning)
-    if advice := display_advice(plan.sizes, *batch):
-        log(advice)
+    for line in (shortage(plan, *batch), display_advice(plan.sizes, *batch)):
+        if line:
+            log(line)
     return checkpoint
 
 
@@ -394,7 +394,7 @@ def display_advice(sizes: Sizes, rows: int, length: int) -> str | None:
     if max(layer, attention) < _LONG_LAYER:
         return None
     return (
-        "layers are long: if macOS stops the run for 'Impacting Interactivity', use smaller batches"
-        " or shorter rows (--batch-size, with --grad-accumulation-steps), or a Mac without a"
-        " display"
+        "a single layer may keep the GPU busy for seconds: if macOS stops the run for 'Impacting"
+        " Interactivity', use smaller batches or shorter rows (--batch-size, with"
+        " --grad-accumulation-steps), or a Mac without a display"
     )

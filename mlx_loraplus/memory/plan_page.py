@@ -6,6 +6,7 @@ from ..device import gb
 from ..errors import counted
 from ..pages.charts import bar_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile
+from ..userpaths import public_name
 
 if TYPE_CHECKING:
     from .plan_view import Plan
@@ -19,20 +20,23 @@ _MEANING = (
 
 def plan_headline(plan: "Plan") -> Headline:
     """Return what a reader should know first: whether the run fits."""
-    fitting, memory = plan.fitting, plan.memory
+    memory_plan, memory = plan.memory_plan, plan.memory
     batch = f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"
-    peak, budget = gb(memory.total), gb(fitting.budget)
-    longest = fitting.longest(plan.rows)
+    peak, budget = gb(memory.total), gb(memory_plan.budget)
+    longest = memory_plan.longest(plan.rows)
+
+    # What the reader may wonder about, or should do.
     checkpointing = ""
-    if fitting.checkpoint(plan.rows, plan.length):
+    if memory_plan.checkpoint(plan.rows, plan.length):
         checkpointing = "Gradient checkpointing saves memory and takes a third more time."
-        if not fitting.fits(plan.rows, plan.length):
+        if not memory_plan.fits(plan.rows, plan.length):
             checkpointing = "Gradient checkpointing is on already."
     notes = [line for line in plan.advice if not line.startswith(TO_FIT)]
+
     return Headline(
-        title=f"{fitting.config.model}: does training fit?",
+        title=f"{public_name(memory_plan.config.model)}: does training fit?",
         state=plan.verdict,
-        text=f"batches of {batch}, on {str(fitting.machine).partition(':')[0]}",
+        text=f"batches of {batch}, on {str(memory_plan.machine).partition(':')[0]}",
         lead=f"The run takes {peak} at the peak, and {budget} may be used. {checkpointing}",
         next_step=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes),
         tiles=[
@@ -40,14 +44,14 @@ def plan_headline(plan: "Plan") -> Headline:
             Tile("Longest rows that fit", f"{longest:,} tokens", f"in batches of {plan.rows}"),
             Tile("Download", gb(plan.download), "of weights"),
             Tile("Checkpoints", f"up to {gb(plan.checkpoints)}", "on disk"),
-            Tile("Fusing", f"up to {gb(fitting.sizes.fuse())}", "on disk"),
+            Tile("Fusing", f"up to {gb(memory_plan.sizes.fuse())}", "on disk"),
         ],
     )
 
 
 def plan_sections(plan: "Plan") -> list[Section]:
     """Return the parts of the page: what to change, the memory by purpose, and the models."""
-    fitting, memory = plan.fitting, plan.memory
+    memory_plan, memory = plan.memory_plan, plan.memory
     sections: list[Section] = []
     changes = [line.removeprefix(TO_FIT) for line in plan.advice if line.startswith(TO_FIT)]
     if changes:
@@ -57,16 +61,17 @@ def plan_sections(plan: "Plan") -> list[Section]:
     # A part that takes nothing, such as the traces of a step that is not compiled, has no bar.
     bars = [(part, float(size), gb(size)) for part, size in plan.parts.items() if size]
     bars.append(("in all", float(memory.total), gb(memory.total)))
-    caption = f"Memory at the peak; the dashed line is what may be used, {gb(fitting.budget)}"
+    caption = f"Memory at the peak; the dashed line is what may be used, {gb(memory_plan.budget)}"
     text = _MEANING
-    if cache := fitting.machine.cache(memory.total):
+    cache = memory_plan.machine.cache(memory.total)
+    if cache:
         text += f" MLX may also keep freed arrays, up to {gb(cache)}."
-    chart = bar_chart(caption, bars, fitting.budget)
+    chart = bar_chart(caption, bars, memory_plan.budget)
     sections.append(Section("What takes the memory?", text, charts=[chart]))
 
     if plan.family:
         head, rows = plan.models()
-        marked = frozenset({fitting.config.model})
+        marked = frozenset({memory_plan.config.model})
         sections.append(
             Section(
                 "Which models fit?", table=HTMLTable(rows, head, marked=marked), is_question=True
@@ -79,16 +84,17 @@ def plan_sections(plan: "Plan") -> list[Section]:
 
 def _assumptions(plan: "Plan") -> list[tuple[str, str]]:
     """Return the settings that determine the memory."""
-    fitting, config = plan.fitting, plan.fitting.config
-    is_checkpointed = fitting.checkpoint(plan.rows, plan.length)
+    memory_plan, config = plan.memory_plan, plan.memory_plan.config
+    is_checkpointed = memory_plan.checkpoint(plan.rows, plan.length)
     adapter = config.adapter
     kind = adapter.adapter
     if kind != "full":
         kind += f", rank {adapter.rank}"
     return [
         ("model", config.model),
-        ("machine", str(fitting.machine)),
-        ("adapter", f"{kind}: {fitting.sizes.trainable:,} numbers are trained"),
+        ("machine", str(memory_plan.machine)),
+        ("may be used", f"{gb(memory_plan.budget)}, because the prediction may be off by a tenth"),
+        ("adapter", f"{kind}: {memory_plan.sizes.trainable:,} numbers are trained"),
         ("optimizer", config.optimizer.optimizer),
         ("batch", f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"),
         ("gradient checkpointing", "on" if is_checkpointed else "off"),

@@ -37,14 +37,14 @@ class Plan(RichDisplay):
     """The memory of a run by purpose, and what fits. Print it, or display it in a notebook.
 
     Attributes:
-        fitting: The memory plan of the run.
+        memory_plan: The memory plan of the run.
         rows: Rows in a batch.
         length: Tokens in the longest row.
         family: The memory plans of other models to show, by name.
-        advice: What to change if the run does not fit or may be stopped; names flags.
+        advice: What to change if the run does not fit or may be stopped, written with flags.
     """
 
-    fitting: MemoryPlan
+    memory_plan: MemoryPlan
     rows: int
     length: int
     family: dict[str, MemoryPlan]
@@ -53,41 +53,41 @@ class Plan(RichDisplay):
     @property
     def memory(self) -> Memory:
         """The memory of a batch, by purpose."""
-        return self.fitting.memory(self.rows, self.length)
+        return self.memory_plan.memory(self.rows, self.length)
 
     @property
     def verdict(self) -> str:
         """Whether the batch fits."""
-        return self.fitting.verdict(self.rows, self.length)
+        return self.memory_plan.verdict(self.rows, self.length)
 
     @property
     def title(self) -> str:
         """The model, the batch, and whether it fits."""
         batch = f"{counted(self.rows, 'row')} x {self.length:,} tokens"
-        return f"{self.fitting.config.model}, {batch}: {self.verdict}"
+        return f"{self.memory_plan.config.model}, {batch}: {self.verdict}"
 
     @property
     def parts(self) -> dict[str, float]:
         """The memory by purpose, in bytes."""
         parts: dict[str, float] = dict(vars(self.memory))
-        if self.fitting.config.adapter.adapter != "full":
+        if self.memory_plan.config.adapter.adapter != "full":
             return parts
-        # All or some of the weights train, and there are no adapters
+        # All or some of the weights train, and there are no adapters.
         return {"trained": parts.pop("adapters"), "frozen": parts.pop("weights"), **parts}
 
     @property
     def download(self) -> int:
         """The approximate bytes of the model's files."""
-        sizes = self.fitting.sizes
-        if self.fitting.config.adapter.adapter != "full":
-            return self.fitting.download
-        # These weights are counted as trained
-        return self.fitting.download + sizes.itemsize * sizes.trainable
+        sizes = self.memory_plan.sizes
+        if self.memory_plan.config.adapter.adapter != "full":
+            return self.memory_plan.download
+        # These weights are counted as trained.
+        return self.memory_plan.download + sizes.itemsize * sizes.trainable
 
     @property
     def checkpoints(self) -> int:
         """The largest number of bytes that checkpoints take on disk."""
-        sizes, config = self.fitting.sizes, self.fitting.config
+        sizes, config = self.memory_plan.sizes, self.memory_plan.config
         each = sizes.gradients() + sizes.moments(config.optimizer.optimizer)
         return (config.keep_checkpoints + 2) * each
 
@@ -95,8 +95,8 @@ class Plan(RichDisplay):
         self, console: Console, options: ConsoleOptions
     ) -> Iterator[RenderableType]:
         """Yield the table of models, the bars of the memory, and advice."""
-        fitting, memory = self.fitting, self.memory
-        yield Text(str(fitting.machine))
+        memory_plan, memory = self.memory_plan, self.memory
+        yield Text(str(memory_plan.machine))
         if self.family:
             yield self._table()
 
@@ -105,15 +105,16 @@ class Plan(RichDisplay):
         for part, size in self.parts.items():
             bar = "█" * round(_BAR * size / memory.total)
             yield Text(f"  {part:<12} {bar:<{_BAR}} {gb(size):>9}")
-        total = f"{gb(memory.total):>9} of {gb(fitting.budget)}"
+        total = f"{gb(memory.total):>9} of {gb(memory_plan.budget)}"
         yield Text(f"  {'in all':<12} {'':<{_BAR}} {total}")
-        if cache := fitting.machine.cache(memory.total):
+        cache = memory_plan.machine.cache(memory.total)
+        if cache:
             yield Text(f"  MLX may also keep freed arrays, up to {gb(cache)}")
 
         # Disk space.
         yield Text(
             f"  on disk: {gb(self.download)} of weights, up to {gb(self.checkpoints)} of"
-            f" checkpoints; fusing takes up to {gb(fitting.sizes.fuse())}"
+            f" checkpoints; fusing takes up to {gb(memory_plan.sizes.fuse())}"
         )
 
         for advice in self.advice:
@@ -137,12 +138,13 @@ class Plan(RichDisplay):
         rows: list[list[str]] = []
         for name, plan in self.family.items():
             longest, most_rows = plan.longest(self.rows), plan.most_rows(self.length)
+            peak = plan.memory(self.rows, self.length).total
             rows.append(
                 [
                     name,
                     gb(plan.download),
                     plan.verdict(self.rows, self.length),
-                    gb(plan.memory(self.rows, self.length).total),
+                    gb(peak),
                     f"{longest:,}" if longest else "-",
                     f"{most_rows:,}" if most_rows else "-",
                 ]
@@ -193,7 +195,7 @@ def plan_memory(
         >>> plan_memory("gemma-3-4b", memory="16GB", batch_size=4)
         >>> plan_memory(memory="32GB", families="qwen")
     """
-    # The plan does not read the data
+    # The plan does not read the data.
     used = translate(TrainConfig, dict(settings))
     used.pop("data", None)
     used.pop("data_weights", None)
@@ -233,13 +235,15 @@ def plan_run(
     """
     machine = simulate_mac(memory) if memory else this_machine()
 
-    # The models to show: those of the families, or all of which a short row fits
-    words = (families,) if isinstance(families, str) else tuple(map(str, families))
-    words = tuple(word for text in words for word in text.split(",") if word)
+    # Words may also be separated by commas.
+    given = [families] if isinstance(families, str) else list(map(str, families))
+    words = [word for word in ",".join(given).split(",") if word]
     for word in words:
         _check_family(word)
+
+    # The models to show: those of the families, or all models that fit with a short row. Most
+    # models have 4 bits, so adapter full can't train them, and shows none by default.
     family: dict[str, MemoryPlan] = {}
-    # With adapter full there are none without a word, because most of them have 4 bits
     if words or (config.model in MODELS and config.adapter.adapter != "full"):
         for name in sizes(*words):
             plan = memory_plan_of(replace(config, model=name), machine=machine)
@@ -247,34 +251,36 @@ def plan_run(
                 family[name] = plan
     if words and not is_named:
         config = replace(config, model=_largest_that_fits(family))
+
+    # The plan of the run.
     check_trainable(config.model)
-    fitting = memory_plan_of(config, machine=machine)
-
-    rows, length = _batch(fitting)
+    memory_plan = memory_plan_of(config, machine=machine)
+    rows, length = _batch(memory_plan)
     advice: list[str] = []
-    if not fitting.fits(rows, length):
-        suggestions = fitting.suggestions(rows, length)[:3]
+    if not memory_plan.fits(rows, length):
+        suggestions = memory_plan.suggestions(rows, length)[:3]
         advice += [f"{TO_FIT}{suggestion}" for suggestion in suggestions]
-    if line := display_advice(fitting.sizes, rows, length):
+    line = display_advice(memory_plan.sizes, rows, length)
+    if line:
         advice.append(line)
-    return Plan(fitting, rows, length, family, advice)
+    return Plan(memory_plan, rows, length, family, advice)
 
 
-def _batch(fitting: MemoryPlan) -> tuple[int, int]:
+def _batch(memory_plan: MemoryPlan) -> tuple[int, int]:
     """Return the rows and the length of a run's largest batch, as the run would choose them."""
-    config = fitting.config
+    config = memory_plan.config
     per_example = config.objective.rows_per_example
     rows, length = config.data.batch_size, config.data.max_seq_length
     if length == "auto":
-        length = fitting.longest(per_example * (1 if rows == "auto" else rows)) or 64
+        length = memory_plan.longest(per_example * (1 if rows == "auto" else rows)) or 64
     else:
         length = round_up(length)
-    rows = fitting.batch_size(length) if rows == "auto" else per_example * rows
+    rows = memory_plan.batch_size(length) if rows == "auto" else per_example * rows
     return rows, length
 
 
 def _largest_that_fits(family: dict[str, MemoryPlan]) -> str:
     """Return the name of the largest model whose batch fits, or else of the smallest model."""
-    names = sorted(family, key=lambda name: family[name].sizes.weights)
-    fitting = [name for name in names if family[name].fits(*_batch(family[name]))]
-    return fitting[-1] if fitting else names[0]
+    by_size = sorted(family, key=lambda name: family[name].sizes.weights)
+    fits = [name for name in by_size if family[name].fits(*_batch(family[name]))]
+    return fits[-1] if fits else by_size[0]

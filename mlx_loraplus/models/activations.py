@@ -43,7 +43,7 @@ _SAME = {
     "gelu_python_tanh": "gelu_pytorch_tanh",
     "gelu_accurate": "gelu_pytorch_tanh",
 }
-"""Other name in ``ACT2FN`` → the name in ``_FUNCTIONS`` of the same function."""
+"""Another name in ``ACT2FN`` → the name of the same function in ``_FUNCTIONS``."""
 
 _GELUS = {"gelu", "gelu_pytorch_tanh"}
 
@@ -114,18 +114,18 @@ def _named(config: dict[str, Any]) -> str | None:
         return None
     name = _SAME.get(named[0], named[0])
 
-    # In Gemma's configs "gelu" means the tanh approximation; transformers reads it the same way
+    # In Gemma's configs "gelu" means the tanh approximation; transformers reads it the same way.
     if name == "gelu" and str(text.get("model_type")).startswith("gemma"):
         name = "gelu_pytorch_tanh"
     return name if name in _FUNCTIONS else None
 
 
 def _computed(model: nn.Module) -> str | None:
-    """Return the activation that a model's MLPs compute, or None if it can't be recognised."""
-    # Between -6.5 and 6.5 all functions differ, and no family clips its values
+    """Return the activation that a model's MLPs compute, or None if it can't be recognized."""
+    # Between -6.5 and 6.5 all functions differ, and no family clips its values.
     inputs = mx.linspace(-6.5, 6.5, 27)
 
-    # Check one MLP of each class
+    # Check one MLP of each class.
     probed: set[type] = set()
     for module in model.modules():
         if type(module) in probed:
@@ -151,7 +151,7 @@ def _probe(mlp: nn.Module, inputs: mx.array) -> mx.array | None:
         else:
             stubbed = _with_stubs(mlp)
             values = None if stubbed is None else stubbed(inputs)
-    # The module has layers with the names of an MLP's layers, but is not an MLP
+    # The module has layers with the names of an MLP's layers, but is not an MLP.
     except Exception:  # noqa: BLE001
         return None
     is_whole = isinstance(values, mx.array) and values.shape == inputs.shape
@@ -170,7 +170,7 @@ def _with_stubs(mlp: nn.Module) -> Any:
     def halves(x: mx.array) -> mx.array:
         return mx.concatenate([x, mx.ones_like(x)], axis=-1)
 
-    # A gated MLP also has the layer names of a plain MLP, so it must be checked first
+    # A gated MLP also has the layer names of a plain MLP, so it must be checked first.
     kinds = (
         (_GATED, (same, mx.ones_like, same)),
         (_FUSED, (halves, same)),
@@ -185,7 +185,7 @@ def _with_stubs(mlp: nn.Module) -> Any:
     else:
         return None
 
-    # Make norms and dropout between the layers return their input
+    # Make norms and dropout between the layers return their input.
     stubbed: Any = copy.copy(mlp)
     for name, child in mlp.items():
         is_between = isinstance(child, nn.RMSNorm | nn.LayerNorm | nn.Dropout)

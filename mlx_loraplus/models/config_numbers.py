@@ -12,7 +12,7 @@ _COUNTS = (
     "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "head_dim",
     "intermediate_size", "max_position_embeddings", "n_positions",
 )  # fmt: skip
-"""Whole numbers of which every model has at least 1. Some families have a list of them."""
+"""Whole numbers that are at least 1 in every model. Some families have a list of them."""
 
 _OPTIONAL = ("num_key_value_heads", "num_kv_heads", "head_dim", "intermediate_size",
              "max_position_embeddings", "n_positions")  # fmt: skip
@@ -93,7 +93,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _wrong(name: str, value: Any, allowed: str) -> ModelError:
-    """Return the error for a value that no model has."""
+    """Return the error for a value that is not allowed."""
     return ModelError(
         f"its config.json has {name} {value!r:.80}; allowed is {allowed}: correct config.json, or"
         " get the model again"

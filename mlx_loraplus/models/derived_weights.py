@@ -1,8 +1,8 @@
 """Arrays that a model of mlx-lm computes from its weights once and keeps.
 
 They are out of date as soon as a weight changes: after a step of training, or when an adapter is
-loaded. Of mlx-lm's models, Kimi K3 keeps products of weights, and a compiled step of decoding that
-has the weights in it.
+loaded. Only Kimi K3 has such arrays: products of weights, and a compiled step of decoding that
+contains the weights.
 """
 
 import mlx.nn as nn
@@ -11,7 +11,7 @@ _DERIVED = ("_attn_res_w_eff", "_mlp_res_w_eff", "_output_res_w_eff", "_step")
 
 
 def start_inference(model: nn.Module) -> None:
-    """Switch a model to inference. It computes derived arrays from its present weights."""
+    """Switch a model to inference, with derived arrays that match its present weights."""
     forget_derived(model)
     model.eval()
 

@@ -33,7 +33,7 @@ def load_config(folder: Path) -> dict[str, Any]:
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     generation = _generation_config(folder)
 
-    # mlx-lm returns the end tokens of only one file
+    # mlx-lm returns the end tokens of only one file.
     found = _end_tokens([config.get("eos_token_id")])
     ends = _end_tokens(part.get("eos_token_id") for part in (stored, generation))
     if found != ends:
@@ -45,19 +45,19 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a transformers 5 config with the fields that mlx-lm reads added.
 
     Raises:
-        ModelError: Two fields contradict each other, a size is no positive number, or mlx-lm can't
-            express the order of the layers.
+        ModelError: Two fields contradict each other, a size is not a positive number, or mlx-lm
+            can't express the order of the layers.
     """
     check_numbers(config)
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})
 
-    # transformers 5 stores this field only in the language model's part
+    # transformers 5 stores this field only in the language model's part.
     if "vocab_size" in fields and "vocab_size" not in made and "vocab_size" in text:
         made["vocab_size"] = text["vocab_size"]
 
-    # transformers 5 uses other names for these fields
+    # transformers 5 uses other names for these fields.
     for part in (made, text):
         for name, other in _OTHER_NAMES.items():
             is_read = part is text or name in fields
@@ -78,7 +78,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     _check_rotary_factor(config)
     check_activation(model, config)
 
-    # Refuse other settings if they change the outputs and no part of the model reads them
+    # Refuse other settings if they change the outputs and no part of the model reads them.
     fields = settings_read(model.modules())
     text = text_part(config)
     for name, values in _NEUTRAL.items():
@@ -123,7 +123,7 @@ def _check_rotary_factor(config: dict[str, Any]) -> None:
     if config.get("model_type") != "glm":
         return
 
-    # Start from the default of transformers; an older config or rope_parameters may replace it
+    # Start from the default of transformers; an older config or rope_parameters may replace it.
     factor = config.get("partial_rotary_factor", 0.5)
     rope = config.get("rope_parameters") or {}
     factor = rope.get("partial_rotary_factor", factor)
@@ -152,16 +152,16 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
     if part.get("model_type") != "gemma3_text" or not isinstance(kinds, list):
         return
 
-    # Find the numbers of the layers with full attention, counted from 1
+    # Find the numbers of the layers with full attention, counted from 1.
     full = [number for number, kind in enumerate(kinds, start=1) if kind == "full_attention"]
     pattern = full[0] if full else len(kinds) + 1
     if full != list(range(pattern, len(kinds) + 1, pattern)):
         raise ModelError(
-            "its layer_types have full attention in other layers than every nth, which mlx-lm"
-            " can't do"
+            "its layer_types do not have full attention in exactly every nth layer, which mlx-lm"
+            " requires"
         )
 
-    # If the config also has the pattern, it must agree
+    # If the config also has the pattern, it must agree.
     stored = part.get("sliding_window_pattern", pattern)
     if stored != pattern:
         raise ModelError(

@@ -51,17 +51,17 @@ MODELS = {name: known.repo for name, known in KNOWN.items()}
 """Short name → hub repository."""
 
 QUANTIZED = ("4bit", "MXFP4-Q8")
-"""The ends of the names of repositories with quantized weights."""
+"""The endings of the names of repositories with quantized weights."""
 
 CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
-"""The short names of families. On a Mac, each stands for its largest model that trains there."""
+"""The short names of families. On a Mac, each means the largest model that trains there."""
 
 
 def sizes(*words: str) -> list[str]:
-    """Return the short names that stand for a size of their own, in the order of models.toml.
+    """Return one short name for each model and size, in the order of models.toml.
 
-    Left out are the families' names, base models that have an instruct version of the same size,
-    and models that are not quantized.
+    The list leaves out the families' names, base models that have an instruct version of the same
+    size, and models that are not quantized.
 
     Args:
         words: Only names that contain one of these words, in lower or upper case.
@@ -94,6 +94,6 @@ def gemma_for(budget: int, family: str = "gemma-3") -> str:
 
 
 def without_gpu(family: str) -> str:
-    """Return the short name of the model that a family's name stands for without a GPU."""
+    """Return the short name of the model that a family's name means without a GPU."""
     names = (name for name, known in KNOWN.items() if known.repo == MODELS[family])
     return next(name for name in names if name != family)

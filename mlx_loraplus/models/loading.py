@@ -65,14 +65,15 @@ def load_base(
 
     The arguments and errors are the same as for ``load_folder``.
     """
-    # Check the files first, because mlx-lm does not detect every error in them
-    if missing := missing_file(path):
+    # Check the files first, because mlx-lm does not detect every error in them.
+    missing = missing_file(path)
+    if missing:
         raise ModelError(f"the folder {path} is not a model: {missing}")
     stored = read_config(path / "config.json")
     tensors = index_tensors(path)
     _check_layers(stored, len(tensors), path)
 
-    # Make the model without reading its weights
+    # Make the model without reading its weights.
     try:
         original = load_config(path)
         model, config = _load_unread(path, original)
@@ -83,7 +84,7 @@ def load_base(
             model.set_dtype(mx.float32)  # bfloat16 and float16 are ~40 times slower on CPU
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    # mlx-lm's model classes may raise any kind of error for an unexpected config
+    # mlx-lm's model classes may raise any kind of error for an unexpected config.
     except Exception as problem:
         raise _not_loaded(path, problem) from problem
 
@@ -106,7 +107,7 @@ def load_stock(path: Path) -> nn.Module:
     try:
         with _without_wildcards(path) as folder:
             model, _ = load_model(folder, lazy=True, trust_remote_code=False)
-    # mlx-lm may raise any kind of error for unexpected weights
+    # mlx-lm may raise any kind of error for unexpected weights.
     except Exception as problem:
         raise ModelError(f"mlx-lm can't load this model ({one_line(problem)})") from problem
     return model
@@ -124,14 +125,14 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     try:
         ends = load_config(path).get("eos_token_id")
         return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=ends)
-    # transformers checks the model's config before it reads the tokenizer
+    # transformers checks the model's config before it reads the tokenizer.
     except StrictDataclassError as problem:
         reason = problem.__cause__ or problem
         raise ModelError(
             f"{path / 'config.json'} contradicts itself or holds a wrong value:"
             f" {str(reason).rstrip('.')}; correct these fields, or get the folder again"
         ) from problem
-    # transformers may raise any kind of error for an unexpected tokenizer
+    # transformers may raise any kind of error for an unexpected tokenizer.
     except Exception as problem:
         raise ModelError(
             f"the tokenizer in {path} can't be loaded: {one_line(problem)}"
@@ -153,7 +154,7 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     except Exception as problem:
         raise _not_loaded(path, problem) from problem
 
-    # The type of an array is known before the array is read
+    # The type of an array is known before the array is read.
     arrays: Any = tree_flatten(model.parameters())
     return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
 
@@ -173,7 +174,7 @@ def check_quantized(model: nn.Module) -> None:
         ModelError: A quantized layer has an unknown array, or a plain layer has packed weights.
     """
     for path, module in model.named_modules():
-        # Check the layers of MLX or mlx-lm that have packed weights
+        # Check the layers of MLX or mlx-lm that have packed weights.
         is_quantized = "Quantized" in type(module).__name__ and "scales" in module
         if is_quantized:
             unknown = sorted(set(module) - _QUANTIZED_ARRAYS)
@@ -184,7 +185,7 @@ def check_quantized(model: nn.Module) -> None:
                     " the model without it"
                 )
 
-        # Check the layers that should have plain weights
+        # Check the layers that should have plain weights.
         elif isinstance(module, nn.Linear | nn.Embedding):
             dtype = module.weight.dtype
             if not mx.issubdtype(dtype, mx.floating):
@@ -199,7 +200,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model that shares its arrays, so that an adapter can be applied to it."""
     shared: list[Any] = [array for _, array in tree_flatten(model.parameters())]
 
-    # Types and groups of processes can't be copied, so the copy shares them too
+    # Types and groups of processes can't be copied, so the copy shares them too.
     for module in model.modules():
         shared += [value for value in vars(module).values() if isinstance(value, mx.Dtype)]
         group = getattr(module, "group", None)
@@ -210,7 +211,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model with mlx-lm; its arrays are read when they are used."""
-    # mlx-lm would load weights with an unknown quantization method as plain numbers
+    # mlx-lm would load weights with an unknown quantization method as plain numbers.
     method = (original.get("quantization_config") or {}).get("quant_method")
     if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
         raise ModelError(
@@ -254,6 +255,6 @@ def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
             is_count = name.endswith(("layers", "n_layer")) and isinstance(value, int | float)
             if is_count and value > tensors:
                 raise ModelError(
-                    f"{path / 'config.json'} has {name} {value:,}, more than the {tensors} tensors"
-                    " there are"
+                    f"{path / 'config.json'} has {name} {value:,}, but its weights are only"
+                    f" {tensors} tensors"
                 )

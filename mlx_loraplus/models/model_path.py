@@ -1,4 +1,4 @@
-"""Check what is given as a model: a path that leads elsewhere, or to nothing."""
+"""Check the name of a model before the model is searched: obvious mistakes get advice."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ from ..userpaths import similar_paths
 
 
 def check_model_path(name: str) -> None:
-    """Check that a name is not a file of another kind, or a path where nothing is.
+    """Check that a name is not a file of another kind, a web address, or a missing path.
 
     Raises:
-        ModelError: It is.
+        ModelError: It is one of these, or empty.
     """
     if not name.strip():
         raise ModelError("the name of the model is empty: give a name, a folder or a .gguf file")
@@ -26,12 +26,12 @@ def check_model_path(name: str) -> None:
     if path.is_symlink() and not path.exists():
         raise ModelError(f"{name!r} is {describe_entry(path)}: correct or remove the link")
 
-    # The address of a page is copied from a browser.
+    # The address of a page, copied from a browser.
     if name.startswith(("https://", "http://")):
         hub_id = hub_id_in(name)
         hint = f": give its hub id, {hub_id}" if hub_id else ": give a hub id or a folder"
         raise ModelError(f"{name!r:.200} is an address, not a model{hint}")
 
-    # Only a path begins like this.
+    # Only paths begin like this.
     if name.startswith((".", "~", "/")) and not path.exists():
         raise ModelError(f"there is no folder or file {name!r}{similar_paths(path, ('.gguf',))}")

@@ -43,7 +43,7 @@ class PromptFormat:
         if not isinstance(stored, Mapping):
             return cls()
 
-        # Replace a value that this version does not know by the default
+        # Another version may have stored values that are unknown here.
         values: Mapping[Any, Any] = stored
         form = values.get("form")
         if form not in RAW_FORMS:

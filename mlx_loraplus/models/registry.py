@@ -16,8 +16,8 @@ from ..hub_access import hub_reachable, reason_of
 from ..userpaths import similar_paths
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
 
-# Of files that mlx-lm, transformers or this package read in a model's folder
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
+"""The suffixes of files that mlx-lm, transformers or this package read in a model's folder."""
 
 _HUB_FILES = (
     "*.json",
@@ -60,7 +60,7 @@ class ModelSource:
     path: Path  # a local folder that mlx-lm can load
     note: str | None = None  # one line to show to the user
     package: Package | None = None  # the package that embeds it, if it came from one
-    chosen: str | None = None  # what ``gemma-3`` stands for on this machine
+    chosen: str | None = None  # the short name that ``gemma-3`` means on this machine
 
     @property
     def exact_name(self) -> str:
@@ -89,7 +89,7 @@ def original_of(name: str) -> str:
     if not quantized:
         return f"what {name} was quantized from"
 
-    # Find the organization on the hub; only families with short names are known
+    # Find the organization on the hub; only families with short names are known.
     original = quantized[1]
     family = original.split("-")[0].lower()
     organization = _ORGANIZATIONS.get(family, "")
@@ -124,7 +124,7 @@ def find_model(name: str) -> ModelSource:
     if name in MODELS:
         return _find_short_name(name)
 
-    # The name may be a path: a .gguf file or a folder
+    # The name may be a path: a .gguf file or a folder.
     local = Path(name).expanduser()
     if local.suffix.lower() == ".gguf" and not local.is_dir():
         if not local.is_file():
@@ -170,7 +170,7 @@ def missing_file(folder: Path) -> str | None:
         advice = "; its .bin files are pickles, which are not read: get the model as safetensors"
         return f"it has no model*.safetensors{advice if pickled else ''}"
 
-    # Every shard in the index must exist
+    # Every shard in the index must exist.
     try:
         shards = indexed_shards(folder)
     except ModelError as problem:
@@ -182,9 +182,9 @@ def missing_file(folder: Path) -> str | None:
 
 
 def unreadable_file(folder: Path) -> str | None:
-    """Return a clause about a file of a model that would not end or can't be read, or None.
+    """Return a clause about a file of a model that is not an ordinary file, or None if none is.
 
-    A pipe, for example, would make its reader wait for ever.
+    Reading a pipe, for example, would never end.
     """
     if not folder.is_dir():
         return None
@@ -251,7 +251,7 @@ def _find_short_name(name: str) -> ModelSource:
 
     repo, chosen, note = _repository_of(name)
 
-    # Use the network only if the model is not in the cache
+    # Use the network only if the model is not in the cache.
     if snapshot := _cached_snapshot(repo):
         return ModelSource(name, snapshot, note, chosen=chosen)
     if embedded and not hub_reachable():
@@ -327,7 +327,7 @@ def smollm2_file() -> Path:
         path = Path(str(file.locate()))
         if file.suffix == ".gguf" and path.is_file():
             return path
-    raise ModelError(f"the package {_SMOLLM2} holds no .gguf file; install it again")
+    raise ModelError(f"the package {_SMOLLM2} contains no .gguf file; install it again")
 
 
 def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | None:
@@ -344,9 +344,9 @@ def _cached_snapshot(repo: str, files: Sequence[str] = _HUB_FILES) -> Path | Non
         return None
     except HFValidationError as problem:
         reason = str(problem).splitlines()[0]
-        raise ModelError(f"{repo!r} is no hub id and no folder: {reason}") from None
+        raise ModelError(f"{repo!r} is neither a hub id nor a folder: {reason}") from None
 
-    # The cache may contain only some of the wanted files
+    # The cache may contain only some of the wanted files.
     if files is _HUB_FILES:
         is_complete = missing_file(folder) is None
     else:
@@ -367,7 +367,7 @@ def _download(repo: str, files: Sequence[str] = _HUB_FILES) -> Path:
 
     from huggingface_hub import snapshot_download
 
-    # The hub's client has no common base class for the errors of networks and servers
+    # The hub's client has no common base class for the errors of networks and servers.
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(files)))
     except Exception as problem:

@@ -64,7 +64,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
             have the form that transformers writes, or a base or factor is not a positive number.
     """
     _check_values(config)
-    # In a multimodal config, the fields are in the language model's part
+    # In a multimodal config, the fields are in the language model's part.
     parts: dict[str, Any] = {}
     for name in TEXT_PARTS:
         if isinstance(config.get(name), dict):
@@ -72,7 +72,7 @@ def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     if config.get(KEY) is None:
         return config | parts
 
-    # If the config has an older field and the newer entry, the two must agree
+    # If the config has an older field and the newer entry, the two must agree.
     older = _older_fields(_by_layer_type(config[KEY]))
     for name, value in older.items():
         stored = config.get(name)
@@ -90,7 +90,7 @@ def _check_values(config: dict[str, Any]) -> None:
     """Check the bases and factors of RoPE in a config. Some families have a list of them.
 
     Raises:
-        ModelError: One is a text, or not positive.
+        ModelError: One of them is not a positive number.
     """
     part = text_part(config)
     holders = [part, part.get("rope_scaling"), part.get(KEY)]
@@ -147,7 +147,7 @@ def check_rope(model: nn.Module, config: dict[str, Any]) -> None:
     if not layers:
         return
 
-    # A model may have layers with and without scaling: OLMo 3 scales only full attention
+    # A model may have layers with and without scaling: OLMo 3 scales only full attention.
     kinds = _by_layer_type(part[KEY])
     unscaled: list[RopeParameters] = [
         {"rope_type": "default", "rope_theta": kind.get("rope_theta")} for kind in kinds.values()
@@ -173,18 +173,18 @@ def _check_older_scaling(model: nn.Module, part: dict[str, Any], config: dict[st
     if _kind(scaling) in ("default", "mrope"):
         return
 
-    # A scaling is for full attention, so it has no effect if all layers have windows
+    # A scaling is for full attention, so it has no effect if all layers have windows.
     windowed: list[Any] = [m for m in model.modules() if hasattr(m, "is_sliding")]
     if windowed and all(module.is_sliding for module in windowed):
         return
 
-    # Some families have rotary layers of their own, which are taken to apply it
+    # Some families have their own rotary layers. These are assumed to apply it.
     layers = [module for module in model.modules() if _is_named_rotary(module)]
     if layers and all(type(layer) is nn.RoPE and layer.scale == 1 for layer in layers):
         raise ModelError(
             f"mlx-lm's {config['model_type']} ignores the rope_scaling of this model"
-            f" ({scaling!s:.160}), and would load it with other positions; use a newer mlx-lm, or"
-            " another model"
+            f" ({scaling!s:.160}), so its positions would be wrong; use a newer mlx-lm, or another"
+            " model"
         )
 
 
@@ -192,9 +192,9 @@ def _ignored(config: dict[str, Any], kinds: dict[str, RopeParameters]) -> ModelE
     """Return the error for parameters that mlx-lm does not apply."""
     asked = "; ".join(f"{name}: {kind}" if name else str(kind) for name, kind in kinds.items())
     return ModelError(
-        f"mlx-lm's {config['model_type']} can't do the {KEY} of this model"
-        f" ({' '.join(asked.split()):.160}), and would load it with other positions; use a newer"
-        " mlx-lm, or another model"
+        f"mlx-lm's {config['model_type']} can't apply the {KEY} of this model"
+        f" ({' '.join(asked.split()):.160}), so its positions would be wrong; use a newer mlx-lm,"
+        " or another model"
     )
 
 
@@ -205,19 +205,19 @@ def _by_layer_type(parameters: Any) -> dict[str, RopeParameters]:
             f"its config.json has {KEY} {parameters!r:.80}; allowed is what transformers 5 writes"
         )
 
-    # OLMo 3 has a dictionary for each kind, and repeats the fields of one kind at the top level
+    # OLMo 3 has a dictionary for each kind, and repeats the fields of one kind at the top level.
     nested = {name: value for name, value in parameters.items() if isinstance(value, dict)}
     return nested or {"": parameters}
 
 
 def _older_fields(kinds: dict[str, RopeParameters]) -> dict[str, Any]:
     """Return the older fields that are equivalent to the parameters of each kind of layer."""
-    # The older fields describe the layers with full attention
+    # The older fields describe the layers with full attention.
     main = kinds.get("full_attention") or next(iter(kinds.values()))
     older = {name: main[entry] for name, entry in _OLDER_FIELDS.items() if entry in main}
     older["rope_scaling"] = _scaling(main)
 
-    # Layers with a sliding window have a separate base
+    # Layers with a sliding window have a separate base.
     local = kinds.get("sliding_attention")
     if local is not None and local is not main:
         older[_LOCAL_BASE] = local.get("rope_theta")
@@ -232,7 +232,7 @@ def _kind(parameters: RopeParameters) -> str:
 def _scaling(parameters: RopeParameters) -> RopeParameters | None:
     """Return the older ``rope_scaling``, with both ``type`` and ``rope_type``.
 
-    Some families read ``type``, and others read ``rope_type``.
+    Some families read only ``type``, and others only ``rope_type``.
     """
     kind = _kind(parameters)
     if kind == "default":
@@ -250,13 +250,13 @@ def _agrees(name: str, older: Any, newer: Any) -> bool:
     if not isinstance(older, dict):
         return False
 
-    # The kind may have two names
+    # The kind may have two names.
     newer = newer or {"rope_type": "default"}
     kinds = {_kind(older), _kind(newer)}
     if len(kinds) == 2 and kinds not in _SAME_KINDS:
         return False
 
-    # Ignore entries that are in only one of the two
+    # Ignore entries that are in only one of the two.
     shared = set(older) & set(newer) - {"type", "rope_type"}
     return all(older[key] == newer[key] for key in shared)
 
@@ -274,7 +274,7 @@ def _is_named_rotary(module: nn.Module) -> bool:
 
 def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) -> bool:
     """Return whether a rotary layer equals the one that mlx-lm makes from these parameters."""
-    # Translate the scaling to mlx-lm's terms
+    # Translate the scaling to mlx-lm's terms.
     kind = _kind(parameters)
     if kind == "su":
         kind = "longrope"
@@ -290,7 +290,7 @@ def _is_made_by(layer: Any, parameters: RopeParameters, config: dict[str, Any]) 
     except Exception:  # a kind that mlx-lm does not know, or a missing number  # noqa: BLE001
         return False
 
-    # The layers are equal if they have the same class and the same numbers
+    # The layers are equal if they have the same class and the same numbers.
     if type(layer) is not type(expected):
         return False
     pairs = zip(_numbers(layer), _numbers(expected), strict=True)
@@ -308,7 +308,7 @@ def _numbers(rope: Any) -> Iterator[Any]:
         yield from (rope.base, rope.factor, rope.max_position_embeddings)
         return
 
-    # mlx-lm has no public names for these
+    # mlx-lm has no public names for these.
     frequencies = rope._freqs  # noqa: SLF001
     yield mx.where(mx.isinf(frequencies), 0, frequencies)
     if isinstance(rope, SuScaledRoPE):

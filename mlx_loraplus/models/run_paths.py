@@ -58,7 +58,7 @@ def relocated(settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def present_path(name: str, written_in: str, folder: Path) -> str:
-    """Return where a path leads now.
+    """Return the present place of a path that a run has stored.
 
     Args:
         name: The stored path, or another name, which is returned unchanged.

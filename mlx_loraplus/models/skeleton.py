@@ -98,7 +98,7 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
             return _make_model(for_mlx_lm(copy.deepcopy(config)))  # a copy, as mlx-lm changes it
     except ModelError:
         raise
-    # mlx-lm's model classes may raise any kind of error for an unexpected config
+    # mlx-lm's model classes may raise any kind of error for an unexpected config.
     except (Exception, SystemExit) as problem:  # noqa: BLE001
         raise ModelError(
             f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
@@ -110,7 +110,7 @@ def _make_model(config: dict[str, Any]) -> nn.Module:
     model_class, args_class = _get_classes(config)
     model: Any = model_class(args_class.from_dict(config))
 
-    # Loading a tied model removes its head
+    # Loading a tied model removes its head.
     text = config.get("text_config", config)
     is_tied = text.get("tie_word_embeddings", text["model_type"].startswith("gemma"))
     inner = getattr(model, "language_model", model)
@@ -125,7 +125,7 @@ def _make_model(config: dict[str, Any]) -> nn.Module:
 
 
 def _quantize(model: nn.Module, settings: dict[str, Any]) -> None:
-    """Quantize the same layers as mlx-lm's converter; the config may have settings for a layer."""
+    """Quantize the same layers as mlx-lm's converter; a layer may have its own settings."""
     group_size = settings["group_size"]
 
     def settings_for(path: str, module: Any) -> Any:

@@ -31,7 +31,7 @@ def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
     Returns:
         The window in tokens; None if the config has no window, or the model's caches apply it.
     """
-    # In a multimodal config, the window is in the language model's part
+    # In a multimodal config, the window is in the language model's part.
     text = text_part(config)
     model_type = text.get("model_type", config.get("model_type"))
     window = _window_of(text, str(model_type))
@@ -46,17 +46,17 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         return None
 
-    # A window may be stored but switched off
+    # A window may be stored but switched off.
     is_on = not model_type.startswith(_OFF_BY_DEFAULT)
     if not config.get("use_sliding_window", is_on):
         return None
 
-    # transformers 5 lists the kind of each layer
+    # transformers 5 lists the kind of each layer.
     kinds = config.get("layer_types")
     if isinstance(kinds, list):
         return window if "sliding_attention" in kinds else None
 
-    # In older configs, the layers with a window depend on the family
+    # In older configs, the layers with a window depend on the family.
     if model_type in _ONLY_BY_LAYER:
         return None
     if model_type in _LATE_LAYERS:
@@ -66,7 +66,7 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
 
 
 def _cache_windows(caches: Iterable[Any]) -> set[int]:
-    """Return the windows that a model's caches apply; a cache may contain several caches."""
+    """Return the windows that a model's caches apply. A cache may contain other caches."""
     windows: set[int] = set()
     for cache in caches:
         windows |= _cache_windows(getattr(cache, "caches", ()))

@@ -1,4 +1,4 @@
-"""Report a family that mlx-lm can't train before its weights are downloaded."""
+"""Refuse a family that mlx-lm can't train before its weights are downloaded."""
 
 import re
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ def check_trainable(name: str) -> None:
     """Check that mlx-lm can train the family of a model. Only its config is downloaded.
 
     Raises:
-        ModelError: mlx-lm can't train it, with the models that can be trained instead, or needs
-            a package for it.
+        ModelError: mlx-lm can't train it, or needs a package for it. The message names models that
+            can be trained instead.
     """
     try:
         path = None if name in KNOWN else find_config(name)
     except ModelError:
-        return  # the model itself can't be found either, which is reported when it is loaded
+        return  # loading the model reports it
 
     config = read_config(path) if path else config_of(name)
     model_type = config["model_type"]
@@ -74,7 +74,7 @@ def _is_known(model_type: str) -> bool:
 
 
 def _relatives(model_type: str) -> str:
-    """Return advice that names the models with short names of the same maker's family."""
+    """Return advice that names the models of the same family that have short names."""
     word = re.match(r"[a-z]*", model_type.lower())
     family = word[0] if word else ""
     names = [name for name in sizes() if len(family) > 2 and name.startswith(family)]

@@ -36,7 +36,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
         ModelError: The header of a file does not match the size of the file, a tensor is in two
             files, or a file is not in the index.
     """
-    # If the folder has an index, every file must be in it
+    # If the folder has an index, every file must be in it.
     files = sorted(folder.glob("model*.safetensors"))
     shards = indexed_shards(folder)
     unnamed = [file.name for file in files if shards is not None and file.name not in shards]
@@ -46,7 +46,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             " name, but mlx-lm would load: move the file elsewhere, or get the folder again"
         )
 
-    # Opening a file checks its header
+    # Opening a file checks its header.
     tensors: dict[str, Path] = {}
     problems: list[str] = []
     for file in files:
@@ -60,7 +60,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
             problems.append(f"{file} is broken or cut short ({one_line(problem)})")
             continue
 
-        # Two files must not have the same tensor
+        # Two files must not have the same tensor.
         twice = next((name for name in names if name in tensors), None)
         if twice is not None:
             raise ModelError(
@@ -83,7 +83,7 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
     if any("lm_head" in name for name, _ in arrays):
         return
 
-    # Compare the stored head with the stored embeddings
+    # Compare the stored head with the stored embeddings.
     head, embedding = _find(tensors, _HEAD), _find(tensors, _EMBEDDINGS)
     if head is None or embedding is None:
         return
@@ -91,7 +91,7 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
         return
     raise ModelError(
         "its config.json ties the head to the embeddings (tie_word_embeddings), but its weights"
-        f" hold another {head}, which mlx-lm would drop: set tie_word_embeddings to false in"
+        f" contain a different {head}, which mlx-lm would drop: set tie_word_embeddings to false in"
         " config.json, or remove the tensor if it is a leftover"
     )
 

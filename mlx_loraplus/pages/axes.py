@@ -35,7 +35,7 @@ def fit_y_axis(values: Sequence[float], bottom: float, top: float, *, log: bool)
     return linear_axis(low, high, bottom, top)
 
 
-def linear_axis(low: float, high: float, start: float, stop: float, *, whole: bool = False) -> Axis:
+def linear_axis(low: float, high: float, start: float, stop: float, *, tight: bool = False) -> Axis:
     """Return an axis from ``low`` to ``high`` with about five round ticks.
 
     Args:
@@ -43,13 +43,14 @@ def linear_axis(low: float, high: float, start: float, stop: float, *, whole: bo
         high: The largest value.
         start: The position of ``low``.
         stop: The position of ``high``.
-        whole: Whether the axis shows steps: its ticks are whole numbers and it has no margins.
+        tight: Whether the axis has no margins. From one whole number to another, such as from step
+            to step, its ticks are whole numbers, too.
     """
     # Values that are all equal get a range around them. Numbers below zero appear only if needed.
     if high == low:
-        margin = 0.5 if whole else abs(low) * 0.1 or 1.0
+        margin = 0.5 if tight else abs(low) * 0.1 or 1.0
     else:
-        margin = 0.0 if whole else (high - low) * 0.05
+        margin = 0.0 if tight else (high - low) * 0.05
     first, last = low - margin, high + margin
     if first < 0 <= low:
         first = 0.0
@@ -58,7 +59,7 @@ def linear_axis(low: float, high: float, start: float, stop: float, *, whole: bo
     rough = (last - first) / 5
     power = 10.0 ** math.floor(math.log10(rough))
     distance = min((power * each for each in (1, 2, 5, 10)), key=lambda each: abs(each - rough))
-    if whole:
+    if tight and float(low).is_integer() and float(high).is_integer():
         distance = max(1.0, distance)
 
     count = math.floor(last / distance + 1e-9) - math.ceil(first / distance - 1e-9) + 1

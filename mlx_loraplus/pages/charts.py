@@ -22,7 +22,7 @@ from .axes import Axis, fit_y_axis, linear_axis, log_ticks
 # The size of a chart's drawing area and the space around it, in units of the view box.
 _WIDTH, _HEIGHT = 400, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
-_SCALE_WIDTH = 68  # of a map's colour scale with its numbers
+_SCALE_WIDTH = 82  # of a map's colour scale with its numbers, such as 0.00566
 _LETTER = 7.6  # approximate width of a letter
 _BAR = 24  # height of a bar with the space around it
 _MAX_MARKERS = 50  # a curve with more points is a plain line
@@ -103,7 +103,7 @@ def line_chart(
     if log_x and min(xs) < max(xs):
         x_axis = Axis(min(xs), max(xs), left, right, log_ticks(min(xs), max(xs)), log=True)
     else:
-        x_axis = linear_axis(min(xs), max(xs), left, right, whole=True)
+        x_axis = linear_axis(min(xs), max(xs), left, right, tight=True)
     y_axis = fit_y_axis(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
     # Draw from back to front.

@@ -33,11 +33,12 @@ from ..pages.transcript import chat_of
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run
-from .plots import Plot, finish_axes, write_picture
+from .plots import Plot, finish_axes, loss_unit, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
 _VALIDATED = ("validation loss", "exact answers")  # need the same validation examples
+_LOSSES = ("validation loss", "training loss")  # need the same objective
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _MAX_NAMES = 4  # of settings, in the headline
@@ -104,9 +105,12 @@ class Comparison(RichDisplay):
     def best(self) -> dict[str, set[int]]:
         """The numbers of the runs with the best value of each result, where the runs differ."""
         same_examples = all(run.start["valid"] == self.runs[0].start["valid"] for run in self.runs)
+        same_objective = len({run.config.objective.objective for run in self.runs}) == 1
         best: dict[str, set[int]] = {}
         for name, (number_of, is_higher_better) in _NUMBERS.items():
             if name in _VALIDATED and not same_examples:
+                continue
+            if name in _LOSSES and not same_objective:
                 continue
             numbers = {index: number_of(run) for index, run in enumerate(self.runs)}
             known = {index: value for index, value in numbers.items() if value is not None}
@@ -137,7 +141,9 @@ class Comparison(RichDisplay):
         for axes in panels[1:]:
             if legend := axes.get_legend():
                 legend.remove()
-        panels[0].set_ylabel(f"{_CURVES[name]} (nats per token)")
+        units = {loss_unit(run) for run in self.runs}
+        unit = f" {units.pop()}" if len(units) == 1 else ""
+        panels[0].set_ylabel(_CURVES[name] + unit)
         return figure
 
     def _draw(self, axes: Axes, name: str, x_axis: _XAxis) -> None:
@@ -336,6 +342,7 @@ def _facts_of(run: Run) -> dict[str, str]:
         results["exact answers"] = f"{before} before, {after} after, of {count}"
     if found.tokens_per_second is not None:
         results["speed"] = f"{found.tokens_per_second:,.0f} tokens/s"
+    results["model"] = run.start["model"]  # without the size, to which adapters add
     return settings | dict(summary(run)) | results
 
 

@@ -36,9 +36,13 @@ def write_picture(figure: Figure, path: Path) -> None:
 def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss over steps."""
     _draw_series(axes, run, _LOSSES, log=True)
+    axes.set_ylabel(f"loss {loss_unit(run)}")
+
+
+def loss_unit(run: Run) -> str:
+    """Return the unit of a run's losses, to follow the word "loss"."""
     objective = run.config.objective
-    unit = f"per {objective.unit}" if objective.has_preferences else "(nats per token)"
-    axes.set_ylabel(f"loss {unit}")
+    return f"per {objective.unit}" if objective.has_preferences else "(nats per token)"
 
 
 def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
@@ -52,7 +56,7 @@ def finish_axes(axes: Axes, unit: str, *, log: bool) -> None:
         _use_log_scale(axes, decades=float(np.log10(max(values) / min(values))))
 
     # A single curve is named by the caption and needs no legend.
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=unit != "minutes"))
     axes.set_xlabel(unit)
     axes.grid(alpha=0.2)
     if len(axes.lines) > 1:

@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..config import TrainConfig
+from ..device import gb
 from ..errors import counted
 from .history import REPORT, Run, encode_event, numbers
 from .next_steps import closing
@@ -81,7 +82,7 @@ class Lines(AbstractContextManager[Any]):
         if "outcome" in event:
             return closing(run)
 
-        lines = [event_line(event, run.steps)]
+        lines = event_lines(event, run.steps)
         if "loss" in event and event["step"] < run.steps:
             lines[0] += f"  {time_left(run)}"
         if self.verbosity == "verbose":
@@ -150,8 +151,9 @@ class Terminal(Lines):
         self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
 
     def _print_message(self, line: str) -> None:
+        # The terminal wraps a long line, because a command is then copied from it as one line.
         style = "yellow" if line.startswith("warning") else ""
-        self._console.print(Text(line, style))
+        self._console.print(Text(line, style), soft_wrap=True)
 
     def _display(self) -> Any:
         """Return the current state of the run; rich calls this from another thread."""
@@ -237,7 +239,7 @@ def card(run: Run) -> list[tuple[str, str]]:
     unit = "packed row" if config.data.pack else config.objective.unit
 
     return [
-        ("model", f"{start['model']}, {start['memory']['weights_gb']:.2f} GB"),
+        ("model", f"{start['model']}, {gb(start['memory']['weights_gb'] * 1e9)}"),
         ("adapter", f"{kind}: {start['adapter']}"),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
         ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
@@ -303,41 +305,53 @@ def time_left(run: Run) -> str:
     return f"{timedelta(seconds=round(seconds))} left"
 
 
-def event_line(event: Event, steps: int) -> str:
-    """Return a report, a validation or a skipped step as a line."""
+def event_lines(event: Event, steps: int) -> list[str]:
+    """Return a report, a validation or a skipped step as a line; preferences add a second one."""
     width = len(str(steps))
     position = f"step {event['step']:>{width}}/{steps}"
 
-    if "valid_loss" in event:
-        seconds = event["valid_seconds"]
-        line = f"{position}  validation loss {event['valid_loss']:.4f}"
-        return f"{line}{_pair_line(event, 'valid_')}  ({seconds:.1f} s)"
     if "skipped" in event:
         count = event["skipped"]
-        return f"{position}  skipped: {event['reason']}  ({count} skipped so far)"
-    return f"{position}  loss {event['loss']:.4f}{_pair_line(event)}  {_pace(event)}"
+        return [f"{position}  skipped: {event['reason']}  ({count} skipped so far)"]
+    if "valid_loss" in event:
+        figures = _preference_figures(event, "valid_")
+        loss = f"validation loss {event['valid_loss']:.4f}{_ranked(event, 'valid_')}"
+        return [f"{position}  {loss}  ({event['valid_seconds']:.1f} s)", *figures]
+    loss = f"loss {event['loss']:.4f}{_ranked(event)}"
+    return [f"{position}  {loss}  {_pace(event)}", *_preference_figures(event)]
 
 
-def _pair_line(event: Event, prefix: str = "") -> str:
-    """Return the rewards and log-probabilities of compared answers; empty without them.
+def _ranked(event: Event, prefix: str = "") -> str:
+    """Return the share of compared answers that are ranked right; empty without preferences."""
+    for name in ("preferred", "reward_accuracy"):  # pairs have both, labeled answers the second
+        if prefix + name in event:
+            return f", ranked right {event[prefix + name]:.1%}"
+    return ""
+
+
+def _preference_figures(event: Event, prefix: str = "") -> list[str]:
+    """Return the rewards and log-probabilities of compared answers as a line; none without them.
 
     A batch of labeled answers may have none of one kind, and then lacks its figures.
     """
-    if f"{prefix}reward_accuracy" not in event:
-        return ""
-
     forms = {
         "reward_margin": "margin {:.4f}",
         "reward_accuracy": "accuracy {:.1%}",
         "kl": "KL {:.4f}",
         "logp_chosen": "log p chosen {:.1f}",
-        "logp_rejected": "log p rejected {:.1f}",
-        "preferred": "preferred {:.1%}",
+        "logp_rejected": "rejected {:.1f}",
     }
-    figures = [
-        form.format(event[prefix + name]) for name, form in forms.items() if prefix + name in event
-    ]
-    return f"  {', '.join(figures)}"
+    if prefix + "preferred" not in event:
+        del forms["reward_accuracy"]  # the first line has it
+    if prefix + "logp_chosen" not in event:
+        forms["logp_rejected"] = "log p rejected {:.1f}"
+
+    figures: list[str] = []
+    for name, form in forms.items():
+        if prefix + name in event:
+            value = round(event[prefix + name], 4) + 0.0  # -0.0 becomes 0.0
+            figures.append(form.format(value))
+    return [f"  {', '.join(figures)}"] if figures else []
 
 
 def sparkline(values: Sequence[float], *, width: int = _MAX_BARS, ascii_only: bool = False) -> str:
@@ -370,5 +384,5 @@ def _pace(event: Event) -> str:
             rates.append(f"{group_name(name)} {rate:.2e}")
 
     speed = f"{event['tokens_per_second']:,.0f} tokens/s"
-    memory = f"{event['peak_memory_gb']:.2f} GB peak"
+    memory = f"{gb(event['peak_memory_gb'] * 1e9)} peak"
     return f"rates {', '.join(rates)}  {speed}  {memory}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..device import gb
+from ..errors import counted
 from ..files import write_atomically
 from ..pages.charts import Chart, Curve, Mark, line_chart
 from ..pages.pages import HTMLTable, Section, render_card, render_page
@@ -22,18 +23,14 @@ from .report_answers import answers_section, other_answers
 from .report_changes import change_section
 from .report_headline import failure_reason, headline, sentence
 from .state import Event
-from .verdict import Trend
+from .verdict import Trend, divergence, duration, rose_since
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
 LIVE_SECONDS = (
     3600.0  # a run that was not heard from for this long was killed; page.js knows it too
 )
 _FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
-_CHOICES = {
-    "attention": "attention",
-    "cross_entropy": "cross-entropy",
-    "delta_rule": "gated delta rule",
-}
+_CHOICES = {"attention": "attention", "cross_entropy": "cross-entropy"}
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 
@@ -94,18 +91,20 @@ def summary(run: Run) -> list[tuple[str, str]]:
     if valid := run.losses("valid_loss"):
         first = valid[0][1]
         step, best = min(valid, key=_finite_loss)
-        text = f"{first:.4f} before, {best:.4f} at best (step {step:,})"
+        text = f"{first:.4f} before"
+        if len(valid) > 1:
+            text += f", {best:.4f} at best (step {step:,})"
         rows.append(("validation loss", text))
 
     # The results of training itself.
     if reports := run.losses("loss"):
         (_, first), (step, last) = reports[0], reports[-1]
         tokens = run.spent([step], "useful_tokens")[0]
-        minutes = run.spent([step], "seconds")[0] / 60
+        time_in_steps = duration(run.spent([step], "seconds")[0])
         peak = max(value for _, value in run.losses("peak_memory_gb"))
         rows.append(("training loss", f"{first:.4f} at first, {last:.4f} at last"))
-        rows.append(("spent", f"{tokens:,.0f} tokens, {minutes:.1f} minutes in steps"))
-        rows.append(("peak memory", f"{peak:.2f} GB"))
+        rows.append(("spent", f"{tokens:,.0f} tokens, {time_in_steps} in steps"))
+        rows.append(("peak memory", gb(peak * 1e9)))
     return rows
 
 
@@ -195,7 +194,7 @@ def _learning_text(run: Run) -> str:
     """Return how the validation loss developed."""
     found = run.verdict
     if found.trend == "diverged":
-        return "The last validation loss is not a number: training has diverged."
+        return divergence(run)
     if found.before is None or found.after is None or found.best_step is None:
         return "There are fewer than two validations, so there is nothing to compare yet."
 
@@ -206,6 +205,10 @@ def _learning_text(run: Run) -> str:
         "levelled off": "it has levelled off",
         None: "there are too few steps or validations to say more",
     }
+    if found.trend is None and (risen := rose_since(run)) is not None:
+        texts[None] = (
+            f"it has risen since step {risen:,}, in too few steps or validations to say more"
+        )
     return (
         f"The validation loss was {found.before:.4f} before training and {found.after:.4f} at best"
         f" (step {found.best_step:,}); {texts[found.trend]}."
@@ -228,9 +231,9 @@ def _stability_section(run: Run) -> Section:
     skipped = [(event["step"], event["reason"]) for event in run.history if "skipped" in event]
     text = "No step was skipped."
     if skipped:
-        text = (
-            f"{len(skipped):,} steps were skipped, because the loss or a gradient was not finite."
-        )
+        verb = "was" if len(skipped) == 1 else "were"
+        count = counted(len(skipped), "step")
+        text = f"{count} {verb} skipped, because the loss or a gradient was not finite."
     if run.outcome == "failed":
         text += " " + sentence(f"the run failed: {failure_reason(run)}")
     table = HTMLTable(skipped, ("step", "why"), "Skipped steps")

@@ -30,7 +30,11 @@ def answers_section(run: Run) -> Section | None:
             shown.append(shown_answer(_name_step(run, answers, step), answer, expected))
         cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
 
-    text = "Shaded words are not in the expected answer; crossed-out words are missing."
+    # Own prompts have no expected answers.
+    text = "Long answers are cut."
+    if any(prompt["expected"] is not None for prompt in prompts):
+        marks = "Shaded words are not in the expected answer; crossed-out words are missing."
+        text = f"{marks} {text}"
     return Section("Answers to fixed prompts", text, cards=cards)
 
 

@@ -2,24 +2,24 @@
 
 import math
 from datetime import UTC, datetime
-from pathlib import Path
 
 from ..device import gb
 from ..errors import counted
 from ..pages.pages import Headline, Tile
+from ..userpaths import public_name
 from .history import Run
 from .next_steps import next_commands
 from .ownership import newest_step
 from .progress import time_left
 from .report_answers import best_step
-from .verdict import Verdict, advice, ranking_of
+from .verdict import Verdict, advice, divergence, duration, ranking_of
 
 _LONG_REASON = 160  # characters
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
-    data = ", ".join(map(_short_name, run.config.data.data)) or "the built-in demo set"
+    data = ", ".join(map(public_name, run.config.data.data)) or "the built-in demo set"
     count = run.start["train"]["examples"]
     unit = "pair" if run.config.objective.is_paired else "example"
     found = run.verdict
@@ -37,7 +37,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
 
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
-        title=f"{_short_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
+        title=f"{public_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
         state=_state(run, found, live=live),
         text=text,
         lead=_lead(run, found, live=live),
@@ -54,7 +54,8 @@ def _state(run: Run, found: Verdict, *, live: bool) -> str:
     """Return the state of a run in a few words."""
     if live:
         return "training"
-    return "diverged" if run.finished and found.trend == "diverged" else run.outcome
+    has_ended = run.finished or run.outcome == "failed"
+    return "diverged" if has_ended and found.trend == "diverged" else run.outcome
 
 
 def sentence(text: str) -> str:
@@ -64,8 +65,8 @@ def sentence(text: str) -> str:
 
 def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     """Return whether the adapter is better than what it started from, in one or two sentences."""
-    if found.trend == "diverged":
-        return "Training has diverged: the last validation loss is not a number."
+    if found.trend == "diverged" and run.outcome != "failed":
+        return divergence(run)
     if run.outcome == "failed":
         # Of a long reason, the first clause says what happened; a question below has all of it.
         reason = failure_reason(run)
@@ -83,19 +84,28 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     if found.after >= found.before:
         text = f"No validation was better than {start}" + (" so far." if live else ".")
     elif found.ranked is not None and run.config.objective.is_paired:
-        before, after = found.ranked
-        text = (
-            f"The chosen answers are preferred in {after:.0%} of the validation pairs, and by"
-            f" {start} in {before:.0%}."
-        )
+        fall = _percent(1 - found.after / found.before)
+        before, after = map(_percent, found.ranked)
+        text = f"The chosen answers are preferred in {after} of the validation pairs"
+        if before == after:
+            text += f", as by {start}, but the validation loss is {fall} lower."
+        else:
+            text += f", and by {start} in {before}."
     else:
-        share = 1 - found.after / found.before
-        text = f"Better than {start}: the validation loss is {share:.0%} lower."
+        fall = _percent(1 - found.after / found.before)
+        text = f"Better than {start}: the validation loss is {fall} lower."
     if found.exact is not None:
         before, after, count = found.exact
         was = ", as before training" if before == after else f"; before training, {before} were"
         text += f" {after} of {count} sample answers are exact{was}."
     return text
+
+
+def _percent(share: float) -> str:
+    """Return a share as text; only 0 and 1 are rounded to 0% and 100%."""
+    if share in (0, 1) or 0.01 <= share <= 0.99:
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
 
 
 def failure_reason(run: Run) -> str:
@@ -122,12 +132,6 @@ def _started(run: Run) -> str:
     except (KeyError, TypeError, ValueError):
         return ""
     return f"started {started:%Y-%m-%d %H:%M} UTC"
-
-
-def _short_name(name: str) -> str:
-    """Return the last part of a path; names of the model hub, such as org/name, stay whole."""
-    path = Path(name)
-    return path.name if path.is_absolute() or name.startswith(".") or path.suffix else name
 
 
 def _loss_tile(run: Run, found: Verdict) -> Tile | None:
@@ -167,9 +171,9 @@ def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
     by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None
-    change = f"{by_step[0]:.0%}"
+    change = _percent(by_step[0])
     if found.best_step in by_step:
-        change += f" → {by_step[found.best_step]:.0%}"
+        change += f" → {_percent(by_step[found.best_step])}"
     if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
     if objective.is_labeled:
@@ -191,7 +195,7 @@ def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
     if not reports:
         return []
     tokens = run.spent([reports[-1][0]], "useful_tokens")[0]
-    tiles = [Tile("Time", _duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
+    tiles = [Tile("Time", duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
 
     # If all steps were skipped, no memory was reported.
     peaks = [value for _, value in run.losses("peak_memory_gb")]
@@ -200,10 +204,3 @@ def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
         note = f"planned: {gb(planned * 1e9)}" if planned else ""
         tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
     return tiles
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    if minutes < 1:
-        return f"{seconds:.1f} seconds"
-    return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"

@@ -2,15 +2,15 @@
 
 Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
 
-- diverged: the last loss is not a finite number
+- diverged: the last loss is not a finite number, or b ≥ f and skipped steps have ended the run
 - not better: b ≥ f
 - overfitting: the last loss is more than 1% above b, so the loss has risen since step n
 - still falling: the last validation is the best, and since the one before it the loss fell by more
   than 5% of the whole fall f - b
 - levelled off: otherwise
 
-Nothing is called levelled off in fewer than 30 steps, or with fewer than 3 validations after the
-first.
+Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
+validations after the first: so little can be chance.
 """
 
 import math
@@ -29,7 +29,7 @@ Trend = Literal["diverged", "not better", "overfitting", "still falling", "level
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
-_FEWEST_STEPS = 30  # for a verdict that more steps would change little
+_FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
 
@@ -83,10 +83,18 @@ class Verdict:
             before, after, count = self.exact
             lines.append(f"exact sample answers {before} of {count} -> {after} of {count}")
 
-        took = f"took {self.minutes:.1f} minutes"
+        took = f"took {duration(60 * self.minutes)}"
         if self.tokens_per_second is not None:
             took += f", {self.tokens_per_second:,.0f} tokens/s"
         return [*lines, took]
+
+
+def duration(seconds: float) -> str:
+    """Return a time in a unit that suits it."""
+    minutes = seconds / 60
+    if minutes < 1:
+        return f"{seconds:.1f} seconds"
+    return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
 def _perplexity(loss: float) -> str:
@@ -102,8 +110,8 @@ def verdict_of(run: "Run") -> Verdict:
     trend = None
     if first is not None and trained:
         trend = _trend(first, [loss for loss, _ in trained], losses[-1][0])
-    diverged = _diverged_at(run)
-    if diverged is not None:
+    is_better = first is not None and after is not None and after < first
+    if _diverged_at(run) is not None or (_ends_with_skipped_steps(run) and not is_better):
         trend = "diverged"
 
     reports = [event for event in run.history if "loss" in event]
@@ -133,6 +141,20 @@ def _diverged_at(run: "Run") -> int | None:
     return since
 
 
+def _ends_with_skipped_steps(run: "Run") -> bool:
+    """Return whether a run failed because too many steps in a row were skipped."""
+    before_the_end = run.history[-2:-1]
+    return run.outcome == "failed" and any("skipped" in event for event in before_the_end)
+
+
+def divergence(run: "Run") -> str:
+    """Return a sentence on how a diverged run shows it."""
+    sign = "the last steps were skipped, because the loss or a gradient was not finite"
+    if _diverged_at(run) is not None:
+        sign = "the last validation loss is not a number"
+    return f"Training has diverged: {sign}."
+
+
 def ranking_of(run: "Run") -> str:
     """Return the name of the share of validation answers that are ranked right.
 
@@ -155,15 +177,20 @@ def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
     best, last = min(trained), trained[-1]
     if best >= first:
         return "not better"
-    if last > (1 + _RISE) * best:
-        return "overfitting"
-    if len(trained) < 2:
-        return None
-    if last == best and trained[-2] - last > _FALL * (first - last):
+    if len(trained) > 1 and last == best and trained[-2] - last > _FALL * (first - last):
         return "still falling"
     if steps < _FEWEST_STEPS or len(trained) < _FEWEST_VALIDATIONS:
         return None
-    return "levelled off"
+    return "overfitting" if last > (1 + _RISE) * best else "levelled off"
+
+
+def rose_since(run: "Run") -> int | None:
+    """Return the step of the best validation if the last one is clearly worse, or None."""
+    found = run.verdict
+    last = run.losses("valid_loss")[-1:]
+    if found.after is None or not last or last[0][1] <= (1 + _RISE) * found.after:
+        return None
+    return found.best_step
 
 
 def ends_too_early(run: "Run") -> bool:
@@ -171,6 +198,22 @@ def ends_too_early(run: "Run") -> bool:
     found = run.verdict
     is_short = run.history[-1]["step"] < _FEWEST_STEPS
     return is_short and found.trend is None and found.after is not None
+
+
+def _advice_on_few(run: "Run", kept: str) -> str:
+    """Return what to do after too few steps or validations to name a trend."""
+    unknown, remedy = "the loss has levelled off", "train longer"
+    risen = rose_since(run)
+    if risen is not None:
+        unknown, remedy = "it overfits", "train longer, or with a lower --learning-rate"
+
+    few = "steps"
+    if not ends_too_early(run):
+        few, remedy = "validations", "lower --steps-per-eval"
+    advised = f"too few {few} to say whether {unknown}: {remedy}"
+    if risen is None:
+        return advised
+    return f"the validation loss has risen since step {risen}, whose {kept} kept; {advised}"
 
 
 def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
@@ -215,9 +258,6 @@ def advice(run: "Run", found: Verdict) -> str | None:
     can_sweep = not is_full and not run.config.objective.is_paired
     search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
     kept = "weights are" if is_full else "adapter is"
-    too_few = "too few validations to say whether to train longer: lower --steps-per-eval"
-    if ends_too_early(run):
-        too_few = "too few steps to say whether the loss has levelled off: train longer"
     texts: dict[Trend | None, str] = {
         "not better": (
             "no validation was better than before training: try a lower --learning-rate, such as"
@@ -229,7 +269,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
         ),
         "still falling": "the validation loss is still falling: train longer",
         "levelled off": "the validation loss has levelled off: more steps would change little",
-        None: too_few,
+        None: _advice_on_few(run, kept),
     }
     return texts[found.trend]
 
@@ -245,6 +285,8 @@ def _advice_on_divergence(run: "Run", found: Verdict) -> str:
     since = _diverged_at(run)
     rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
     lower = f"a lower --learning-rate, such as {rate:.1e}"
+    if since is None and took_effect(run):
+        return f"train from the start with {lower}"
     if since is None:
         return (
             "nothing was learned, because the loss or a gradient was never finite: train from the"

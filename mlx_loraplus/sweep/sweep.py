@@ -1,10 +1,10 @@
 """Find eta and lambda for one model and its data by successive halving.
 
-Rank and alpha can be searched too. After each round, the best third of the trials continue to runs
-that are three times as long. Every trial is a complete run, only shorter: it has its own warm-up
-and schedule, and starts with new adapters on the same base and the same batches. The last round
-trains its few trials and the baseline with several seeds. A trial that diverges is cut: it stops at
-that step.
+Rank and alpha can be searched too. The settings of the best third of the trials enter the next
+round, whose runs are three times as long. Every trial is a complete run: it has its own warm-up and
+schedule, and starts with new adapters on the same base and the same batches. The last round trains
+its few trials and the baseline with several seeds. A trial that diverges is cut: it stops at that
+step.
 """
 
 import itertools
@@ -211,6 +211,7 @@ def sweep_rates(
     check_no_adapters(model)
     check_sweep_folder(config)
     run = resolve_length(run_config_of(config), model, log)
+
     # Every trial is scored on the same sample of the validation examples.
     found = load_examples(run, tokenizer, log)
     check_examples(limits_of(model), found, tokenizer, log)
@@ -228,6 +229,7 @@ def sweep_rates(
     if config.max_minutes:
         deadline = time.perf_counter() + 60 * config.max_minutes
 
+    # Run the trials, and write what they found.
     identity, default = _identity_of(config, model, examples), Point.of(run)
     with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, start_sweep_folder(config, identity))

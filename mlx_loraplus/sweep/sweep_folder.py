@@ -66,7 +66,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
         if TRIALS in held:
             raise OutputError(f"{folder} already holds a sweep: --resume continues it, {another}")
         raise OutputError(
-            f"{folder} holds {', '.join(held)}, which no sweep has written: {another}"
+            f"{folder} holds {', '.join(held)} without the trials of a sweep: {another}"
         )
 
 
@@ -133,7 +133,7 @@ def write_trials(folder: Path, identity: Mapping[str, Any], trials: Sequence[Tri
 
 
 def write_live_page(sweep: Sweep) -> None:
-    """Write the page of a sweep that is not at its end."""
+    """Write the page of a sweep that is still running."""
     page = sweep_page(sweep, live=True)
     write_atomically(Path(sweep.config.adapter_path) / PAGE, page, durable=False)
 

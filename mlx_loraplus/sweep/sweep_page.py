@@ -10,7 +10,9 @@ import numpy as np
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import REFRESH, plain
+from ..runs.report_headline import sentence
 from ..settings import settings_of
+from ..userpaths import public_name
 from .heatmap import Heatmap
 from .sweep_result import Sweep, resume_sweep_command, train_best_command
 
@@ -29,6 +31,7 @@ def sweep_page(sweep: Sweep, *, live: bool = False) -> bytes:
 
 def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
     """Return what a reader should know first: which rates to train with, and why."""
+    # The best settings so far.
     finalists = sweep.finalists()
     tiles: list[Tile] = []
     if finalists:
@@ -39,15 +42,17 @@ def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
             Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
             Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
         ]
+
+    # What to do next, and why.
     command = ("resume", resume_sweep_command(sweep.config))
     if sweep.outcome == "finished":
         command = ("train", train_best_command(sweep.config))
-    lines = (sweep.verdict(), *sweep.edges())
     return Headline(
-        title=f"{sweep.config.model}: which rates?",
+        title=f"{public_name(sweep.config.model)}: which rates?",
         state="running" if live else sweep.outcome,
         text=sweep.cost(),
-        lead=" ".join(f"{line[0].upper()}{line[1:]}." for line in lines),
+        lead=sentence(sweep.verdict()),
+        next_step=" ".join(map(sentence, sweep.edges())),
         commands=[command],
         tiles=tiles,
         is_live=live,
@@ -103,7 +108,10 @@ def _shown(loss: float) -> str:
 
 
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
-    """Return a chart of the losses over eta, a curve for each lambda, if it has a line."""
+    """Return a chart of the losses over eta with a curve for each lambda, or no chart.
+
+    A curve needs at least two finite losses.
+    """
     curves: list[Curve] = []
     for value, losses in zip(heatmap.y, heatmap.losses, strict=True):
         points = list(zip(heatmap.x, losses.tolist(), strict=True))

@@ -132,8 +132,8 @@ class Sweep(RichDisplay):
             # A setting with only one value has no edge.
             if len(tried) > 1 and best in (min(tried), max(tried)):
                 lines.append(
-                    f"{name} {best:.3g} is at the edge of the values tried: resume with wider"
-                    f" {wider}"
+                    f"the best {name}, {best:.3g}, is at the edge of the values tried: resume with"
+                    f" wider {wider}"
                 )
         return lines
 
@@ -222,7 +222,7 @@ def resume_sweep_command(config: SweepConfig) -> str:
 
 
 def train_best_command(config: SweepConfig) -> str:
-    """Return the command that trains with the settings that a sweep has found, ready to paste."""
+    """Return the command that trains with the settings that a sweep found, ready to paste."""
     settings = shlex.quote(str(Path(config.adapter_path) / BEST))
     return f"mlx_loraplus.train -c {settings}"
 

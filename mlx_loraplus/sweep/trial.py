@@ -160,7 +160,7 @@ def run_trial(
         examples: The training and validation examples.
         untrained: The base's loss. A trial counts as diverged and is cut if its training loss
             exceeds ``DIVERGED`` times this loss, or if a step is skipped.
-        rule: The optimizer; studies use others than LoRA+.
+        rule: The class of the optimizer; studies use others than LoRA+.
         on_the_way: Validate every ``steps_per_eval`` steps too, not only at the end.
         finish: Called after training, while the adapters are still attached.
     """
@@ -172,7 +172,7 @@ def run_trial(
         if "skipped" in event or event.get("loss", 0.0) > DIVERGED * untrained:
             raise _Diverged
 
-    # Everything random follows from the seed, so all trials of a seed see the same batches.
+    # The seed determines everything random, so all trials of a seed see the same batches.
     mx.random.seed(config.seed)
     with new_adapters(model, config) as trainable:
         state = trial_state(model, config, examples.train, trainable, rule)

@@ -324,7 +324,7 @@ class World:
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
         """Mark an error that all processes raise, so that only the first process shows it."""
-        error.told = not self.is_main
+        error.reported = not self.is_main
         return error
 
     def compute(self, tree: Any) -> None:

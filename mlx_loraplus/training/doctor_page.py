@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..device import gb
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
+from ..userpaths import public_name
 from .probes import ModelProbes
 from .selfcheck import STOCK, CheckResult
 from .tuning import TuningResult
@@ -78,17 +79,18 @@ def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamina
     """Return what the doctor found as a page."""
     sections: list[Section] = []
     for each in found:
+        name = public_name(each.name)
         if each.check.skipped:
             text = f"Not checked: {each.check}."
-            sections.append(Section(f"Does {each.name} compute correctly?", text))
+            sections.append(Section(f"Does {name} compute correctly?", text))
         else:
             table, allowed = check_table(each.check)
             text = f"The largest deviations of each way to compute a step; {allowed}."
-            sections.append(Section(f"Does {each.name} compute correctly?", text, table))
+            sections.append(Section(f"Does {name} compute correctly?", text, table))
 
         table, notes = tuning_table(each.tuned, each.probes)
         text = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
-        sections.append(Section(f"How fast is {each.name}?", text, table))
+        sections.append(Section(f"How fast is {name}?", text, table))
     sections.append(Section("What is this machine?", table=HTMLTable(machine)))
     return render_page("doctor", _headline(dict(machine), found), sections)
 
@@ -108,7 +110,7 @@ def _headline(facts: dict[str, str], found: Sequence[ModelExamination]) -> Headl
     for each in found:
         best = each.tuned.best
         if best.seconds is not None:
-            size = f"{each.tuned.rows} x {each.tuned.length} tokens, {each.name}"
+            size = f"{each.tuned.rows} x {each.tuned.length} tokens, {public_name(each.name)}"
             tiles.append(Tile("A step takes", f"{best.seconds:.3g} s", size))
     return Headline(
         title=f"{facts['chip']}: is it ready to train?",

@@ -93,7 +93,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     if found.problems:
         console.print(Text(f"\ntraining would stop: {'; '.join(found.problems)}", "bold red"))
         error = ConfigError("; ".join(found.problems))
-        error.told = True
+        error.reported = True
         raise error
     console.print(Text(f"\nto start: {_command(words)}"))
 

@@ -16,7 +16,7 @@ from ..data.batches import Batches
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..data.splits import load_examples
-from ..errors import DeviceError
+from ..errors import DeviceError, OutputError
 from ..files import locked
 from ..keywords import in_keywords
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
@@ -222,7 +222,11 @@ def _train(model: nn.Module, session: Session) -> None:
         raise
 
     # Put back the adapter of the best validation, and write it with the report.
-    writer.finish(outcome)
+    try:
+        writer.finish(outcome)
+    except OutputError as error:
+        writer.record_error(error)
+        raise
 
 
 def start_state(model: nn.Module, session: Session) -> StartState:

@@ -166,6 +166,10 @@ class RunWriter:
         event = self._end_event("failed") | {"reason": reason}
         if checkpointing_helps:
             event["checkpointing_helps"] = True
+
+        # A session whose last files can't be written has recorded its end already.
+        if "outcome" in run.history[-1]:
+            run.history.pop()
         run.history.append(event)
         if self.session.world.is_main:
             with suppress(OutputError):

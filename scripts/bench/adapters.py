@@ -82,7 +82,7 @@ def train(
     *,
     quantized: bool = False,
 ) -> dict[str, Any]:
-    """Attach adapters with these settings, train for so many updates, and return what was measured.
+    """Attach adapters with these settings, train for ``updates`` updates, and return the measurements.
 
     Args:
         model: Without adapters; it is changed.
@@ -138,7 +138,7 @@ def train(
 
 
 def dequantize_bases(model: nn.Module) -> bool:
-    """Give adapters over quantized layers the same weights in full where MLX has no GPU; tell whether that was done."""
+    """Without a GPU, dequantize the bases of adapters; return whether that was done."""
     over = [
         adapter for adapter in find_adapters(model).values() if isinstance(adapter.base, QUANTIZED)
     ]

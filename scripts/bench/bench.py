@@ -2,19 +2,19 @@
 
     scripts/bench/run --data FOLDER          all cases (a, b, c, d) and the parity of the losses, with their JSON
     scripts/bench/run curve                  what a step costs against length, batch, rank and vocabulary
-    scripts/bench/run adapters               every adapter on one model, after equal updates
-    scripts/bench/run times                  its seconds again, over fewer updates: where the machine was busy then
-    scripts/bench/run --table                the tables in docs/ again, from the JSON
+    scripts/bench/run adapters               every adapter on one model, after the same number of updates
+    scripts/bench/run times                  only its seconds again, over fewer updates, on a quiet machine
+    scripts/bench/run --table                only writes the tables in docs/, from the JSON
 
 Each repetition is a fresh process, and the trainers take turns. Both get OpenBLAS and our allocator
-settings; the order in which MLX works is its own for stock, ours for ours. No validation while
-training, lambda = 1, and Adam with bias correction at one constant rate. The rows are batches of
-neighbours from seeded places in the file: stock trains on just these batches (it does not sort, and
-pads to 32), ours puts the same rows into batches by length. Useful tokens are inputs that are no
-padding and have something to predict; they are the same rows' on both sides, and so are the
-supervised ones, but for the one pad a row that stock supervises on top. The first update is trained
-on twice and not measured the first time. Memory is MLX's peak while training, above what is alive
-when model, adapters and optimizer are ready.
+settings; stock has MLX's own order of evaluation, and ours has the one that it sets. There is no
+validation while training, lambda is 1, and Adam has bias correction and one constant rate. The rows
+are batches of neighbours from seeded places in the file: stock trains on these batches (it does not
+sort, and pads to multiples of 32), ours puts the same rows into batches by length. Useful tokens
+are inputs that are not padding and have something to predict. They are the same on both sides, and
+so are the supervised ones, except for one pad token per row that only stock supervises. The first
+update is made twice, and the first time is not measured. Memory is MLX's peak while training, minus
+what is in use when model, adapters and optimizer are ready.
 """
 
 import argparse
@@ -87,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_tables()
     else:
         names = options.cases.split(",")
-        if unknown := set(names) - {*CASES, "parity"}:
+        unknown = set(names) - {*CASES, "parity"}
+        if unknown:
             parser.error(
                 f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}, parity"
             )
@@ -177,13 +178,12 @@ def time_adapters(data: str | None, updates: int) -> None:
 
 def child(module: str, *arguments: str) -> Result:
     """Run one repetition in a process of its own and return the JSON that it prints."""
-    stock = (
-        {"MLX_BFS_MAX_WIDTH": "20"} if "stock" in arguments else {}
-    )  # MLX's own, which our package narrows
+    # Our package sets this variable; stock gets MLX's default.
+    environment = dict(os.environ)
+    if "stock" in arguments:
+        environment["MLX_BFS_MAX_WIDTH"] = "20"
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **stock}
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise SystemExit(
             f"error: {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr.strip()}"
@@ -221,9 +221,9 @@ def assemble(
 
 
 def check_tokens(runs: Sequence[Result]) -> None:
-    """Stop unless every run trained on the same inputs and none of ours on fewer supervised tokens than stock.
+    """Check that all runs trained on the same inputs, and ours on as many supervised tokens as stock.
 
-    Stock's supervised pads are counted apart, so they are no part of what ours must reach.
+    Stock's supervised pad tokens are counted separately, so ours need not reach them.
     """
     stock = [run for run in runs if run["trainer"] == "stock"]
     for run in runs:
@@ -335,7 +335,7 @@ def write_tables() -> None:
 
 
 def put(part: str, text: str) -> None:
-    """Put ``text`` between the markers of this part in its page, or print it where there are none."""
+    """Put ``text`` between the markers of this part in its page, or print it if they are missing."""
     page, start, end = PAGES[part], f"<!-- {part}:start -->", f"<!-- {part}:end -->"
     written = page.read_text() if page.exists() else ""
     if start in written and end in written:

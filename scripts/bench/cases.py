@@ -1,4 +1,4 @@
-"""What is measured: for each case a model and rows, the same for both trainers, and the sizes its arithmetic has."""
+"""What is measured: the model and the rows of each case, and the sizes from which its FLOPs follow."""
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)
 
@@ -35,13 +35,13 @@ class Case:
     """One comparison.
 
     Attributes:
-        title: What it is.
+        title: The title in the tables.
         model: A short name, or ``4-bit``: a random Llama of 1.3 million parameters, quantized.
-        kind: What a row is made into: completion (prompts are not learned), text, or long (2,048
-            tokens of text).
+        kind: The form of a row: completion (prompts are not learned), text, or long (2,048 tokens
+            of text).
         batch_size: Rows in a batch.
-        updates: Timed updates, unless told otherwise.
-        trainers: Who runs, stock first.
+        updates: Timed updates, unless ``--updates`` gives another number.
+        trainers: The trainers to run, stock first.
     """
 
     title: str
@@ -192,7 +192,7 @@ def _as_text(case: Case, rows: Sequence[Row]) -> list[Row]:
 
 
 def _joined(rows: Sequence[Row], start: int) -> Row:
-    """Return one row that is long enough to be cut at 2,048 tokens, of the rows from ``start`` on."""
+    """Return one row of at least 2,048 tokens, made of the rows from ``start`` on."""
     text = ""
     for row in cycle([*rows[start:], *rows[:start]]):
         text += _text(row) + "\n\n"
@@ -206,16 +206,17 @@ def _text(row: Row) -> str:
 
 
 def _trimmed(example: Example) -> Example:
-    """Return the example up to 2,048 tokens, without what follows its last supervised one (a template's newline).
+    """Return the first 2,048 tokens of an example, up to its last supervised one.
 
-    Stock supervises to the end of a row, and both trainers shall learn the same tokens.
+    A template may add a line break after it. Stock supervises everything up to the end of a row,
+    and both trainers must learn the same tokens.
     """
     end = int(np.flatnonzero(example.supervised[:LONG])[-1]) + 1
     return replace(example, tokens=example.tokens[:end], supervised=example.supervised[:end])
 
 
 def _folded(example: Example, vocabulary: int) -> Example:
-    """Return the example in the token ids that a small vocabulary has: lengths are real, meaning is not."""
+    """Return the example with token ids of a small vocabulary. Its length is real, its text is not."""
     return replace(example, tokens=(example.tokens % vocabulary).astype(np.int32))
 
 
@@ -237,8 +238,8 @@ class Sizes:
         2·in·out for the activations + 4·r·(in + out) for A, B and the activations. For each block's
         attention 4·length²·heads·head_dim a row forward, twice that backward. The head
         2·hidden·vocabulary for each of ``positions`` forward, as much backward. Checkpointing: the
-        blocks' forward once more. The first block's inputs need no gradient; that it is counted all
-        the same overstates the total by less than 2%.
+        blocks' forward once more. The first block's inputs need no gradient; counting it anyway
+        overstates the total by less than 2%.
         """
         tokens = rows * length
         base = sum(2 * o * i for o, i in self.linears) * tokens
@@ -249,11 +250,11 @@ class Sizes:
 
 
 def sizes_of(model: nn.Module) -> Sizes:
-    """Read a model's sizes off its modules, before it has adapters."""
+    """Return the sizes of a model that has no adapters yet, from its modules."""
     targets = find_targets(model, TARGETS, -1)
     split = split_model(model)
     if split is None:
-        raise RuntimeError("the model's head can't be told from its trunk")
+        raise RuntimeError("could not locate this model's output head")
     vocabulary, hidden = base_shape(split.head.layer)
     return Sizes(
         linears=[base_shape(module) for module in targets.values()],

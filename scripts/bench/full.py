@@ -1,4 +1,4 @@
-"""Train all weights beside mlx_lm's own full training, and measure what bfloat16 weights lose.
+"""Compare the training of all weights with mlx_lm's, and measure what bfloat16 weights lose.
 
     scripts/bench/full [--updates 6] [--steps 24]
 
@@ -10,7 +10,7 @@
    weights are kept in float32, in bfloat16, or in bfloat16 with compensation. So the difference is
    what rounding the weights loses.
 
-The results go to ``results/full.json``; ``scripts/readme.py`` makes the table of docs/full.md of it.
+The results go to ``results/full.json``; ``scripts/readme.py`` makes the table of docs/full.md from it.
 """
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS (both trainers profit)

@@ -1,7 +1,7 @@
 """Count a training step's GPU launches at real sizes, ours and stock mlx_lm's, without running it.
 
     scripts/bench/launches            every case, with its JSON; scripts/readme.py writes the table
-    scripts/bench/launches --kinds    the kinds of operations in which ours and stock differ most too
+    scripts/bench/launches --kinds    also the kinds of operations in which the two differ most
 
 A GPU needs 5 to 10 microseconds to launch a kernel, so a step of many small operations waits for
 launches. The step's graph is made from a Gemma whose weights are never computed, with 4-bit weights
@@ -9,9 +9,10 @@ and bfloat16 activations, as on a Mac. It is counted after ``mx.compile`` has fu
 both trainers compile their step. Every position is supervised. Both have LoRA of the same rank on
 the same layers, and Adam; ours also clips the gradients.
 
-An operation that only views an array in another way is not counted. A concatenation is counted once
-for each of its parts, which a GPU copies one by one, and padding twice: it fills, then copies. Where there is no GPU, MLX expands its own
-attention into several operations, for both trainers alike; so the counts are upper bounds.
+An operation that only returns a view of an array is not counted. A concatenation is counted once
+for each of its parts, which a GPU copies one by one, and padding twice: it fills, then copies.
+Without a GPU, MLX expands its own attention into several operations, for both trainers alike; so
+the counts are upper bounds.
 """
 
 import argparse
@@ -179,7 +180,7 @@ def launches(step: Step) -> Counter[str]:
         compiled = mx.compile(step.function, inputs=step.state, outputs=step.state)
         made = compiled(*step.arrays)
 
-    # The operations that make the inputs, such as the weights, are no part of the step.
+    # The operations that make the inputs, such as the weights, are not part of the step.
     outputs = [array for _, array in tree_flatten([made, step.state])]
     found = operations([*inputs, *outputs])
     found.subtract(before)
@@ -193,9 +194,10 @@ def operations(arrays: list[mx.array]) -> Counter[str]:
     kind_of: dict[str, str] = {}
     inputs_of: Counter[str] = Counter()
     for line in text.getvalue().splitlines():
-        if node := _NODE.fullmatch(line):
+        node, edge = _NODE.fullmatch(line), _INPUT.fullmatch(line)
+        if node:
             kind_of[node[1]] = node[2]
-        elif edge := _INPUT.fullmatch(line):
+        elif edge:
             inputs_of[edge[1]] += 1
 
     found: Counter[str] = Counter()
@@ -207,9 +209,9 @@ def operations(arrays: list[mx.array]) -> Counter[str]:
 
 @contextmanager
 def gpu_kernels() -> Generator[None]:
-    """Use one operation inside the context where a GPU launches one kernel and a CPU many.
+    """Inside the context, use one operation where a GPU launches one kernel and a CPU several.
 
-    The numbers would be wrong, but nothing is computed.
+    The results would be wrong, but nothing is computed.
     """
 
     def cross_entropy(logits: mx.array, _: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""What scripts/bench/rivals trains: its cases, and the file that tells a trainer in another environment what to do."""
+"""The cases of scripts/bench/rivals, and the file that describes a case to a trainer."""
 
 from scripts.bench.cases import SEED, TARGETS, Case, prepare, read_splits  # isort: skip  before mlx
 
@@ -31,12 +31,12 @@ class RivalCase:
     """One comparison.
 
     Attributes:
-        title: What it is.
+        title: The title in the tables.
         model: As for ``Case``.
         kind: As for ``Case``, or ``pairs`` for DPO.
         batch_size: Examples or pairs in a batch.
-        updates: Timed updates, unless told otherwise.
-        checkpoint: Every trainer recomputes its blocks.
+        updates: Timed updates, unless ``--updates`` gives another number.
+        checkpoint: Whether every trainer recomputes its blocks.
     """
 
     title: str
@@ -66,7 +66,7 @@ CASES = {
 
 
 def write_task(case: RivalCase, data: str | None, updates: int, folder: Path) -> dict[str, Any]:
-    """Write ``task.json`` for the trainers, and the model if it is no folder yet; return what was written."""
+    """Write ``task.json`` for the trainers, and the model if it has no folder yet; return the task."""
     if case.kind == "pairs":
         path = find_model(case.model).path
         model, _ = load_base(path)
@@ -114,7 +114,7 @@ def as_row(example: Example) -> dict[str, Any]:
 def write_pairs(
     path: Path, data: str | None, count: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return the rows of pairs to train on and to judge by: plain text, where another row's answer is rejected."""
+    """Return the rows of pairs to train on, and those to score. The rejected answer is another row's."""
     tokenizer = load_tokenizer(path)
     splits = read_splits(data)
     if count > len(splits["train"]):
@@ -126,7 +126,7 @@ def write_pairs(
 
 
 def pair_rows(rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-    """Return two rows for each pair, the chosen answer first; the rejected one is the answer of the row before."""
+    """Return two rows for each pair: the chosen answer, then that of the row before as the rejected one."""
     found = []
     for index, row in enumerate(rows):
         prompt, chosen = row.fields["prompt"], row.fields["completion"]

@@ -9,13 +9,13 @@ its public trainer is called, by the file of its name in ``rival_trainers/``. Ea
 process of its own. All get OpenBLAS, the settings of malloc, and the rows as tokens; DPO's rows are
 text to those that tokenize it themselves. Batches, their padding, and whether a step is compiled
 are each trainer's own, by default. Every trainer makes two passes over the rows, three on a GPU.
-In all but the last pass it allocates and compiles; the last one is timed. So useful tokens, which
-are inputs that are no padding, are the same for all. Memory is MLX's peak in all passes, above what
-is alive when model, adapters and optimizer are ready.
+In all but the last pass it allocates and compiles; the last one is timed. So all have the same
+number of useful tokens, which are inputs that are not padding. Memory is MLX's peak in all passes,
+minus what is in use when model, adapters and optimizer are ready.
 
-What was measured at this commit with the same arguments is not measured again, so an interrupted
-run goes on where it stopped. The results go to ``results/rivals.json``; ``scripts/readme.py`` makes
-the table of docs/benchmarks.md of it.
+What was measured at this commit with the same arguments is not measured again, so the same command
+continues an interrupted run. The results go to ``results/rivals.json``; ``scripts/readme.py`` makes
+the table of docs/benchmarks.md from it.
 """
 
 from scripts.bench.rival_tasks import CASES, write_task  # isort: skip  before mlx
@@ -51,7 +51,7 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(2**28),
 }
-"""What mlx_loraplus sets for itself, for every trainer."""
+"""The settings of malloc that mlx_loraplus uses; here, every trainer gets them."""
 
 Result = dict[str, Any]
 
@@ -62,13 +62,13 @@ class Rival:
 
     Attributes:
         package: Its name on PyPI.
-        version: Which one.
+        version: Its version.
         module: Its file in ``rival_trainers``.
-        licence: Of the package.
-        needs: Other packages, if those that it asks for do not install here; it is then installed
-            without them.
-        mlx: The version of MLX that it asks for, by default that of .venv.
-        objectives: What it can train.
+        licence: The licence of the package.
+        needs: Its dependencies, if those that it declares can't be installed here. The package is
+            then installed without its own.
+        mlx: The version of MLX that it requires, by default that of .venv.
+        objectives: The objectives that it can train.
     """
 
     package: str
@@ -92,7 +92,7 @@ RIVALS = {
         needs=(
             "mlx-vlm<=0.7.9", "transformers<=5.17", "datasets>=3.4.1,<4.4", "sentencepiece", "psutil", "msgspec",
             "pillow", "regex",
-        ),  # without torch, which it asks for where there is no Metal
+        ),  # without torch, which it requires where there is no Metal
     ),
     "mlx-train-perf": Rival(
         "mlx-train-perf[mlx-lm]", "0.9.1", "mlx_train_perf", "MIT", mlx="0.32.0", objectives=("sft",)
@@ -136,7 +136,8 @@ def _names(known: Sequence[str] | dict[str, Any]) -> Any:
 
     def parse(text: str) -> list[str]:
         names = text.split(",")
-        if unknown := [name for name in names if name not in known]:
+        unknown = [name for name in names if name not in known]
+        if unknown:
             raise argparse.ArgumentTypeError(
                 f"{', '.join(map(repr, unknown))} is not one of {', '.join(known)}"
             )
@@ -236,7 +237,7 @@ def run_trainer(trainer: str, task: Path) -> "subprocess.CompletedProcess[str]":
     rival = RIVALS.get(trainer)
     module = rival.module if rival else "ours"
     python = environment_of(trainer, rival) if rival else sys.executable
-    # MLX_BFS_MAX_WIDTH is what this package narrows; others have MLX's own.
+    # This package sets MLX_BFS_MAX_WIDTH, and the other trainers get MLX's default.
     variables = {key: value for key, value in os.environ.items() if key != "MLX_BFS_MAX_WIDTH"}
     variables |= MALLOC | {LIBRARIES: os.pathsep.join(fast_libraries()), "PYTHONPATH": str(ROOT)}
     variables |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -254,7 +255,7 @@ def run_trainer(trainer: str, task: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def fast_libraries() -> list[str]:
-    """Return the libraries with which this process has made MLX fast, in the order to load them; none on macOS."""
+    """Return the libraries that make MLX fast in this process, in the order to load them; none on macOS."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []

@@ -1,4 +1,4 @@
-"""The table of docs/benchmarks.md about other trainers, of what scripts/bench/rivals has measured."""
+"""The tables about other trainers in docs/benchmarks.md, from the results of scripts/bench/rivals."""
 
 from collections.abc import Callable
 from statistics import median
@@ -77,7 +77,7 @@ def summary(case: Result, trainer: str) -> Result:
 
 
 def remarks(case: Result) -> list[str]:
-    """Return how ours stands against the fastest rival, what any rival does better, and why some did not run."""
+    """Return how ours compares with the fastest rival, what rivals do better, and why some did not run."""
     lines = []
     rivals = [summary(case, name) for name in case["runs"] if name != OURS]
     if rivals and case["runs"].get(OURS):

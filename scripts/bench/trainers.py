@@ -47,7 +47,7 @@ from scripts.bench.cases import (
 from scripts.bench.rival_trainers.common import start_adapters
 from scripts.bench.stock import ALPHA, RANK, RATE, attach_stock, run_stock
 
-PACKED = 4  # a packed row may be so many times as long as the longest example
+PACKED = 4  # a packed row may be this many times as long as the longest example
 MATMUL = 2048  # side of the matrices that this machine's rate is taken from
 
 
@@ -224,7 +224,7 @@ def count_stock_batch(
 
 
 def settled_memory() -> int:
-    """Return the bytes that are alive once nothing is under way."""
+    """Return the bytes in use once all work is finished."""
     mx.synchronize()
     mx.clear_cache()
     return mx.get_active_memory()
@@ -247,10 +247,10 @@ def seconds(work: Callable[[], Any]) -> float:
 def phases(
     model: nn.Module, split: TrunkAndHead, optimizer: LoRAPlus, batch: Batch
 ) -> dict[str, float]:
-    """Return the seconds of each part of an uncompiled step, each measured by itself on one batch.
+    """Return the seconds of each part of an uncompiled step, each measured separately on one batch.
 
-    ``head_loss`` includes the gradient for the hidden states, which is made there; ``backward`` is
-    the whole of loss and gradients less the other two.
+    ``head_loss`` includes the gradient of the hidden states, which is computed with it.
+    ``backward`` is the time of loss and gradients minus the other two.
     """
     model.train()
     arrays = arrays_of(batch)
@@ -334,7 +334,7 @@ def stock_batch(batch: Batch) -> tuple[mx.array, mx.array]:
 
 
 def main() -> None:
-    """Measure what the arguments say and print it as one JSON line."""
+    """Run one repetition, as the arguments say, and print it as one JSON line."""
     name, trainer, updates, *data = sys.argv[1:]
     case, count = CASES[name], int(updates)
     task = prepare(case, data[0] if data else None, count)

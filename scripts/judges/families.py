@@ -1,4 +1,4 @@
-"""Walk every family in a process of its own, and write what became of it as JSON and as a page of the docs."""
+"""Run every stage for a tiny model of each family, and write the outcomes as JSON and as a page of the docs."""
 
 import json
 import subprocess
@@ -8,6 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from scripts.provenance import provenance  # noqa: E402
+
 CONFIGS = ROOT / "tests" / "families" / "configs.json"
 RESULTS = ROOT / "scripts" / "judges" / "results" / "families.json"
 PAGE = ROOT / "docs" / "families.md"
@@ -35,16 +39,16 @@ compared with those of mlx-lm's own layers and full logits, with checkpointing, 
 
 
 def outcome(stages: dict[str, str]) -> tuple[str, str]:
-    """Return the outcome of a family, and what is said of it."""
+    """Return the outcome of a family, and the messages of its stages."""
     refusals = [
-        f"{told.removeprefix('refused: ')}"
-        for told in stages.values()
-        if told.startswith("refused")
+        message.removeprefix("refused: ")
+        for message in stages.values()
+        if message.startswith("refused")
     ]
     faults = [
-        f"{stage}: {told.removeprefix('failed: ')}"
-        for stage, told in stages.items()
-        if told.startswith("failed")
+        f"{stage}: {message.removeprefix('failed: ')}"
+        for stage, message in stages.items()
+        if message.startswith("failed")
     ]
     if faults:
         return "faulty", "; ".join(faults + refusals)
@@ -58,7 +62,7 @@ def page(results: dict[str, dict[str, str]], measured_with: str) -> str:
         for name, stages in sorted(results.items(), key=lambda item: item[0].lower())
     }
     counts = Counter(kind for kind, _ in outcomes.values())
-    told = (
+    summary = (
         f"{len(outcomes)} model types: "
         + ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts))
         + "."
@@ -67,7 +71,7 @@ def page(results: dict[str, dict[str, str]], measured_with: str) -> str:
         f"| `{name}` | {kind} | {said.replace('|', '/')} |"
         for name, (kind, said) in outcomes.items()
     ]
-    return INTRODUCTION.format(version=measured_with, counts=told) + "\n".join(rows) + "\n"
+    return INTRODUCTION.format(version=measured_with, counts=summary) + "\n".join(rows) + "\n"
 
 
 def walk_all(names: list[str]) -> dict[str, dict[str, str]]:
@@ -107,7 +111,10 @@ def main() -> None:
         known = list(json.loads(CONFIGS.read_text()))
         families = {name: stages for name, stages in stored["families"].items() if name in known}
         families |= walk_all(words or known)
-        stored = {"mlx_lm": version("mlx-lm"), "families": dict(sorted(families.items()))}
+        stored = provenance() | {
+            "mlx_lm": version("mlx-lm"),
+            "families": dict(sorted(families.items())),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(stored, indent=1) + "\n")
         PAGE.parent.mkdir(exist_ok=True)

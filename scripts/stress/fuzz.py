@@ -7,7 +7,7 @@ checkpoints:
     scripts/stress/fuzz --seed 1 --keep    others; and keep those that reach new lines in tests/fuzz/corpus
 
 Each loader has a process of its own, with 4 GB of memory above what it starts with. An input may
-load, or be refused with one of the package's own errors in one short line. Anything else is told
+load, or be refused with one of the package's own errors in one short line. Anything else is reported
 with the input's file: another exception, a crash, more than 5 seconds, a write outside the
 process's folder, a connection, a process started.
 """

@@ -1,25 +1,26 @@
 """A small real run, killed and damaged at random moments, resumed each time, and compared with an undisturbed one.
 
-    scripts/stress/torture              about a quarter of an hour on one core; writes its JSON and the table in docs/resume.md
+    scripts/stress/torture              about three quarters of an hour on one core; writes its JSON and the table in docs/resume.md
     scripts/stress/torture --kills 20   a tenth of it
     scripts/stress/torture --table      the table in docs/resume.md again, from the JSON
 
 A session is a process of its own: ``mlx_loraplus.train`` on a tiny random Llama, with dropout,
-accumulation and Adam, and a checkpoint at every fourth update. Something happens to it; the next
-session goes on with ``--resume``, and so on until the run has ended. Then adapter, optimizer state,
-random key and history must be those of the undisturbed run, to the bit. What happens:
+accumulation and Adam, and a checkpoint at every fourth step. Something happens to it. The next
+session continues with ``--resume``, and so on until the run has ended. Then adapter, optimizer state,
+random key and history must be those of the undisturbed run, bit for bit. What happens:
 
 kill       kill -9: anywhere in training, or as soon as a save begins, or while the session starts
 storm      1 to 20 SIGTERMs, some milliseconds apart
 cut        kill -9, then a file of the newest checkpoint is cut short
 flip       kill -9, then one bit of the newest checkpoint is flipped
 full       the disk fills up in the middle of training (a small tmpfs), and has room again for the next session
+
+Runs of other kinds (``KINDS``: compiled, packed, DPO, all weights, two processes) are killed, too, and
+each is compared with an undisturbed run of its own kind.
 """
 
 import argparse
 import json
-import os
-import platform
 import random
 import signal
 import subprocess
@@ -28,8 +29,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,8 @@ from safetensors.numpy import load_file
 
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.startup import INTERRUPTED
-from scripts.provenance import commit
-from scripts.tiny_model import write_sums, write_tiny_model
+from scripts.provenance import provenance, source_line
+from scripts.tiny_model import write_preferred_sums, write_sums, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RESULT = ROOT / "docs" / "resume.md", ROOT / "scripts" / "stress" / "results" / "torture.json"
@@ -47,23 +46,34 @@ START, END = "<!-- torture:start -->", "<!-- torture:end -->"
 UPDATES = 300
 TIMES = {
     "seconds", "minutes", "valid_seconds", "tokens_per_second", "mean_tokens_per_second", "memory",
-    "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "shapes",
+    "peak_memory_gb", "active_memory_gb", "cache_memory_gb", "shapes", "started",
+    "answer_seconds",
 }  # fmt: skip
 SETTINGS = {
     "iters": UPDATES, "batch_size": 2, "grad_accumulation_steps": 2, "dropout": 0.2, "warmup": 10,
     "steps_per_report": 7, "steps_per_eval": 25, "steps_per_save": 4, "learning_rate": 1e-3,
 }  # fmt: skip
+KINDS: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": "on"},
+    "packed": {"pack": True, "max_seq_length": 64},
+    "dpo": {"objective": "dpo", "data": "pairs"},
+    "all weights": {"adapter": "full", "dropout": 0.0},
+    "two processes": {},
+}
+"""Kind of run → what it has in place of ``SETTINGS`` (data: a folder in the home of the runs)."""
+FLAGS = {"two processes": ["--launch", "2"]}
 
 Strike = Callable[["Session", random.Random], Counter[str]]
 
 
 class Session:
-    """One process of the train command, in a run's folder."""
+    """One start of the train command, in a run's folder, with the settings of a kind of run."""
 
-    def __init__(self, home: Path, run: Path):
+    def __init__(self, home: Path, run: Path, kind: str = ""):
         self.run = run
         self.output = run.with_suffix(".log")
-        words = ["-c", str(home / "settings.yaml"), "--adapter-path", str(run)]
+        words = ["-c", str(file_of(home, "settings", kind)), "--adapter-path", str(run)]
+        words += FLAGS.get(kind, [])
         words += ["--resume"] if (run / "run.yaml").exists() else []
         with self.output.open("wb") as output:
             command = [sys.executable, "-m", "mlx_loraplus.train", *words]
@@ -79,7 +89,7 @@ class Session:
     @property
     def saving(self) -> bool:
         """Whether a checkpoint is half written."""
-        return any((self.run / "checkpoints").glob(f".{self.process.pid}-*"))
+        return any((self.run / "checkpoints").glob(".*-*"))
 
     def until(self, sign: Callable[[], bool]) -> None:
         """Wait for a sign, or the process's end."""
@@ -96,7 +106,7 @@ class Session:
             self.process.send_signal(number)
 
     def ended(self) -> bool:
-        """Wait, and tell whether the run is at its end; raise on an end that nobody asked for."""
+        """Wait, and return whether the run has finished; raise if it ended unexpectedly."""
         code = self.process.wait()
         full = code == 2 and "No space left" in self.said
         if not full and code not in (0, INTERRUPTED, -signal.SIGKILL, -signal.SIGTERM):
@@ -197,15 +207,26 @@ def full(session: Session, chance: random.Random) -> Counter[str]:
 STRIKES: dict[str, Strike] = {"kill": kill, "storm": storm, "cut": cut, "flip": flip, "full": full}
 
 
-def torture(home: Path, where: Path, name: str, wanted: int, seed: int) -> dict[str, Any]:
-    """Let something happen to runs, one after the other, until it has happened ``wanted`` times; compare each run."""
+def torture(
+    home: Path, where: Path, name: str, wanted: int, seed: int, kind: str = ""
+) -> dict[str, Any]:
+    """Let something happen to runs, one after the other, until it has happened ``wanted`` times; compare each run.
+
+    Args:
+        home: The folder with the models, the data and the undisturbed runs.
+        where: The folder for the runs.
+        name: What happens, of ``STRIKES``.
+        wanted: How often.
+        seed: Of the moments.
+        kind: The kind of run, of ``KINDS``; empty for the usual one.
+    """
     chance, counts, started = random.Random(seed), Counter[str](), time.perf_counter()
     first = {"kill": "kills", "storm": "storms", "full": "full disks"}.get(name, "damaged")
     while counts[first] < wanted:
-        run = where / f"{name}-{counts['runs']}"
+        run = file_of(where, f"{name}-{counts['runs']}", kind)
         finished = False
         while not finished:
-            session = Session(home, run)
+            session = Session(home, run, kind)
             if counts[first] < wanted:
                 counts += STRIKES[name](session, chance)
             finished = session.ended()
@@ -213,26 +234,39 @@ def torture(home: Path, where: Path, name: str, wanted: int, seed: int) -> dict[
             if counts["sessions"] > 20 * (wanted + 5):
                 raise SystemExit(f"error: {name}: a run does not come to its end:\n{session.said}")
         counts["runs"] += 1
-        counts["equal"] += int(equal(home / "undisturbed", run))
-        say(f"{name}: {dict(counts)}, {time.perf_counter() - started:.0f} s")
+        counts["equal"] += int(equal(file_of(home, "undisturbed", kind), run))
+        say(f"{kind} {name}: {dict(counts)}, {time.perf_counter() - started:.0f} s")
         subprocess.run(["rm", "-r", str(run)], check=True)
     return {**counts, "seconds": round(time.perf_counter() - started)}
 
 
+def file_of(home: Path, what: str, kind: str) -> Path:
+    """Return the path of what each kind of run has of its own."""
+    return home / "-".join([what, *kind.split()])
+
+
 def equal(one: Path, other: Path) -> bool:
-    """Compare two runs' ends to the bit: adapter, optimizer state, random key, history."""
-    last = f"checkpoints/{UPDATES:06d}"
-    for file in (
-        "adapters.safetensors",
-        f"{last}/adapters.safetensors",
-        f"{last}/state.safetensors",
-    ):
-        a, b = load_file(one / file), load_file(other / file)
-        if {n: (x.shape, x.tobytes()) for n, x in a.items()} != {
-            n: (x.shape, x.tobytes()) for n, x in b.items()
-        }:
-            return False
-    return history(one) == history(other)
+    """Compare the ends of two runs bit for bit: weights, optimizer state, random key, history."""
+    files, others = weight_files(one), weight_files(other)
+    if len(files) < 3 or files.keys() != others.keys():
+        return False
+    same = all(tensors(files[name]) == tensors(others[name]) for name in files)
+    return same and history(one) == history(other)
+
+
+def weight_files(run: Path) -> dict[str, Path]:
+    """Return the safetensors files of a finished run and of its last checkpoint."""
+    folders = {"run": run, "checkpoint": run / f"checkpoints/{UPDATES:06d}"}
+    return {
+        f"{name}/{file.name}": file
+        for name, folder in folders.items()
+        for file in folder.glob("*.safetensors")
+    }
+
+
+def tensors(file: Path) -> dict[str, tuple[Any, bytes]]:
+    """Return the shape and the bytes of each tensor of a file."""
+    return {name: (array.shape, array.tobytes()) for name, array in load_file(file).items()}
 
 
 def history(run: Path) -> list[dict[str, Any]]:
@@ -243,23 +277,41 @@ def history(run: Path) -> list[dict[str, Any]]:
 
 def torture_all(kills: int, seed: int) -> dict[str, Any]:
     """Torture runs in every way and return what came of it."""
+    few = max(1, kills // 8)
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
         write_tiny_model(home / "model")
         write_sums(home / "data")
-        settings = SETTINGS | {"model": str(home / "model"), "data": str(home / "data")}
-        (home / "settings.yaml").write_text(yaml.safe_dump(settings))
-        for name in ("undisturbed", "again"):
-            if not Session(home, home / name).ended():
-                raise SystemExit("error: the undisturbed run did not end")
-        if not equal(home / "undisturbed", home / "again"):
-            raise SystemExit("error: two undisturbed runs differ, so nothing can be compared")
-        few = max(1, kills // 8)
+        write_preferred_sums(home / "pairs")
+
+        # The usual run.
+        make_undisturbed(home, "")
         cases = {
             name: torture(home, home, name, kills if name == "kill" else few, seed)
             for name in list(STRIKES)[:-1]
         }
-        return cases | {"full": full_disk(home, few, seed)}
+        cases["full"] = full_disk(home, few, seed)
+
+        # The other kinds of runs.
+        for kind in KINDS:
+            make_undisturbed(home, kind)
+            cases[kind] = torture(home, home, "kill", few, seed, kind)
+        return cases
+
+
+def make_undisturbed(home: Path, kind: str) -> None:
+    """Write a kind's settings, and make its undisturbed run, twice."""
+    changed = KINDS.get(kind, {})
+    settings = SETTINGS | {"model": str(home / "model")} | changed
+    settings["data"] = str(home / changed.get("data", "data"))
+    file_of(home, "settings", kind).write_text(yaml.safe_dump(settings))
+    runs = [file_of(home, name, kind) for name in ("undisturbed", "again")]
+    for run in runs:
+        session = Session(home, run, kind)
+        if not session.ended():
+            raise SystemExit(f"error: the undisturbed run did not end:\n{session.said}")
+    if not equal(runs[0], runs[1]):
+        raise SystemExit(f"error: two undisturbed runs differ, so nothing can be compared: {kind}")
 
 
 def full_disk(home: Path, wanted: int, seed: int) -> dict[str, Any]:
@@ -307,16 +359,14 @@ def table(result: dict[str, Any]) -> str:
         ("newest checkpoint cut short", "cut", "{damaged}"),
         ("one bit of it flipped", "flip", "{damaged}"),
         ("disk full", "full", "{full disks} ({saves that failed} saves failed)"),
+        *((f"kill -9, {kind}", kind, "{kills} ({inside a save} inside a save)") for kind in KINDS),
     ]
-    lines = ["| what happened | how often | runs | equal to the bit |", "|---|---|---|---|"]
+    lines = ["| what happened | how often | runs | bit-identical |", "|---|---|---|---|"]
     for label, name, counts in rows:
         case = Counter(cases[name])
         often = counts.format_map(case) if cases[name] else "not tried here"
         lines.append(f"| {label} | {often} | {case['runs']} | {case['equal']} |")
-    return (
-        "\n".join(lines)
-        + f"\n\n{result['minutes']} minutes on {result['machine']}, MLX {result['mlx']}.\n"
-    )
+    return "\n".join(lines) + f"\n\n{result['minutes']} minutes; {source_line(result)}\n"
 
 
 def write_table() -> None:
@@ -354,12 +404,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started = time.perf_counter()
         cases = torture_all(options.kills, options.seed)
         result = {
-            "date": f"{datetime.now(UTC):%Y-%m-%d}",
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "python": platform.python_version(),
-            "mlx": version("mlx"),
+            **provenance(),
             "minutes": round((time.perf_counter() - started) / 60, 1),
-            "commit": commit(),
             "settings": SETTINGS,
             "cases": cases,
         }

@@ -152,7 +152,7 @@ def random_rows(rows: int, length: int, seed: int) -> list[Example]:
 
 
 def equivalence_table(result: dict[str, Any]) -> str:
-    """Return how far both are apart, case by case."""
+    """Return the differences between the two for each case."""
     lines = [
         "| update rule, start | ‖ΔW - ΔW'‖ / ‖ΔW‖ | largest difference of a loss | last loss LoRA+"
         " | LoRA |"

@@ -1,6 +1,6 @@
 """LoRA at its own best rate against LoRA+ with several lambda, from both starts, at equal updates.
 
-    scripts/study/evidence --data FOLDER --minutes 120    go on where it was left; Ctrl-C at any moment
+    scripts/study/evidence --data FOLDER --minutes 120    continue the study; Ctrl-C at any moment
     scripts/study/evidence --data FOLDER --plan           what is done, what is left, and what that costs
     scripts/study/evidence --table                        the tables in docs/research.md and the picture again, from the JSON
 
@@ -239,7 +239,12 @@ def finalists(best: dict[Method, tuple[int, float]]) -> Iterator[Method]:
     """Yield LoRA, of each start the LoRA+ that the search found best, and the other rules."""
     yield LORA
     for init in ("init1", "init2"):
-        if found := {m: loss for m, (_, loss) in best.items() if m[0] == init and m[1] > 1}:
+        found: dict[Method, float] = {}
+        for method, (_, loss) in best.items():
+            start, ratio, _ = method
+            if start == init and ratio > 1:
+                found[method] = loss
+        if found:
             yield min(found, key=lambda method: found[method])
     yield from (method for method in best if method[2] != "adam")
 
@@ -253,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", help="folder with train, valid and test files, the second data set"
     )
     parser.add_argument(
-        "--minutes", type=float, default=120.0, help="start no trial after so many (default: 120)"
+        "--minutes", type=float, default=120.0, help="start no trial after this many (default: 120)"
     )
     parser.add_argument(
         "--pairs",
@@ -262,7 +267,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=[0, 1, 2, 3],
         help="which of the pairs (default: all)",
     )
-    parser.add_argument("--plan", action="store_true", help="tell what is done and what is left")
+    parser.add_argument("--plan", action="store_true", help="print what is done and what is left")
     parser.add_argument(
         "--table", action="store_true", help="only write the tables and the picture"
     )
@@ -276,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.table and not options.data:
         parser.error("give --data FOLDER")
     if options.plan:
-        tell_plan(pairs_of(Path(options.data).name), lines)
+        print_plan(pairs_of(Path(options.data).name), lines)
         return
     if not options.table:
         deadline = time.perf_counter() + 60 * options.minutes
@@ -284,15 +289,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for pair in (pairs_of(Path(options.data).name)[number] for number in options.pairs):
                 Evidence(pair, options.data, lines, file, deadline).run()
         except OutOfTimeError:
-            print("the time is over; the same command goes on")
+            print("the time is up; the same command continues")
         except KeyboardInterrupt:
-            print("stopped; the same command goes on")
+            print("stopped; the same command continues")
     if lines:
         write_findings(lines)
 
 
-def tell_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
-    """Tell what is there of each pair, and what the rest takes at the pace so far."""
+def print_plan(pairs: Sequence[Pair], lines: Sequence[Line]) -> None:
+    """Print how much of each pair is done, and the minutes that the rest takes at the pace so far."""
     for pair in pairs:
         mine = [line for line in lines if line["pair"] == pair.name]
         done, seconds = sum(line["updates"] for line in mine), sum(line["seconds"] for line in mine)

@@ -138,8 +138,8 @@ class Point:
         return ", ".join([f"{self.model} {self.rows} x {self.length}", *more])
 
 
-def foretell(point: Point, parts: Coefficients | None = None) -> Memory:
-    """Return the memory that is foretold, from the skeleton alone."""
+def predict(point: Point, parts: Coefficients | None = None) -> Memory:
+    """Return the predicted memory, from the skeleton alone."""
     return estimate(
         point.sizes,
         point.config,

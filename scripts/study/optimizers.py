@@ -29,7 +29,7 @@ class Riemannian(LoRAPlus):
     epsilon = 1e-2
 
     def update(self, model: nn.Module, gradients: dict, usable: mx.array | None = None) -> mx.array:
-        """Precondition, then update as ever."""
+        """Precondition the gradients, then update as usual."""
         flat: Arrays = dict(tree_flatten(gradients))
         parameters: Arrays = dict(tree_flatten(model.trainable_parameters()))
         for a, b in pairs(parameters):

@@ -6,16 +6,16 @@
     scripts/study/preferences table            write the tables in docs/preferences.md again
 
 The rows are those of the demo set: a request, and a command as JSON. The chosen answer has the JSON
-on one line. The rejected answer is the same JSON over several lines, with more tokens. First SmolLM2
-135M learns the commands, half of the actions in the one style and half in the other, so that it
-prefers the chosen answer for half of the requests. Preferences must then change the style of the
-others, and not the content. No combination of arguments is
-in two of the splits, and SFT and preferences have different rows.
+on one line. The rejected answer is the same JSON over several lines, with more tokens. First,
+SmolLM2 135M learns the commands, half of the actions in each style, so that it prefers the chosen
+answer for half of the requests. Preferences must then change the style of the others, but not the
+content. No combination of arguments is in two of the splits, and SFT and preferences have different
+rows.
 
 Every model is scored on test rows: the share of pairs whose chosen answer is more likely per token
 and the loss of the chosen answers (both from ``evaluate``), and of the greedy answers the share
 whose content is right (equal as JSON, in whatever style) and the share on one line. A result is a
-line of results/preferences.jsonl. A result that is there is not made again, so the same command
+line of results/preferences.jsonl. A stored result is not measured again, so the same command
 continues after Ctrl-C.
 """
 
@@ -237,14 +237,14 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def run_search(folder: Path, results: Results, deadline: float) -> None:
-    """Make the search's runs in the order of their use, until ``deadline``."""
+    """Make the search's runs, the most useful ones first, until ``deadline``."""
     pairs = read_rows(folder / "pairs/test.jsonl")[:SEARCH_PAIRS]
     train_by_command(folder, "first")
     for name in ("base", "first"):
         score_stored("start", name, folder, pairs, results)
     for cell in cells(results):
         if time.perf_counter() > deadline:
-            print("the time is over; the same command continues")
+            print("the time is up; the same command continues")
             return
         if results.find({"part": "search", **asdict(cell)}):
             continue
@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", choices=("data", "demo", "search", "table"))
     parser.add_argument("folder", type=Path, nargs="?", help="where rows and runs are written")
     parser.add_argument(
-        "--minutes", type=float, default=120.0, help="start no run of the search after so many"
+        "--minutes", type=float, default=120.0, help="start no run of the search after this many"
     )
     options = parser.parse_args(arguments)
     results = Results()

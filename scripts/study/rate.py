@@ -1,4 +1,4 @@
-"""Which way to find a learning rate comes closest to a sweep, at a tenth of a run's cost?
+"""Which method to find a learning rate comes closest to a sweep, at a tenth of a run's cost?
 
     scripts/study/rate --plan                           the cases, what is done, and what the rest takes
     scripts/study/rate --minutes 120 --data wikisql=FOLDER chat=FOLDER text=FOLDER
@@ -15,8 +15,9 @@ A case is a model, a data set, an adapter with its start, a lambda and a batch s
 3. The baselines, run with the first seed: the default rate, mlx-lm's 1e-5 at scale 20, and
    Unsloth's 2e-4 at scale 1, both with lambda 1.
 
-Each run and each search is a line of ``--results``; what is there is not made again, so the same
-command continues. A data set without a folder is left out; the built-in demo set needs none.
+Each run and each search is a line of ``--results``. A stored line is not made again, so the same
+command continues an interrupted study. A data set without a folder is left out; the built-in demo
+set needs none.
 """
 
 from mlx_loraplus.sweep.trial import TrialExamples, new_adapters, run_trial, trial_state  # isort: skip  before mlx
@@ -188,7 +189,7 @@ class Bench:
         return self._stored(case, key | {"steps": self.effort.steps}, make)
 
     def _stored(self, case: Case, key: Line, make: Callable[[], Line]) -> Line:
-        """Return the line with a key; if there is none, make it and store it."""
+        """Return the line with a key; make it and store it if it is missing."""
         for line in self.lines:
             if key.items() <= line.items():
                 return line
@@ -237,7 +238,7 @@ def best_of(grid: Mapping[int, Mapping[int, float]]) -> int:
 
 
 def print_plan(cases: Sequence[Case], lines: Sequence[Line], steps: int, side: int) -> float:
-    """Print what is there of each case and what the rest takes; return the minutes that are left."""
+    """Print how much of each case is done, and the minutes that the rest takes; return their sum."""
     total = 0.0
     for number, case in enumerate(cases):
         mine = [line for line in lines if line["case"] == case.name and line["steps"] == steps]
@@ -292,7 +293,9 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", default=[], help="folders, e.g. wikisql=FOLDER")
-    parser.add_argument("--minutes", type=float, default=120.0, help="start nothing after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=120.0, help="start nothing after this many"
+    )
     parser.add_argument("--cases", type=int, nargs="+", help="numbers of the cases (default: all)")
     parser.add_argument("--steps", type=int, default=60, help="steps of a run (default: 60)")
     parser.add_argument(
@@ -329,7 +332,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] | None = 
             effort = Effort(options.steps, options.side, deadline, options.searches)
             study_cases(wanted, folders, lines, options.results, effort)
         except OutOfTimeError:
-            print("the time is over; the same command continues")
+            print("the time is up; the same command continues")
         except KeyboardInterrupt:
             print("stopped; the same command continues")
     if lines:

@@ -1,7 +1,7 @@
 """A second look at the searches of ``rate.py``: beside the short grids of ``evidence.py``.
 
-Those grids are for more models and starts, but their runs have 12 steps and one seed. So they show
-whether a search follows the best rate from case to case, and not how good its rate is for a longer
+Those grids cover more models and starts, but their runs have 12 steps and one seed. So they show
+whether a search follows the best rate from case to case, but not how good its rate is for a longer
 run.
 """
 
@@ -104,7 +104,7 @@ def short_grids_table(lines: Sequence[Line], method: str) -> str:
 
 
 def factor(values: Sequence[float]) -> float:
-    """Return by what factor values differ from their geometric mean, typically."""
+    """Return the typical factor by which values differ from their geometric mean."""
     logs = [math.log(value) for value in values]
     mean = fmean(logs)
     return math.exp(math.sqrt(fmean((each - mean) ** 2 for each in logs)))

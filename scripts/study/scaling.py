@@ -1,14 +1,14 @@
-"""How far more Macs speed an update up, on paper: what is computed against what is sent.
+"""How much faster several Macs make an update, on paper: the time to compute against the time to send.
 
     data parallel     T(N) = rows' compute / N + R(N, bytes of the gradients)
     tensor parallel   T(N) = compute / N + messages R(N, bytes of the activations) + R(N, bytes of the gradients)
     ring all-reduce   R(N, b) = 2 (N - 1) / N b / bandwidth + 2 (N - 1) latency
 
-Nothing of the sending hides behind computing: gradients are summed once, when an update's are all
-there, and the next layer waits for the sum of the one before. The update of one machine is kept, so
-N Macs share its rows. What is sent is counted from the models' own shapes; computing is one number,
-said below; the links' figures are others' measurements, said with each. Only the ring's formula is
-tried here, by real processes that send to one another on one machine.
+Sending never overlaps with computing: gradients are summed once, when all gradients of an update
+are there, and each layer waits for the sum of the one before. An update has the same rows on any
+number of Macs, which divide them. The bytes to send follow from the models' shapes. The time to
+compute follows from one number, which is given below. The figures of the links are measurements by
+others, with their sources. Only the ring's formula is tried here, by real processes on one machine.
 """
 
 from mlx_loraplus.launching import free_ports  # isort: skip  before mlx
@@ -47,7 +47,7 @@ SUMS = 4
 
 @dataclass(frozen=True)
 class Link:
-    """A way from Mac to Mac: bytes a second in one direction, and seconds until a small message is there."""
+    """A link between Macs: bytes a second in one direction, and the seconds that a small message takes."""
 
     bandwidth: float
     latency: float
@@ -69,8 +69,8 @@ LINKS = {
     # (jeffgeerling.com, 2025-12-18); round trips of 0.38 to 0.95 ms were seen on others (exo issue
     # 2295).
     "Thunderbolt 5, TCP": Link(5e9, 300e-6),
-    # 7.6 GB/s a rank over RDMA on Thunderbolt 5 (pytorch pull request 189856). Single-digit µs are
-    # told by those who build on it (exo), below 50 by Geerling.
+    # 7.6 GB/s a rank over RDMA on Thunderbolt 5 (pytorch pull request 189856). Developers who build
+    # on it (exo) report single-digit µs, and Geerling below 50.
     "Thunderbolt 5, JACCL": Link(7.6e9, 10e-6),
 }
 
@@ -80,11 +80,11 @@ class Work:
     """What an update computes and sends.
 
     Attributes:
-        seconds: Of one Mac that computes all of it.
+        seconds: The time of one Mac that computes all of it.
         gradients: Bytes of the gradients.
-        messages: Sums of activations in an update, tensor parallel.
-        activations: Bytes of each.
-        most: Macs among which the model can be divided.
+        messages: With tensor parallel, the number of sums of activations in an update.
+        activations: Bytes of each of these sums.
+        most: The largest number of Macs that can divide the work.
     """
 
     seconds: float
@@ -105,12 +105,12 @@ class Work:
         return self.seconds / self.update(macs, link)
 
     def end(self, link: Link, share: float = 0.5) -> int:
-        """Return the most Macs of which each still does this share of what it does alone."""
+        """Return the largest number of Macs at which each still does this share of what it does alone."""
         return max(n for n in range(1, self.most + 1) if self.speed(n, link) >= share * n)
 
 
 def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
-    """Return the work of an update of a model with adapters of a rank, or, without, of all its weights in bfloat16."""
+    """Return the work of an update of adapters of a rank, or of all weights in bfloat16 for None."""
     config = config_of(name) | {"quantization": None}
     model: Any = make_skeleton(config)
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
@@ -191,10 +191,10 @@ def run_scaling() -> tuple[dict[str, Any], Figure]:
 
 
 def try_formula() -> dict[str, Any]:
-    """Measure all-reduces here, fit latency and bandwidth to those of 2 processes, and foretell those of 4.
+    """Measure all-reduces here, fit latency and bandwidth to 2 processes, and predict those of 4.
 
-    Processes that share a core also share what it sends: they take so many times as long as there
-    are for each core.
+    Processes that share a core also share what it sends. With n processes for each core, they take
+    n times as long.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     crowd = {processes: max(1.0, processes / cores) for processes in (2, 4)}
@@ -213,7 +213,7 @@ def try_formula() -> dict[str, Any]:
 
 
 def measure(processes: int) -> list[float]:
-    """Return the least seconds of an all-reduce of each size among so many processes on this machine."""
+    """Return the shortest time of an all-reduce of each size among ``processes`` on this machine."""
     with tempfile.TemporaryDirectory() as folder:
         hosts = Path(folder) / "hosts.json"
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(processes)]))
@@ -234,7 +234,7 @@ def measure(processes: int) -> list[float]:
 
 
 def scaling_table(result: dict[str, Any]) -> str:
-    """Return how many times as fast 2, 4, 8 and 16 Macs are, and at how many each still does half its work."""
+    """Return the speeds of 2, 4, 8 and 16 Macs, and the number at which each still does half its work."""
     ways = list(result["links"])
     lines = [f"| an update of | is sent | {' | '.join(ways)} |", "|---|--:|" + "--:|" * len(ways)]
     for name, case in result["cases"].items():

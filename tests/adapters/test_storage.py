@@ -86,7 +86,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
     model = tiny("llama")
 
     with pytest.raises(
-        AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model wants \(64, 4\)"
+        AdapterError, match=r"q_proj\.lora_a has shape \(48, 4\), the model needs \(64, 4\)"
     ):
         load_adapter(model, saved)
     assert not find_adapters(model)
@@ -94,7 +94,7 @@ def test_an_adapter_of_another_model_is_refused_with_both_shapes(tiny: TinyModel
 
 def test_an_adapter_with_other_layers_is_refused(tiny: TinyModel, saved: Path):
     with pytest.raises(
-        AdapterError, match=r"belongs to another model: .*is no layer of this model"
+        AdapterError, match=r"belongs to another model: .*is not a layer of this model"
     ):
         load_adapter(tiny("mixtral"), saved)
 

@@ -115,7 +115,7 @@ def test_modules_of_another_shape_raise(tiny: TinyModel, tmp_path: Path):
     save_adapter(attached(tiny("llama"), "norm"), tmp_path)
     mx.save_safetensors(str(tmp_path / "modules.safetensors"), {"model.norm.weight": mx.ones(32)})
     with pytest.raises(
-        AdapterError, match=r"model\.norm\.weight has shape \(32,\), the model wants \(64,\)"
+        AdapterError, match=r"model\.norm\.weight has shape \(32,\), the model needs \(64,\)"
     ):
         load_adapter(tiny("llama"), tmp_path)
 

@@ -60,16 +60,16 @@ def test_projections_of_another_size_raise(tiny: TinyModel, saved: Path):
     for cut, message in (
         (
             {"projection_a": mx.zeros((80, 16))},
-            r"down_proj: projection_a has size 80, the model wants at least 96",
+            r"down_proj: projection_a has size 80, the model needs at least 96",
         ),
-        ({"projection_b": mx.zeros((16, 40))}, r"projection_b has size 40, the model wants"),
+        ({"projection_b": mx.zeros((16, 40))}, r"projection_b has size 40, the model needs"),
         (
             {"projection_a": mx.zeros((96, 15))},
             "projection_a and projection_b are missing or do not fit",
         ),
         (
             {"model.layers.0.self_attn.q_proj.vera_b": mx.zeros(3)},
-            r"q_proj\.vera_b has shape \(3,\), the model wants",
+            r"q_proj\.vera_b has shape \(3,\), the model needs",
         ),
     ):
         mx.save_safetensors(str(saved / "adapters.safetensors"), weights | cut)

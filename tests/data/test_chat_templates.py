@@ -10,6 +10,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_loraplus.data.prompt_tokens import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode
+from mlx_loraplus.errors import ModelError
 from tests.data.reading import encode_one
 from tests.data.test_tokenize import CHAT, TWO_TURNS
 
@@ -41,6 +42,7 @@ LLAMA3 = {
     "ends": "<|end_of_text|> <|eot_id|>",
 }
 PHI3 = {"special": "<|system|> <|user|> <|assistant|>", "ends": "<|endoftext|> <|end|>"}
+GLM = {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"}
 TURN = "<|start_header_id|>{}<|end_header_id|>\n\n"
 EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]] = {
     "Llama 3": ("llama3", LLAMA3, [SYSTEM, *TWO_TURNS], [
@@ -64,6 +66,10 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]]
         "<s>[INST] Hi[/INST] Hello you</s>[INST] Be kind\n\nBye[/INST]⟦ See you</s>⟧",
         "<s>[INST] Be kind\n\nHi[/INST]⟦ Hello you</s>⟧",
     ]),
+    "a system message that only an unanswered question shows": ("system_last", {}, [SYSTEM, *TWO_TURNS], [
+        "<s>[INST]Hi[/INST]Hello you</s>[INST]Be kind\n\nBye[/INST]⟦See you</s>⟧",
+        "<s>[INST]Be kind\n\nHi[/INST]⟦Hello you</s>⟧",
+    ]),
     "Llama 2": ("llama2", {}, [SYSTEM, *TWO_TURNS], [
         "<s>[INST] <<SYS>>\nBe kind\n<</SYS>>\n\nHi [/INST]⟦ Hello you </s>⟧<s>[INST] Bye [/INST]⟦ See you </s>⟧",
     ]),
@@ -84,6 +90,13 @@ EXPECTED: dict[str, tuple[str, dict[str, str], list[dict[str, Any]], list[str]]]
     "Phi 3, which ends a chat once more": ("phi3", PHI3, [SYSTEM, *TWO_TURNS], [
         "<|system|>\nBe kind<|end|>\n<|user|>\nHi<|end|>\n<|assistant|>\n⟦Hello you<|end|>⟧\n"
         "<|user|>\nBye<|end|>\n<|assistant|>\n⟦See you<|end|>⟧\n<|endoftext|>",
+    ]),
+    "GLM, whose turns end with the token of the next role": ("next_role_ends", GLM, [SYSTEM, *TWO_TURNS], [
+        "[gMASK]<sop><|system|>\nBe kind<|user|>\nHi<|assistant|>\n⟦Hello you<|user|>⟧\nBye<|assistant|>\n⟦See you<|user|>⟧",
+    ]),
+    "GLM's tool calls": ("next_role_ends", GLM, CALLS, [
+        "[gMASK]<sop><|user|>\nDim<|assistant|>\n⟦\n<tool_call>lamp\n<arg_key>to</arg_key>\n<arg_value>5</arg_value>"
+        "\n</tool_call><|observation|>⟧\n<tool_response>\nok\n</tool_response><|assistant|>\n⟦Done<|user|>⟧",
     ]),
     "Zephyr": ("zephyr", {"special": "<|system|> <|user|> <|assistant|>"}, [SYSTEM, *TWO_TURNS], [
         "<|system|>\nBe kind</s>\n<|user|>\nHi</s>\n<|assistant|>\n⟦Hello you</s>⟧\n"
@@ -123,7 +136,7 @@ def test_positions_written_by_hand(letters, name):
     assert encoded.examples[-1].tokens[: starts[-1]].tolist() == prompt, (
         "what the model sees in generation"
     )
-    if special.get("bos") or template in ("mistral", "alpaca"):
+    if special.get("bos") or template in ("mistral", "system_last", "alpaca"):
         assert all(
             (example.tokens == tokenizer.bos_token_id).sum() == 1 for example in encoded.examples
         ), "BOS once"
@@ -151,7 +164,7 @@ def test_names_that_a_template_leaves_out_are_noted(letters):
         {"role": "assistant", "content": "Yo"},
     ]
     (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
-    assert encoded.notes == ["the chat template leaves out or rewrites names of speakers"]
+    assert encoded.notes == ["the chat template leaves out or rewrites names of speakers ('name')"]
 
 
 def test_what_a_template_leaves_out_is_noted(letters):
@@ -189,11 +202,55 @@ def test_tools_of_any_form_are_rendered_or_refused(letters, tools):
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages[0].content|dictsort }}", "{{ raise_exception('a\\nb') }}", "{{"]
+    ("template", "reason"),
+    [
+        ("{{", "fails for every chat at line 1 (unexpected 'end of template')"),
+        ("{% for message in messages %}\n{{ say(message) }}", "fails for every chat at line 2"),
+        ("\n{{ messages[0].content|shout }}", "fails for every chat at line 2 (No filter named"),
+        ("{{ messages[0].content|dictsort }}", "fails for every chat at line 1"),
+        ("{{ raise_exception('a\nb') }}", "fails for every chat at line 1 (a b)"),
+        ("{{ messages[0].content.x.y }}", "fails for every chat at line 1"),
+        (" \n", "is empty"),
+        ("{{ bos_token }}", "writes none of a chat's messages"),
+        ({"rag": "{{ messages }}"}, "fails for every chat (This model has"),
+    ],
+)
+def test_a_template_that_writes_no_chat_is_no_problem_of_the_rows(letters, template, reason):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = template
+    with pytest.raises(ModelError) as caught:
+        encode([CHAT, CHAT], tokenizer)
+    assert str(caught.value).startswith(f"the model's chat template {reason}")
+    assert str(caught.value).endswith("correct the template, or use a model with another one")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match="the model's chat template"):
+        encode_prompt("Hi", tokenizer)
+
+    # Text is written without the template
+    assert encode_one(Row("text", {"text": "Hi"}, 1), tokenizer).tokens.size
+    assert encode_prompt("Hi", tokenizer, chat=False)
+
+
+def test_the_file_of_a_broken_template_is_named(letters, tmp_path):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = "{% if %}"
+    tokenizer.name_or_path = str(tmp_path)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ModelError, match=f"the chat template in {tmp_path / name} fails"):
+            encode([CHAT], tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a\nb') if messages[0].content == 'Hi' }}",
+        "{% for message in messages %}{{ message.content|dictsort if message.content == 'Hi' }}{% endfor %}",
+    ],
 )
 def test_any_failure_of_a_template_is_reported_in_one_line(letters, template):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template + tokenizer.chat_template
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert str(encoded.problem).startswith("the chat template refuses it (")
@@ -266,9 +323,7 @@ def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
 
 def test_a_template_that_can_not_be_supervised_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
-    tokenizer.chat_template = (
-        "{{ messages | length }}{% for message in messages %}{{ message.content }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ loop.revindex }}{{ message.content }}{{ loop.revindex }}{% endfor %}"
     (encoded,) = encode([CHAT], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)
@@ -285,3 +340,59 @@ def test_control_tokens_in_a_row_are_noted(letters):
     assert encoded.notes == [
         "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
     ]
+
+
+@pytest.mark.parametrize("field", ["name", "speaker"])
+def test_a_field_that_makes_a_template_refuse_a_chat_is_named(letters, field):
+    tokenizer = letters("chatml", **CHATML)
+    question, answer = CHAT.fields["messages"][:2]
+    chat = [question, answer | {field: "Zoe"}]
+
+    # Into the header of the turn, as in Kimi K2's template, or not at all
+    for text in (
+        f"message.get('{field}') or message.role",
+        f"raise_exception('no names') if '{field}' in message else message.role",
+    ):
+        tokenizer.chat_template = (
+            "{% for message in messages %}<|im_start|>{{ "
+            + text
+            + " }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+        (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+        assert encoded.examples == []
+        assert str(encoded.problem).endswith(
+            f"; remove the field '{field}' from assistant messages"
+        )
+        (encoded,) = encode([Row("chat", {"messages": [question, answer]}, 1)], tokenizer)
+        assert encoded.problem is None
+
+
+def test_a_header_that_the_prompt_lacks_is_not_learned(letters):
+    """A prompt that goes on with thoughts after a tool's result, where the chat has a header."""
+    tokenizer = letters("chatml", special="<|im_start|> <think> </think>", ends="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+        "{% if message.reasoning_content %}<think>{{ message.reasoning_content }}</think>{% endif %}"
+        "{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<think>{% endif %}"
+    )
+    question, answer = CHAT.fields["messages"][:2]
+    chat = [question, answer | {"reasoning_content": "Why"}]
+    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    assert encoded.examples == []
+    assert "can't be supervised by turn" in str(encoded.problem)
+
+
+def test_the_header_between_two_assistant_turns_is_not_learned(letters):
+    tokenizer = letters("chatml", **CHATML)
+    condition = "add_generation_prompt and messages[-1].role != 'assistant'"
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "add_generation_prompt", condition
+    )
+    assert condition in tokenizer.chat_template
+    question, answer = CHAT.fields["messages"][:2]
+    (encoded,) = encode([Row("chat", {"messages": [question, answer, answer]}, 1)], tokenizer)
+    (example,) = encoded.examples
+    turn = "<|im_start|>assistant\n⟦Hello you<|im_end|>⟧\n"
+    assert bracketed(example, tokenizer).endswith(turn + turn)

@@ -111,15 +111,11 @@ def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):
     (place / "out").mkdir()
     (place / "out" / "mine.txt").write_text("mine")
     assert "is not empty" in fails(words(place, "--to", "peft"), capsys)
-    assert "is what is read" in fails(
-        words(place, "--to", "peft", "--overwrite", out="run"), capsys
-    )
+    assert "is or contains" in fails(words(place, "--to", "peft", "--overwrite", out="run"), capsys)
     assert "is a file" in fails(words(place, "--to", "peft", out="tiny.gguf"), capsys)
     for more in (["--to", "gguf"], ["--from", "gguf", "--adapter-path", str(place / "tiny.gguf")]):
-        assert "or holds it" in fails(words(place, *more, "--overwrite", out="."), capsys)
-    assert "or the current folder" in fails(
-        [*words(place, "--to", "peft"), "--save-path", "."], capsys
-    )
+        assert "is or contains" in fails(words(place, *more, "--overwrite", out="."), capsys)
+    assert "is or contains" in fails([*words(place, "--to", "peft"), "--save-path", "."], capsys)
     (place / "run" / "adapters.safetensors").write_bytes(b"broken")
     assert "broken" in fails(words(place, "--to", "peft", "--overwrite"), capsys)
     assert (place / "out" / "mine.txt").read_text() == "mine"

@@ -190,7 +190,7 @@ def test_settings_of_another_version_are_no_hindrance(
         file.write("of_the_future: 1\n")
     assert fused(trained, tmp_path / "out", "--adapter", str(tmp_path / "run"))["answers"] == {}
     told = capsys.readouterr().out
-    assert "run.yaml can't be read: of_the_future is no setting" in told
+    assert "run.yaml can't be read: of_the_future is not a setting" in told
     assert "the run's report does not show" in told
 
 
@@ -228,7 +228,7 @@ def test_both_spellings_of_several():
 
 
 def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):
-    assert "'--adapter' is no flag" in refused(capsys, "--bits", "4", "--adapter")
+    assert "'--adapter' is not a flag" in refused(capsys, "--bits", "4", "--adapter")
 
 
 def test_an_adapter_of_other_weights_is_refused(
@@ -243,7 +243,7 @@ def test_an_adapter_of_other_weights_is_refused(
     said = refused(
         capsys, *words, "--model", str(other), "--data", "nowhere"
     )  # told first: asking the base takes long
-    assert "the weights it was trained over are not these" in said
+    assert "it was trained on other weights" in said
     assert not (tmp_path / "fused").exists()
     fuse.main([*words, "--model", str(tmp_path / "mine")])
     fuse.main(
@@ -263,7 +263,7 @@ def test_what_is_fused_is_not_overwritten(
         "--overwrite",
     ]
     before = sorted(path.name for path in (trained / place).iterdir())
-    assert "is what is read" in refused(capsys, *words, "--save-path", str(trained / place))
+    assert "is or contains" in refused(capsys, *words, "--save-path", str(trained / place))
     assert sorted(path.name for path in (trained / place).iterdir()) == before
 
 

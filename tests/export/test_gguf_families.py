@@ -288,7 +288,7 @@ def test_what_llama_cpp_fixes_otherwise_is_refused(
     text = getattr(model, "language_model", model)
     for key, value in change.items():
         setattr(text.args, key, value)
-    with pytest.raises(ModelError, match=f"this model can't become GGUF: .*{told}"):
+    with pytest.raises(ModelError, match=f"this model can't be written as GGUF: .*{told}"):
         write_model(model, byte_level_tokenizer(), name, tmp_path / "model.gguf", "f32")
     assert not list(tmp_path.iterdir())
 

@@ -117,7 +117,7 @@ def test_a_lora_fits_the_rows_of_llama_cpps_base(tmp_path: Path, architecture: s
         ("llama", {"adapter": "dora"}, "dora on model.layers"),
         ("llama", {"train_modules": ("norms",)}, "layernorm trained in full"),
         ("llama", {"init": "loftq", "quantize_group_size": 32}, "a quantized base of its own"),
-        ("gemma3", {"target_modules": ("embed_tokens",)}, "is the head, too"),
+        ("gemma3", {"target_modules": ("embed_tokens",)}, "is also the head"),
     ],
 )
 def test_what_a_lora_can_not_express_is_told(
@@ -129,7 +129,9 @@ def test_what_a_lora_can_not_express_is_told(
 
 
 def test_another_architecture_is_told(tiny: TinyModel, tmp_path: Path):
-    with pytest.raises(ModelError, match="cohere can't become GGUF here, allowed are llama, "):
+    with pytest.raises(
+        ModelError, match="cohere can't be written as GGUF here, allowed are llama, "
+    ):
         write_lora(adapted(tiny("cohere")), tmp_path / "adapter.gguf")
 
 
@@ -137,7 +139,7 @@ def test_a_lora_of_another_model_is_told(tiny: TinyModel, tmp_path: Path):
     write_lora(adapted(tiny("llama")), tmp_path / "adapter.gguf")
     with pytest.raises(AdapterError, match="is for 'llama', the model is gemma3"):
         load_gguf_lora(tiny("gemma3"), tmp_path / "adapter.gguf")
-    with pytest.raises(AdapterError, match="is no LoRA"):
+    with pytest.raises(AdapterError, match="is not a LoRA"):
         load_gguf_lora(tiny("llama"), write_gguf(tmp_path / "base.gguf"))
     for name, shape, told in (
         (

@@ -289,8 +289,8 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
     ):
         assert told in "; ".join(vllm_refusals(config | change, names, "llama"))
     for name, told in (
-        ("norm.weight", "no lora_A"),
-        ("layers.0.mlp.fc1.lora_A.weight", "none of the modules"),
+        ("norm.weight", "neither a lora_A"),
+        ("layers.0.mlp.fc1.lora_A.weight", "can't adapt model.layers.0.mlp.fc1"),
     ):
         assert told in vllm_refusals(config, [f"base_model.model.model.{name}"], "llama")[0]
     assert (
@@ -334,8 +334,10 @@ def test_keys_that_are_values_are_told_for_vllm(tmp_path: Path):
     """vLLM would adapt the keys of Gemma 4 31B and not the values, which are the same numbers."""
     model = make_family("gemma4, MoE")
     attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", "k_proj", "v_proj")))
-    (told,) = {problem.split(" makes ")[1] for problem in write_peft(model, "org/base", tmp_path)}
-    assert "vLLM would change the keys alone" in told
+    (told,) = {
+        problem.split(" computes ")[1] for problem in write_peft(model, "org/base", tmp_path)
+    }
+    assert "vLLM would change only the keys" in told
     model = make_family("gemma4, MoE")
     attach_adapters(model, AdapterConfig(rank=4, target_modules=("q_proj", "v_proj")))
     assert write_peft(model, "org/base", tmp_path) == []

@@ -125,7 +125,7 @@ def folder(tmp_path: Path) -> Path:
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "nest no repetitions"),
-        ({"alpha_pattern": {"(q": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(q": 2}}, "not a regular expression"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
         ({"lora_bias": True}, "lora_bias"),
@@ -150,11 +150,11 @@ def test_tensors_that_do_not_fit_are_told(folder: Path):
     for change, told in (
         (
             {name: np.zeros((64, 4), np.float32)},
-            r"q_proj\.lora_a has shape \(4, 64\), the model wants",
+            r"q_proj\.lora_a has shape \(4, 64\), the model needs",
         ),
         ({name: np.zeros((2, 4, 64), np.float32)}, "is not known"),
         ({name: np.zeros((0, 64), np.float32)}, "is not known"),
-        ({name.replace("q_proj", "z_proj"): tensors[name]}, "is no layer of this model"),
+        ({name.replace("q_proj", "z_proj"): tensors[name]}, "is not a layer of this model"),
         ({name.replace("lora_A.weight", "lora_C"): tensors[name]}, "is not known"),
         ({f"{LAYER}mlp.experts.1.up_proj.lora_A.weight": tensors[name]}, "every expert"),
         (

@@ -90,7 +90,7 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     # Characters alone are no tokenizer that GGUF knows, so this is another model's folder.
     ours, _ = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "model")
     export([str(tmp_path / "model"), "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
-    assert "a whole model is written, as f16" in capsys.readouterr().out
+    assert "the whole model is written as f16" in capsys.readouterr().out
     model, _ = ml.load(str(tmp_path / "gguf" / "model.gguf"))
     assert mx.allclose(model(TOKENS % 8), ours(TOKENS % 8), atol=0.02).item()
     assert (tmp_path / "gguf" / "Modelfile").is_file()

@@ -18,7 +18,7 @@ from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.models.known_models import MODELS
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
-from scripts.study.memory_points import Point, foretell, peak_of
+from scripts.study.memory_points import Point, peak_of, predict
 
 
 @cache
@@ -228,7 +228,7 @@ def test_memory_grows_with_rows_length_and_rank(
     ids=str,
 )
 def test_a_real_step(point: Point):
-    assert 0.85 <= foretell(point, Coefficients()).total / peak_of(point) <= 1.2
+    assert 0.85 <= predict(point, Coefficients()).total / peak_of(point) <= 1.2
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,7 @@ def test_a_real_validation(point: Point):
     lasting = found.weights + found.adapters() + found.moments("adamw")
     taken = lasting + found.validation(batch, point.targets, Coefficients())
     assert 0.8 <= taken / peak_of(point, "validation") <= 1.25
-    assert taken <= foretell(point, Coefficients()).total
+    assert taken <= predict(point, Coefficients()).total
 
 
 @pytest.mark.parametrize("point", [Point("llama", 1, 64), Point("llama", 1, 64, bits=4)], ids=str)

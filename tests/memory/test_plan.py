@@ -13,7 +13,7 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 
 from mlx_loraplus import plan
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.device import PLAYED, Machine, gb, on_gpu, simulate_mac, this_machine
+from mlx_loraplus.device import SIMULATED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
 from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shortage
 from mlx_loraplus.models.known_models import gemma_for
@@ -63,7 +63,7 @@ def trains_comfortably(fitting: MemoryPlan) -> bool:
 def test_the_machine_and_the_macs_it_plays(monkeypatch: pytest.MonkeyPatch):
     assert 0 < this_machine().budget <= this_machine().working_set < this_machine().memory
     assert (this_machine().cache(0) > 0) is on_gpu()
-    monkeypatch.setenv(PLAYED, "16GB")
+    monkeypatch.setenv(SIMULATED, "16GB")
     assert this_machine() == simulate_mac("16 gb")
     assert simulate_mac("16").working_set == 2 * 2**34 // 3
     assert simulate_mac("64GB").working_set == 48 * 2**30
@@ -234,7 +234,7 @@ def test_a_run_says_that_its_plan_was_off(
 def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv(PLAYED, "1GB")
+    monkeypatch.setenv(SIMULATED, "1GB")
     rows = place.folder / "data" / "train.jsonl"
     rows.write_text(300 * rows.read_text())
     with pytest.raises(
@@ -278,7 +278,7 @@ def test_one_block_takes_more_with_checkpointing_and_fits_without():
 def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setenv(PLAYED, "16GB")
+    monkeypatch.setenv(SIMULATED, "16GB")
     with pytest.raises(
         ml.ConfigError, match=r"a smaller model, or one of 4 bits: the weights alone take 39\.69 GB"
     ):

@@ -98,11 +98,11 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         ),
         (
             lambda config: config.update(num_hidden_layers=10**9),
-            "num_hidden_layers 1,000,000,000, more than the 56 tensors",
+            "num_hidden_layers 1,000,000,000, but its weights are only 56 tensors",
         ),
         (
             lambda config: config.update(text_config={"n_layers": 1e300}),
-            "n_layers .* more than the 56 tensors",
+            "n_layers .* only 56 tensors",
         ),
         (
             lambda config: config.update(hidden_size=64),

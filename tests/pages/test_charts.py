@@ -66,6 +66,22 @@ def test_a_legend_names_several_curves_and_labels_are_escaped():
     assert line_chart("x", curves[:1], "steps").samples() == []
 
 
+@pytest.mark.parametrize(
+    ("last", "ticks"),
+    [(0.11, ["0", "0.02", "0.04", "0.06", "0.08", "0.1"]), (3, ["0", "1", "2", "3"])],
+)
+def test_steps_have_whole_ticks_and_a_part_of_a_minute_has_some(last: float, ticks: list[str]):
+    chart = line_chart("loss", [Curve("a", [(0, 1.0), (last, 2.0)])], "minutes")
+    assert labels(chart, "middle") == [*ticks, "minutes"]
+
+
+def test_the_numbers_of_a_colour_scale_fit_the_picture():
+    chart = heat_map("norms", np.array([[-0.00566, 0.00123]]), [("q", 1)], [(0.5, "1")], "steps")
+    found = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="start">([^<]+)<', chart.svg)
+    assert len(found) == 2
+    assert all(float(x) + 7.5 * len(label) <= 400 for x, label in found)
+
+
 def test_a_map_has_a_label_for_each_band_and_empty_cells():
     values = np.array([[0.0, 1.0], [np.nan, 0.5], [0.25, 0.75]])
     chart = heat_map(

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ def test_what_differs_and_what_came_of_it(place: Place):
     found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
     rows = dict(found.rows)
     assert rows["lr_ratio"] == ["1.0", "4.0"]
-    assert rows.keys().isdisjoint({"learning_rate", "train", "adapter"}), "what is the same"
+    assert rows.keys().isdisjoint({"learning_rate", "train", "adapter", "model"}), (
+        "what is the same"
+    )
     assert rows["outcome"] == ["finished", "finished"]
     assert found.names == ["plain", "plus"]
     html = found._repr_html_()
@@ -76,6 +79,16 @@ def test_losses_on_other_examples_have_no_best(place: Place):
     found.runs[0].start["valid"]["examples"] += 1
     assert found.best.keys().isdisjoint({"validation loss", "exact answers"})
     assert found.best["training loss"]
+
+
+def test_losses_of_other_objectives_have_no_best_and_no_unit(place: Place):
+    found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    assert "(nats per token)" in found.plot().axes[0].get_ylabel()
+    run = found.runs[0]
+    run.config = replace(run.config, objective=replace(run.config.objective, objective="dpo"))
+    assert found.best.keys().isdisjoint({"validation loss", "training loss"})
+    assert found.best["speed"]
+    assert found.plot().axes[0].get_ylabel() == "validation loss"
 
 
 def test_names_that_rich_would_take_for_markup_and_the_folder_one_stands_in(

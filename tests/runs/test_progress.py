@@ -19,6 +19,7 @@ from mlx_loraplus.runs.progress import (
     JSONLines,
     Lines,
     Terminal,
+    event_lines,
     moving,
     sparkline,
     time_left,
@@ -72,6 +73,27 @@ def test_lines(folder: Path):
     assert told[-2] == f"try it:  mlx_loraplus.chat {folder}"
 
 
+def test_lines_of_preferences_fit_80_columns():
+    rewards = {"reward_margin": -1e-6, "reward_accuracy": 1.0}
+    answers = {"logp_chosen": -108.55, "logp_rejected": -134.0}
+    pairs, labeled = {"preferred": 0.75}, {"kl": 0.0123}
+    for kind, ranked, figures in (
+        (pairs, "75.0%", "accuracy 100.0%, log p chosen -108.5, rejected -134.0"),
+        (labeled, "100.0%", "KL 0.0123, log p chosen -108.5, rejected -134.0"),
+    ):
+        event = {f"valid_{name}": value for name, value in (rewards | answers | kind).items()}
+        event |= {"step": 1000, "valid_loss": 0.5, "valid_seconds": 100.0}
+        first, second = event_lines(event, 1000)
+        expected = f"validation loss 0.5000, ranked right {ranked}  (100.0 s)"
+        assert first == f"step 1000/1000  {expected}"
+        assert second == f"  margin 0.0000, {figures}"
+        assert max(map(len, (first, second))) <= 80
+
+    # Labeled answers may all be undesirable.
+    del event["valid_logp_chosen"], event["valid_reward_margin"]
+    assert "KL 0.0123, log p rejected -134.0" in event_lines(event, 1000)[1]
+
+
 def test_verbosity(folder: Path):
     run = ml.Run.load(folder)
     told: dict[str, list[str]] = {}
@@ -103,9 +125,12 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
     replay(Terminal(console), run)
     console.print(moving(run, console.options))
     shown = raw.getvalue().decode(encoding)
-    assert all(
-        len(line) <= width for line in shown.replace("\r", "\n").splitlines() if "\x1b" not in line
-    )
+    messages: list[str] = []
+    replay(Lines(messages.append), run)
+    for line in shown.replace("\r", "\n").splitlines():
+        # The card and the display fit. The terminal wraps messages, so that commands stay whole.
+        assert len(line) <= width or "\x1b" in line or line in messages
+    assert any(f"mlx_loraplus.chat {folder}" in line for line in shown.splitlines())
     assert ("▁" in shown) == (encoding == "utf-8")
     assert "finished" in shown
 

@@ -105,6 +105,54 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     assert "The run failed: out of memory." in report_page(run).decode()
 
 
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        ((2.0, 1.0), "the validation loss is 50% lower"),
+        ((2.0, 0.008), "the validation loss is 99.6% lower"),
+        ((2.0, 1e-5), "the validation loss is 99.9% lower"),
+        ((2.0, 1.998), "the validation loss is 0.1% lower"),
+    ],
+)
+def test_a_share_is_not_rounded_to_all_or_nothing(
+    folder: Path, losses: tuple[float, float], words: str
+):
+    run = ml.Run.load(folder)
+    for event in run.history:
+        if "valid_loss" in event:
+            event["valid_loss"] = losses[event["step"] > 0]
+            event["valid_accuracy"] = (0.0, 0.9996)[event["step"] > 0]
+    head = headline(run)
+    assert words in head.lead
+    assert head.tiles[1].value == "0% → 99.9%"
+
+
+def test_pairs_that_are_ranked_as_before(folder: Path):
+    run = ml.Run.load(folder)
+    objective = replace(run.config.objective, objective="dpo")
+    run.config = replace(run.config, objective=objective)
+    for event in run.history:
+        if "valid_loss" in event:
+            event |= {"valid_loss": 1.0 if event["step"] else 2.0, "valid_preferred": 0.25}
+    lead = headline(run).lead
+    assert lead.startswith(
+        "The chosen answers are preferred in 25% of the validation pairs, as by the base model,"
+        " but the validation loss is 50% lower."
+    )
+
+
+def test_the_text_above_answers_and_a_single_validation(folder: Path):
+    run = ml.Run.load(folder)
+    assert "Shaded words" in report_page(run).decode()
+    for prompt in run.start["prompts"]:
+        prompt["expected"] = None
+    assert "Shaded words" not in report_page(run).decode(), "nothing is expected"
+
+    first = dict(run.losses("valid_loss"))[0]
+    run.history = [event for event in run.history if not event["step"]]
+    assert f"<td>{first:.4f} before</td>" in report_page(run).decode()
+
+
 def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
     for name in ("history.jsonl", "run.yaml"):
         shutil.copy(folder / name, tmp_path / name)

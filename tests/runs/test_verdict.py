@@ -12,9 +12,9 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.runs.next_steps import closing
+from mlx_loraplus.runs.next_steps import closing, next_commands
 from mlx_loraplus.runs.state import Progress
-from mlx_loraplus.runs.verdict import advice, verdict_of
+from mlx_loraplus.runs.verdict import advice, divergence, duration, verdict_of
 from mlx_loraplus.settings import configure, fit_to_length
 from tests.training.tiny_runs import Place
 
@@ -42,8 +42,9 @@ def run_with(losses: list[float], step: int = 10, **settings: Any) -> ml.Run:
         ([1.0, 1.5, 1.2], "not better", "lower --learning-rate, such as 1.3e-04"),
         ([3.0, 1.0], None, "too few steps to say whether the loss has levelled off"),
         ([3.0, 1.001, 1.0], None, "too few steps to say whether the loss has levelled off"),
+        ([3.0, 1.0, 1.4], None, "risen since step 10, whose adapter is kept; too few steps to say whether it overfits: train longer, or"),
     ],
-)
+)  # fmt: skip
 def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words: str):
     run = run_with(losses)
     found = verdict_of(run)
@@ -72,11 +73,41 @@ def test_a_validation_that_is_not_a_number_is_in_the_verdict(losses: list[float]
     assert json.dumps(found.stored(), allow_nan=False)
 
 
+@pytest.mark.parametrize(
+    ("losses", "diverged"), [([3.0], True), ([3.0, 3.1], True), ([3.0, 2.0], False)]
+)
+def test_skipped_steps_that_ended_a_run_that_was_not_better(losses: list[float], diverged: bool):
+    run = run_with(losses, learning_rate=10.0)
+    run.progress.step = step = run.history[-1]["step"] + 7
+    skips = [{"step": step, "skipped": 5, "reason": "loss nan"}]
+    end = {"step": step, "outcome": "failed", "reason": "5 steps in a row were not finite"}
+    run.history = [*run.history[:-1], *skips, end]
+    found = verdict_of(run)
+    assert (found.trend == "diverged") == diverged
+    advised = "train from the start with a lower --learning-rate, such as 5.0e-04"
+    assert advice(run, found) == (advised if diverged else None)
+    commands = [label for label, _ in next_commands(run)]
+    assert commands == ([] if diverged else ["resume"]), "no adapter is worth a try"
+    assert "because the loss or a gradient was not finite" in divergence(run)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.0, "7.0 seconds"), (90.0, "1.5 minutes"), (7200.0, "2.0 hours")]
+)
+def test_a_duration_is_in_a_unit_that_suits_it(seconds: float, text: str):
+    assert duration(seconds) == text
+
+
 def test_few_validations_of_a_long_run_are_too_few():
     run = run_with([3.0, 1.001, 1.0], step=100)
     assert run.verdict.trend is None
     assert "lower --steps-per-eval" in (advice(run, run.verdict) or "")
     assert run_with([3.0, 1.002, 1.001, 1.0], step=100).verdict.trend == "levelled off"
+    risen = run_with([3.0, 1.0, 1.4], step=100)
+    assert risen.verdict.trend is None
+    told = advice(risen, risen.verdict) or ""
+    assert "risen since step 100" in told
+    assert "whether it overfits: lower --steps-per-eval" in told
     assert run_with([3.0, 1.002, 1.001, 1.0], step=2).verdict.trend is None
 
 

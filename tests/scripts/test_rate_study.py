@@ -63,14 +63,14 @@ def test_a_case_gets_its_grid_its_searches_and_its_baselines(studied: Path):
 def test_what_is_there_is_not_made_again(studied: Path, capsys: pytest.CaptureFixture[str]):
     before = (studied / "rate.jsonl").read_text()
     run(studied, "--minutes", "0")
-    assert "the time is over" not in capsys.readouterr().out
+    assert "the time is up" not in capsys.readouterr().out
     assert (studied / "rate.jsonl").read_text() == before
 
     # Without a line, there is something to do, and no time for it.
     kept = before.splitlines()[:-1]
     (studied / "rate.jsonl").write_text("\n".join(kept) + "\n")
     run(studied, "--minutes", "0")
-    assert "the time is over" in capsys.readouterr().out
+    assert "the time is up" in capsys.readouterr().out
     (studied / "rate.jsonl").write_text(before)
 
 

@@ -135,7 +135,7 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
         return {
             "kind": type(error).__name__,
             "error": str(error),
-            "told": error.told,
+            "told": error.reported,
             "lines": told,
         }
     return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}

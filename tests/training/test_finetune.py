@@ -154,7 +154,7 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run
     before = (run.folder / "adapters.safetensors").read_bytes()
     with pytest.raises(ml.OutputError, match="already holds a run"):
         ml.finetune(model, tokenizer, adapter_path=str(run.folder))
-    with pytest.raises(ml.ConfigError, match="lr_ration is no setting"):
+    with pytest.raises(ml.ConfigError, match="lr_ration is not a setting"):
         ml.finetune(model, tokenizer, lr_ration=4)
     assert (run.folder / "adapters.safetensors").read_bytes() == before
     assert isinstance(run.config, TrainConfig)

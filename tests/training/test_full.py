@@ -336,5 +336,5 @@ def test_weights_of_mlx_lm_are_no_adapter(place: Place):
     shutil.copy(place.folder / "model" / "model.safetensors", folder / "adapters.safetensors")
     config = {"fine_tune_type": "full", "num_layers": 2, "lora_parameters": None}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(AdapterError, match=r"make a model of them with mlx_lm\.fuse"):
+    with pytest.raises(AdapterError, match=r"convert them to a model with mlx_lm\.fuse"):
         ml.load(str(place.folder / "model"), folder)

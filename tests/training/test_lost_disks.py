@@ -1,5 +1,6 @@
 """Disks that are full, and folders that vanish or can not be written, while a run goes on."""
 
+import re
 import resource
 import shutil
 from typing import Any
@@ -77,6 +78,11 @@ def test_a_disk_that_stays_full_ends_the_session_with_an_error(place: Place, sto
     finally:
         full_disk(soft)
     assert list((place.folder / "run" / "checkpoints").iterdir()) == []
+
+    # The history says how it ended, and names no temporary folder.
+    end = ml.Run.load(place.folder / "run").history[-1]
+    assert end["outcome"] == "failed"
+    assert re.search(r"can't write \S+/checkpoints/(best-)?00000\d/adapters", end["reason"])
 
 
 def test_a_folder_that_vanishes_is_created_again(place: Place):

@@ -246,7 +246,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     model_type, layers = config["model_type"], config["num_hidden_layers"]
     settings = dict(ARCHITECTURES[model_type].fixed)
 
-    # The largest Gemma, recognised by its blocks, scales its queries by hidden size / heads
+    # The largest Gemma, recognized by its blocks, scales its queries by hidden size / heads.
     if model_type in ("gemma2", "gemma3_text"):
         is_27b = layers == {"gemma2": 46, "gemma3_text": 62}[model_type]
         per_head = config["hidden_size"] // config["num_attention_heads"]
@@ -255,7 +255,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type == "llama4":
         settings |= llama4_fixed(config)
 
-    # Every nth layer is another kind of layer
+    # Every nth layer is another kind of layer.
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
     if model_type in ("llama", "ministral3"):
@@ -268,7 +268,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         kinds = ("sliding_attention", "full_attention")
         settings["layer_types"] = [kinds[(layer + 1) % period == 0] for layer in range(layers)]
 
-    # Tensors of a model have sizes that another setting determines
+    # Tensors of a model have sizes that another setting determines.
     if model_type.startswith(("qwen3_5", "qwen3_next")):
         settings["linear_value_head_dim"] = config["linear_key_head_dim"]
     if config.get("hidden_size_per_layer_input"):

@@ -23,7 +23,7 @@ from .llama4 import as_config_json
 from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
-from .tensor_layout import relaid
+from .tensor_layout import in_other_layout
 from .tokenizer import write_tokenizer
 
 WeightFormat = Literal["float32", "stored", "4bit"]
@@ -49,7 +49,7 @@ def convert_gguf(path: Path) -> Path:
         ModelError: The file can't be used.
         OutputError: The cache can't be written.
     """
-    # Hash the whole file: a change in place may not affect its size, time and first bytes
+    # Hash the whole file: a change in place may not affect its size, time and first bytes.
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, hashlib.blake2b).hexdigest()
@@ -66,7 +66,7 @@ def describe_conversion(path: Path) -> str:
     Raises:
         ModelError: The file can't be used.
     """
-    # Consider only matrices, because other tensors are not quantized
+    # Consider only matrices, because other tensors are not quantized.
     file = read_gguf(path)
     matrices = [tensor for tensor in file.tensors.values() if len(tensor.shape) >= 2]
     types = sorted({tensor.type.name for tensor in matrices})
@@ -112,14 +112,14 @@ def write_folder(path: Path, folder: Path, weights: WeightFormat) -> None:
         raise
     except ModelError as problem:
         raise ModelError(f"{path} can't be used: {problem}") from problem
-    # A value has the wrong type, or the tokenizers library raised a plain Exception
+    # A value has the wrong type, or the tokenizers library raised a plain Exception.
     except Exception as problem:
         reason = " ".join(str(problem).split())
         raise ModelError(
             f"{path} can't be used: its metadata is broken ({reason:.200})"
         ) from problem
 
-    # Add the quantization to the config
+    # Add the quantization to the config.
     if weights == "4bit":
         config["quantization"] = {"group_size": 64, "bits": 4, "mode": "affine"}
     elif weights == "stored":
@@ -139,6 +139,7 @@ def _check_is_model(file: GGUFFile) -> None:
     Raises:
         ModelError: It does not; the message says what the file is.
     """
+    # Other types of files: adapters, and the parts of multimodal models.
     path, metadata = file.path, file.metadata
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
@@ -154,6 +155,7 @@ def _check_is_model(file: GGUFFile) -> None:
     if kind != "model":
         raise ModelError(f"{path} is a GGUF file of type {kind!r:.40}, not a model: give a model")
 
+    # A large model may be split into several files.
     parts = metadata.get("split.count", 1)
     if parts != 1:
         raise ModelError(
@@ -192,7 +194,7 @@ def check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
         elif name not in expected and name not in ROPE_TENSORS and not name.startswith(left_out):
             problems.append(f"tensor {name!r} has no place in mlx-lm's model")
 
-    # A token id without an embedding would read past the end of the embeddings
+    # A token id without an embedding would read past the end of the embeddings.
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     if len(tokens) > config["vocab_size"]:
         problems.append(f"it has {len(tokens)} tokens for {config['vocab_size']} embeddings")
@@ -220,7 +222,7 @@ def _stored_quantization(file: GGUFFile, config: dict[str, Any]) -> dict[str, An
             rule["group_size"] = 32
         rules[target.removesuffix(".weight")] = rule
 
-    # Use the most common bits as the default, and list the other layers as exceptions
+    # Use the most common bits as the default, and list the other layers as exceptions.
     used = [(rule["bits"], rule["mode"]) for rule in rules.values() if rule]
     if not used:
         return None
@@ -254,7 +256,7 @@ def _stored_dtype(file: GGUFFile) -> mx.Dtype:
         if len(tensor.shape) >= 2 and type_name in dtypes:
             plain[type_name] += 1
 
-    # Choose the most common type
+    # Choose the most common type.
     if not plain:
         return mx.bfloat16
     ((common, _),) = plain.most_common(1)
@@ -304,7 +306,7 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
     first_half: np.ndarray | None = None
     for name, (full_name, shape) in expected.items():
         target, half = half_of(full_name)
-        array = relaid(file.read(name), name, config, to_gguf=False).reshape(shape)
+        array = in_other_layout(file.read(name), name, config, to_gguf=False).reshape(shape)
         if half == 0:
             first_half = array
             continue
@@ -312,7 +314,7 @@ def _write_weights(file: GGUFFile, config: dict[str, Any], folder: Path, dtype: 
             array = np.concatenate([first_half, array])
 
         weight = mx.array(array)
-        # The decay rates of a delta net are too fine for 16 bits; mlx-lm keeps them, too
+        # The decay rates of a delta net need float32, which mlx-lm also keeps.
         own_dtype = mx.float32 if target.endswith("A_log") else dtype
         tensors = _quantized(target, weight.astype(own_dtype), config.get("quantization"))
         shards.add(tensors, is_last=name == last)
@@ -329,12 +331,12 @@ def _quantized(name: str, weight: mx.array, settings: dict[str, Any] | None) -> 
     if weight.ndim < 2 or not name.endswith(".weight") or not rule:
         return {name: weight}
 
-    # The scales of MXFP4 have no biases
+    # The scales of MXFP4 have no biases.
     if rule.get("mode") == "mxfp4" and weight.shape[-1] % 32 == 0:
         arrays: Any = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
         return {name: arrays[0], f"{path}.scales": arrays[1]}
 
-    # MLX quantizes groups of columns, so a group size must divide the number of columns
+    # MLX quantizes groups of columns, so a group size must divide the number of columns.
     fitting = [size for size in _GROUP_SIZES if weight.shape[-1] % size == 0]
     if not fitting:
         return {name: weight}

@@ -1,4 +1,4 @@
-"""The settings of Qwen 3.5 and Qwen3-Next in GGUF files: attention mixed with gated delta nets.
+"""The settings of Qwen 3.5 and Qwen3-Next in GGUF files: layers of attention and gated delta nets.
 
 A value head of a delta net belongs to a key head. mlx-lm stores the value heads of one key head
 next to each other, and llama.cpp's Qwen 3.5 takes one value head of every key head in turn.
@@ -13,7 +13,7 @@ import numpy as np
 
 from .metadata_numbers import MetadataNumbers
 
-_SECTIONS = [11, 11, 10]  # of a rotary embedding for text and images; text uses none of them
+_SECTIONS = [11, 11, 10]  # of a rotary embedding for text and images; text does not use them
 
 
 def delta_net_metadata(config: dict[str, Any]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def delta_net_metadata(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def delta_net_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file that its numbers imply, and move the rotary ones in ``config``.
+    """Return the settings of a file besides its numbers, and take the rotary ones from ``config``.
 
     Args:
         numbers: Reads the file, and collects the problems with it.
@@ -43,7 +43,7 @@ def delta_net_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict
     if config["model_type"] == "qwen3_next":
         return {}
 
-    # mlx-lm's Qwen 3.5 reads the rotary settings only from here
+    # mlx-lm's Qwen 3.5 reads the rotary settings only from here.
     config.pop("rope_scaling", None)
     rope = {
         "rope_type": "default",

@@ -68,17 +68,16 @@ def gemma4_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[st
     kinds = ["sliding_attention" if value else "full_attention" for value in pattern]
     settings: dict[str, Any] = {"layer_types": kinds}
 
-    # The last layers may have MLPs of twice the width
+    # The last layers may have MLPs of twice the width.
     widths = numbers.read_per_layer("feed_forward_length", layers)
     settings["intermediate_size"] = widths[0]
     settings["use_double_wide_mlp"] = widths[-1] == 2 * widths[0]
 
-    # Layers with full attention may have fewer key heads, and use the keys as values
+    # Layers with full attention may have fewer key heads, and use the keys as values.
     heads = numbers.read_per_layer("attention.head_count_kv", layers)
-    local, full = (
-        [count for count, kind in zip(heads, kinds, strict=True) if kind == wanted]
-        for wanted in ("sliding_attention", "full_attention")
-    )
+    pairs = list(zip(heads, kinds, strict=True))
+    local = [count for count, kind in pairs if kind == "sliding_attention"]
+    full = [count for count, kind in pairs if kind == "full_attention"]
     settings["num_key_value_heads"] = (local or heads)[0]
     settings["num_global_key_value_heads"] = (full or heads)[0]
     own = [layer for layer in range(layers - shared) if kinds[layer] == "full_attention"]
@@ -86,7 +85,7 @@ def gemma4_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[st
         f"blk.{layer}.attn_v.weight" not in numbers.file.tensors for layer in own
     )
 
-    # The capping of the logits, and the experts
+    # The soft cap of the logits, and the experts.
     caps = numbers.file.metadata.get("gemma4.final_logit_softcapping")
     settings["final_logit_softcapping"] = caps if isinstance(caps, float) and caps > 0 else None
     settings["enable_moe_block"] = bool(numbers.file.metadata.get("gemma4.expert_count"))
@@ -99,12 +98,13 @@ def gemma4_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[st
 
 def _rope_parameters(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary settings of both kinds of layers."""
+    # Find the share of a head that is rotated. Its frequencies have a divisor of 1.
     rotated = 0.0
     if LLAMA3_TENSOR in numbers.file.tensors:
         divisors = numbers.file.read(LLAMA3_TENSOR).reshape(-1)
-        expected = proportional_divisors(config["global_head_dim"], float((divisors == 1).mean()))
-        if divisors.shape == expected.shape and np.array_equal(divisors, expected):
-            rotated = float((divisors == 1).mean())
+        share = float((divisors == 1).mean())
+        if np.array_equal(divisors, proportional_divisors(config["global_head_dim"], share)):
+            rotated = share
     if not rotated:
         numbers.problems.append(
             f"its RoPE frequencies ({LLAMA3_TENSOR}) are not those of a Gemma 4"

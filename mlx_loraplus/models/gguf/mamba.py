@@ -1,4 +1,4 @@
-"""The settings of Granite 4 in GGUF files: layers of Mamba 2 mixed with attention.
+"""The settings of Granite 4 in GGUF files: layers of Mamba 2 and of attention.
 
 Sources: ``GraniteHybridModel`` and ``Mamba2Model`` of llama.cpp's converter.
 """
@@ -37,7 +37,7 @@ def mamba_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str
         numbers: Reads the file, and collects the problems with it.
         config: The config with its numbers.
     """
-    # Layers without key heads are layers of Mamba
+    # A layer without key heads is a layer of Mamba.
     layers = config["num_hidden_layers"]
     counts = numbers.read_per_layer("attention.head_count_kv", layers)
     has_rope = numbers.file.metadata.get(numbers.key("rope.scaling.finetuned")) is True

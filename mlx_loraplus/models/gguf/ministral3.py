@@ -15,7 +15,7 @@ _GROWTH = "llama_4_scaling_beta"
 
 
 def ministral3_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of other families that say the same as ``rope_parameters``.
+    """Return the fields that other families have in place of ``rope_parameters``.
 
     The scales of YaRN are left out if they have no effect, as in every Ministral 3.
     """
@@ -25,7 +25,7 @@ def ministral3_rope(config: dict[str, Any]) -> dict[str, Any]:
         for name in _EQUAL_SCALES:
             del scaling[name]
     else:
-        scaling.setdefault("mscale", 1.0)  # reported as unsupported
+        scaling.setdefault("mscale", 1.0)  # ``rope_problem`` reports it as not supported
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -38,7 +38,7 @@ def ministral3_metadata(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def ministral3_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file besides its numbers, and move the rotary ones in ``config``.
+    """Return the settings of a file besides its numbers, and take the rotary ones from ``config``.
 
     Args:
         numbers: Reads the file, and collects the problems with it.

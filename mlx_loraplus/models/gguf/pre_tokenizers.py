@@ -83,7 +83,7 @@ def byte_level_name(name: str) -> str:
     return _SYNONYMS.get(name, name)
 
 
-def recognise_byte_level(backend: dict[str, Any]) -> str | None:
+def recognize_byte_level(backend: dict[str, Any]) -> str | None:
     """Return llama.cpp's name of the pre-tokenizer of a tokenizer.json, or None if unknown."""
     whole = backend["pre_tokenizer"] or {}
     steps = [_settings(step) for step in whole.get("pretokenizers", [whole])]

@@ -24,7 +24,7 @@ _FAMILY_SETTINGS: dict[str, Callable[[MetadataNumbers, dict[str, Any]], dict[str
 """model_type → the function that reads the settings that are not simple numbers."""
 
 _OWN_HEADS = ("gemma4_text", "granitemoehybrid")
-"""The families with different heads in different layers, which are checked apart."""
+"""The families whose layers have different heads. Their own functions check these."""
 
 
 def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
     model_type = model_type_of(file.metadata)
     architecture = ARCHITECTURES[model_type]
 
-    # Problems are collected and reported together
+    # Problems are collected and reported together.
     numbers = MetadataNumbers(file, architecture)
     config = {"model_type": model_type, "architectures": [architecture.hub_class]}
     config |= _dimensions(numbers)
@@ -48,7 +48,7 @@ def config_from_gguf(file: GGUFFile) -> dict[str, Any]:
         if problem:
             numbers.problems.append(problem)
 
-    # Add the settings that the architecture implies
+    # Add the settings that the architecture implies.
     if model_type in _FAMILY_SETTINGS:
         config |= _FAMILY_SETTINGS[model_type](numbers, config)
     config |= fixed_settings(config)
@@ -71,7 +71,7 @@ def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     file, architecture = numbers.file, numbers.architecture
     hidden, heads = numbers.read("hidden_size"), numbers.read("num_attention_heads")
 
-    # The defaults are llama.cpp's. The limits prevent a hostile file from exhausting the memory
+    # The defaults are llama.cpp's. The limits prevent a hostile file from exhausting the memory.
     defaults = {
         "num_key_value_heads": heads,
         "head_dim": 256 if architecture.name.startswith("gemma") else max(hidden // heads, 1),
@@ -100,7 +100,7 @@ def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
 
     config["num_hidden_layers"] = max(config["num_hidden_layers"] - extra_layers(file), 1)
 
-    # The tensors determine the size of the vocabulary, and whether the model has its own head
+    # The tensors determine the size of the vocabulary, and whether the model has its own head.
     config["tie_word_embeddings"] = "output.weight" not in file.tensors
     embedding = file.tensors.get("token_embd.weight")
     if embedding is None:
@@ -119,7 +119,7 @@ def _check_heads(numbers: MetadataNumbers, config: dict[str, Any]) -> None:
         numbers.problems.append(f"{heads} heads can't share {key_heads} key heads")
 
     # mlx-lm uses one size for the keys, the values and, in most families, the rotated part of a
-    # head
+    # head.
     head_dim = config["head_dim"]
     sizes = {"attention.value_length": numbers.read("attention.value_length", head_dim)}
     rotated = numbers.read("rope.dimension_count", head_dim)
@@ -132,7 +132,7 @@ def _check_heads(numbers: MetadataNumbers, config: dict[str, Any]) -> None:
             f"{sizes} differ from the head's size {head_dim}, which mlx-lm does not support"
         )
 
-    # The names of the numbers of experts depend on the family
+    # The names of the numbers of experts depend on the family.
     has_experts = "expert_count" in architecture.numbers.values()
     if numbers.file.metadata.get(f"{architecture.name}.expert_count") and not has_experts:
         numbers.problems.append(

@@ -112,7 +112,9 @@ class _Cursor:
         """Move past ``count`` bytes, and return the position of the first one."""
         start = self.at
         if count > self.size - start:
-            raise _BadBytesError(f"it wants {count} bytes at byte {start}, and ends at {self.size}")
+            raise _BadBytesError(
+                f"at byte {start} it announces {count} bytes, but it ends at byte {self.size}"
+            )
         self.at += count
         return start
 
@@ -148,10 +150,10 @@ class _Cursor:
             start = self.take(count * struct.calcsize(layout))
             return np.frombuffer(self.buffer[start : self.at], layout).tolist()
 
-        # Strings have no fixed size. Check the count before making a list of that length
+        # Strings have no fixed size. Check the count before making a list of that length.
         if count * _STRING_HEADER > self.size - self.at:
             raise _BadBytesError(
-                f"it wants {count} strings at byte {self.at}, more than the file can hold"
+                f"at byte {self.at} it announces {count} strings, more than the file can hold"
             )
         return [self.string() for _ in range(count)]
 
@@ -189,12 +191,12 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if cursor.buffer[cursor.take(4) : cursor.at] != b"GGUF":
         raise _BadBytesError(f"it starts with {cursor.buffer[:4]!r}, not b'GGUF'")
 
-    # In a big-endian file, the bytes of the version are in reverse order
+    # In a big-endian file, the bytes of the version are in reverse order.
     version = cursor.number("<I")
     if version not in (2, 3):
         raise _BadBytesError(f"its version is {version}, allowed are 2 and 3 (little-endian)")
 
-    # Read the metadata, then one header per tensor
+    # Read the metadata, then one header per tensor.
     tensor_count, pair_count = cursor.number("<Q"), cursor.number("<Q")
     metadata: dict[str, Any] = {}
     for _ in range(pair_count):
@@ -202,7 +204,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         metadata[key] = cursor.value()
     headers = [_tensor_header(cursor) for _ in range(tensor_count)]
 
-    # The data starts at the next multiple of the alignment
+    # The data starts at the next multiple of the alignment.
     alignment = metadata.get("general.alignment", 32)
     is_power_of_two = (
         isinstance(alignment, int) and alignment > 0 and alignment & (alignment - 1) == 0
@@ -211,7 +213,7 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise _BadBytesError(f"general.alignment is {alignment!r:.40}, allowed are powers of two")
     data_start = math.ceil(cursor.at / alignment) * alignment
 
-    # Check that every tensor lies inside the file
+    # Check that every tensor lies inside the file.
     tensors: dict[str, Tensor] = {}
     for name, shape, kind, offset in headers:
         tensor = _locate(name, shape, kind, data_start + offset)
@@ -219,15 +221,16 @@ def _parse(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if end > cursor.size:
             raise _BadBytesError(f"tensor {name!r} ends at byte {end}, the file at {cursor.size}")
         if name in tensors:
-            raise _BadBytesError(f"tensor {name!r} is there twice")
+            raise _BadBytesError(f"tensor {name!r} appears twice")
         tensors[name] = tensor
     return metadata, tensors
 
 
 def _with_split_experts(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors, with the gate and up matrices of experts apart.
+    """Return the tensors, with separate entries for the gate and up matrices of experts.
 
-    Some files store both in one tensor, in the rows of each expert.
+    Some files store both in one tensor: the rows of each expert are those of gate, then those of
+    up.
     """
     split: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -97,8 +97,8 @@ def read_rope_scaling(
 ) -> tuple[dict[str, Any], str | None]:
     """Return the settings of a file's RoPE scaling, and a problem with it, if any.
 
-    The llama3 rule is not stored by name. It is recognised by its divisors, which are stored as
-    ``rope_freqs.weight``. LongRoPE is recognised by its tensors, too.
+    The llama3 rule is not stored by name. It is recognized by its divisors, which are stored as
+    ``rope_freqs.weight``. LongRoPE is recognized by its tensors, too.
 
     Args:
         file: The file.
@@ -116,7 +116,7 @@ def read_rope_scaling(
     if math.isnan(original):
         return {}, "its rope.scaling.original_context_length is not a positive number"
 
-    # Scaling that is stored in tensors
+    # Scaling that is stored in tensors.
     stored = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     if SHORT_TENSOR in file.tensors and LONG_TENSOR in file.tensors and "longrope" in allowed:
         scaling: dict[str, Any] = {"type": "longrope", "rope_type": "longrope"}
@@ -126,7 +126,7 @@ def read_rope_scaling(
     if LLAMA3_TENSOR in file.tensors and stored == "none":
         return _llama3_rule(file, config, allowed)
 
-    # Scaling that is stored in the metadata
+    # Scaling that is stored in the metadata.
     kinds = ("none", *(kind for kind in allowed if kind in ("linear", "yarn")))
     factor = number("factor", 1.0)
     if stored not in kinds or math.isnan(factor) or LLAMA3_TENSOR in file.tensors:
@@ -152,7 +152,7 @@ def _llama3_rule(
     file: GGUFFile, config: dict[str, Any], allowed: tuple[str, ...]
 ) -> tuple[dict[str, Any], str | None]:
     """Return the llama3 rule whose divisors a file stores, or a problem with them."""
-    # Try the original context lengths and the limits of the known models (Llama 4's are equal)
+    # Try the original context lengths and the limits of the known models (Llama 4's are equal).
     divisors = file.read(LLAMA3_TENSOR).reshape(-1)
     choices = product((4.0, 1.0), (8192, 4096, 16384, 32768)) if "llama3" in allowed else ()
     for high, original in choices:

@@ -12,10 +12,12 @@ from .architectures import ARCHITECTURES
 from .delta_net import value_heads, value_rows
 
 
-def relaid(weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bool) -> np.ndarray:
-    """Return a tensor in the layout of llama.cpp, or in that of mlx-lm.
+def in_other_layout(
+    weight: np.ndarray, name: str, config: dict[str, Any], *, to_gguf: bool
+) -> np.ndarray:
+    """Convert a tensor between the layouts of mlx-lm and llama.cpp.
 
-    The shape stays, so the caller removes or adds axes of size 1 (``gguf_shape``).
+    The shape does not change. The caller adds or removes axes of size 1 (``gguf_shape``).
 
     Args:
         weight: The tensor.
@@ -75,7 +77,7 @@ def _row_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | Non
     """Return the row in mlx-lm of each row in GGUF, or None if the rows have the same order."""
     architecture = ARCHITECTURES[config["model_type"]]
     if architecture.is_interleaved and name.endswith(("attn_q.weight", "attn_k.weight")):
-        # Row half · i + j of a head in mlx-lm is row 2 j + i in llama.cpp, where i is 0 or 1
+        # Row half · i + j of a head in mlx-lm is row 2 j + i in llama.cpp, where i is 0 or 1.
         half = config["head_dim"] // 2
         if rows % (2 * half):
             return None
@@ -91,7 +93,7 @@ def _value_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | N
     if name.endswith(("ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias")):
         return value_heads(config)
 
-    # The rows of the values come after those of the queries and keys
+    # The rows of the values come after those of the queries and keys.
     if name.endswith(("attn_qkv.weight", "ssm_conv1d.weight")):
         values = value_rows(config)
         before = rows - len(values)

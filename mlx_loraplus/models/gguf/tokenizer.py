@@ -68,7 +68,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
             f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama', 'gpt2' and 'gemma4'"
         )
 
-    # Add the tokens that are matched whole, and the tokens around each text
+    # Add the tokens that are matched whole, and the tokens around each text.
     control = _tokens_of_type(tokens, types, TokenType.CONTROL)
     _add_tokens(tokenizer, control, is_special=True)
     defined = _tokens_of_type(tokens, types, TokenType.USER_DEFINED)
@@ -76,13 +76,13 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     special = _special_tokens(metadata, tokens)
     _surround_texts(tokenizer, special, tokens)
 
-    # Write the two files
+    # Write the two files.
     template = metadata.get("tokenizer.chat_template")
     config = _tokenizer_config(special, template)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
 
-    # A model with a chat template also stops at its end-of-turn token
+    # A model with a chat template also stops at its end-of-turn token.
     ends = [special.role["eos"], special.role["eot"]]
     if template:
         ends += [token for token in _ENDS_OF_TURN if token in control]
@@ -97,14 +97,14 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
             "it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one"
         )
 
-    # If the file has no types, all tokens are normal tokens
+    # If the file has no types, all tokens are normal tokens.
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
             f"its tokenizer is broken: it has {len(tokens)} tokens and {len(types)} token types"
         )
     if len(set(tokens)) != len(tokens):
-        raise ModelError("its tokenizer is broken: a token is there twice")
+        raise ModelError("its tokenizer is broken: a token appears twice")
     return tokens, [int(token_type) for token_type in types]
 
 
@@ -212,7 +212,7 @@ def _token_ids(
 def _merges_by_score(
     metadata: dict[str, Any], tokens: list[str], types: list[int]
 ) -> list[tuple[str, str]]:
-    """Return the merges that the scores of a SentencePiece BPE stand for.
+    """Return the merges that follow from the scores of a SentencePiece BPE.
 
     In each step, two neighbouring pieces are merged: the pair that gives the piece with the highest
     score.
@@ -222,7 +222,7 @@ def _merges_by_score(
         raise ModelError(
             f"its tokenizer is broken: it has {len(tokens)} tokens and {len(scores)} scores"
         )
-    # Special tokens have no merges
+    # Special tokens have no merges.
     score_of: dict[str, float] = {}
     for token, score, token_type in zip(tokens, scores, types, strict=True):
         if token_type == TokenType.NORMAL:
@@ -254,7 +254,7 @@ def _sentencepiece(
         models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     )
 
-    # Replace spaces by the mark. Most tokenizers also put a mark before the text
+    # Replace spaces by the mark. Most tokenizers also put a mark before the text.
     mark_spaces = normalizers.Replace(" ", "▁")
     decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if metadata.get("tokenizer.ggml.add_space_prefix", True):

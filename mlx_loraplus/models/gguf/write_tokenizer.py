@@ -13,13 +13,13 @@ from gguf import GGUFWriter, TokenType
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ...errors import ModelError
-from .pre_tokenizers import BYTE_LEVEL, GEMMA4, recognise_byte_level
+from .pre_tokenizers import BYTE_LEVEL, GEMMA4, recognize_byte_level
 
 _VISIBLE = {
     "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>",
     "<tool_response|>", '<|"|>',
 }  # fmt: skip
-"""Gemma 4's tokens that llama.cpp's chat parser reads, as its converter marks them."""
+"""Gemma 4's tokens that llama.cpp's chat parser needs to see, as in llama.cpp's converter."""
 
 
 def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) -> None:
@@ -42,9 +42,17 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
             " is BPE"
         )
 
-    # Add the vocabulary
+    # Choose the kinds of the tokenizer and of its pre-tokenizer.
     is_sentencepiece = bool(model.get("byte_fallback"))
     is_gemma4 = is_sentencepiece and writer.arch == GEMMA4
+    if is_gemma4:
+        kind, pre_tokenizer = GEMMA4, GEMMA4
+    elif is_sentencepiece:
+        kind, pre_tokenizer = "llama", "default"
+    else:
+        kind, pre_tokenizer = "gpt2", _pre_tokenizer(backend)
+
+    # Add the vocabulary.
     tokens, types = _vocabulary(backend, size)
     if is_sentencepiece:
         _mark_bytes(tokens, types, model["unk_token"])
@@ -52,13 +60,12 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
         _unmark_spaces(tokens, types)
     if is_gemma4:
         types = _with_visible(tokens, types)
-    kind, splits = ("llama", "default") if is_sentencepiece else ("gpt2", _pre_tokenizer(backend))
-    writer.add_tokenizer_model(GEMMA4 if is_gemma4 else kind)
-    writer.add_tokenizer_pre(GEMMA4 if is_gemma4 else splits)
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
 
-    # Add the scores or the merges of its pieces
+    # Add the scores or the merges of its pieces.
     merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
     if is_sentencepiece:
         writer.add_token_scores(_scores(tokens, merges))
@@ -76,7 +83,7 @@ def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[Tok
     tokens = [f"[PAD{index}]" for index in range(size)]
     types = [TokenType.UNUSED] * size
 
-    # An added token replaces the token of the model's vocabulary with the same id
+    # An added token replaces the token of the model's vocabulary with the same id.
     content_of = {index: token for token, index in backend["model"]["vocab"].items()}
     type_of: dict[int, TokenType] = {}
     for added in backend["added_tokens"]:
@@ -114,7 +121,7 @@ def _unmark_spaces(tokens: list[str], types: list[TokenType]) -> None:
 
 
 def _with_visible(tokens: list[str], types: list[TokenType]) -> list[TokenType]:
-    """Return the types, with Gemma 4's tokens of thoughts and calls as visible ones."""
+    """Return the types, where Gemma 4's tokens of thoughts and tool calls are visible."""
     pairs = zip(tokens, types, strict=True)
     return [TokenType.USER_DEFINED if token in _VISIBLE else kind for token, kind in pairs]
 
@@ -144,7 +151,7 @@ def _add_special_tokens(writer: GGUFWriter, tokenizer: TokenizerWrapper) -> None
         if ids[name] is not None:
             getattr(writer, f"add_{name}_token_id")(ids[name])
 
-    # The end of a turn, if it differs from the end of a text
+    # The end of a turn, if it differs from the end of a text.
     ends = sorted(set(tokenizer.eos_token_ids) - {ids["eos"]})
     if ends:
         writer.add_eot_token_id(ends[0])
@@ -160,7 +167,8 @@ def _pre_tokenizer(backend: dict[str, Any]) -> str:
     Raises:
         ModelError: The pre-tokenizer is not supported.
     """
-    if name := recognise_byte_level(backend):
+    name = recognize_byte_level(backend)
+    if name is not None:
         return name
 
     whole = backend["pre_tokenizer"] or {"pretokenizers": []}

@@ -133,7 +133,7 @@ class Clock:
     def counted(
         self, iterate: Callable[..., Iterator[Any]], arrays: int = 1
     ) -> Callable[..., Iterator[Any]]:
-        """Return mlx-lm's ``iterate_batches``, which counts its batches, and goes on when it is called again.
+        """Return mlx-lm's ``iterate_batches``, which counts its batches, and continues when it is called again.
 
         Args:
             iterate: Yields tuples of arrays.
