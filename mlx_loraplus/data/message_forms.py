@@ -28,6 +28,7 @@ class MessageForm:
 
     def write(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
+        # Write the content and the arguments of tool calls.
         written = dict(message)
         calls = message.get("tool_calls")
         if calls:
