@@ -16,7 +16,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .messages import BadRowError
-from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS, reason_of
+from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS, template_reason
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
@@ -127,7 +127,9 @@ class ChatTemplate:
                 messages, tokenize=False, add_generation_prompt=ask, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise RefusedError(f"the chat template refuses it ({reason_of(error)})") from error
+            raise RefusedError(
+                f"the chat template refuses it ({template_reason(error)})"
+            ) from error
 
     # --- properties of the template -------------------------------------------------------------
 

@@ -42,6 +42,7 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
     Raises:
         ModelError: The template fails for each of them, or writes none of their messages.
     """
+    # One chat that the template writes is enough.
     first_error: Exception | None = None
     for messages, options in _ordinary_chats():
         try:
@@ -52,6 +53,7 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
         if QUESTION in text or ANSWER in text:
             return
 
+    # Say why it writes none, with the place of the first error.
     if not str(tokenizer.chat_template or "").strip():
         reason = "is empty"
     elif first_error is None:
@@ -59,13 +61,13 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
     else:
         line = _line_of(first_error)
         where = f" at line {line}" if line else ""
-        reason = f"fails for every chat{where} ({reason_of(first_error):.300})"
+        reason = f"fails for every chat{where} ({template_reason(first_error):.300})"
     raise ModelError(
         f"{_place_of(tokenizer)} {reason}; correct the template, or use a model with another one"
     ) from first_error
 
 
-def reason_of(error: Exception) -> str:
+def template_reason(error: Exception) -> str:
     """Return the text of a template's error, in one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -89,6 +91,7 @@ def _line_of(error: Exception) -> int | None:
     """Return the number of the template's line where an error occurred, or None."""
     if isinstance(error, TemplateSyntaxError):
         return error.lineno
+
     # Jinja adds the template's own lines to the traceback
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
