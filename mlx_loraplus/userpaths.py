@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -49,6 +50,12 @@ def user_path(name: str | os.PathLike[str]) -> str:
     if _SHELL_VARIABLE.search(text) and not Path(text).exists():
         raise ValueError("must not contain a shell variable: write the path out, or use ~")
     return expanded
+
+
+def shell_word(path: str | os.PathLike[str]) -> str:
+    """Return a path as one word of a command, which no program takes for a flag."""
+    text = os.fspath(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def looks_like_file(text: str) -> bool:

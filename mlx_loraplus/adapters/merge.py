@@ -68,6 +68,7 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
         ConfigError: A weight is 0 or not finite, or a folder is given twice.
     """
     found: dict[str, float] = {}
+    places: set[Path] = set()
     for word in words:
         folder, colon, number = word.rpartition(":")
         if not colon or Path(word).exists():
@@ -79,12 +80,14 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
         except ValueError:
             folder, weight = word, 1.0
 
-        if not math.isfinite(weight) or weight == 0 or folder in found:
+        place = Path(folder).resolve()
+        if not math.isfinite(weight) or weight == 0 or place in places:
             raise ConfigError(
                 f"adapter_path {word!r}: give each folder once, with a weight other than 0, as"
                 f" {folder}:0.7"
             )
         found[folder] = weight
+        places.add(place)
     return found
 
 

@@ -1,7 +1,6 @@
 """Export and import adapters: each format in ``setting_types.py`` has a case here."""
 
 import re
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..command_config import ExportConfig
 from ..errors import ConfigError, join_problems
 from ..files import Contents, check_free, replacing_folder
 from ..setting_types import Read, Written
-from ..userpaths import public_name
+from ..userpaths import public_name, shell_word
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -106,7 +105,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     if line := what_stays(save_path, ours):
         log(line)
     if config.to is None:
-        log(f"try it: mlx_loraplus.generate {shlex.quote(config.save_path)} --prompt '...'")
+        log(f"try it: mlx_loraplus.generate {shell_word(config.save_path)} --prompt '...'")
 
 
 def _for_whole_model(config: ExportConfig, log: Callable[[str], None]) -> ExportConfig:
@@ -204,7 +203,7 @@ def _write_gguf_lora(
     remedy = "put it there, or export with --merged q8_0, which needs no base"
     if base.suffix.lower() == ".gguf":
         link = Path(config.save_path) / "base.gguf"
-        remedy = f"run ln -s {shlex.quote(str(base.resolve()))} {shlex.quote(str(link))}"
+        remedy = f"run ln -s {shell_word(base.resolve())} {shell_word(link)}"
     log(f"the Modelfile expects the base as base.gguf in the same folder; {remedy}")
 
 

@@ -1,6 +1,5 @@
 """``mlx_loraplus.fuse``: fuse adapters into a base, write the folder, and report the quality."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..files import check_free
 from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..models.registry import find_model
 from ..rich_display import tracked
-from ..userpaths import public_name, public_names
+from ..userpaths import public_name, public_names, shell_word
 from .base_tensor_names import stored_tensors
 from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
 from .fuse_quality import (
@@ -115,7 +114,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
-    log(f"try it: mlx_loraplus.generate --model {shlex.quote(config.save_path)} --prompt '...'")
+    log(f"try it: mlx_loraplus.generate --model {shell_word(config.save_path)} --prompt '...'")
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:

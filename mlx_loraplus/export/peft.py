@@ -17,18 +17,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import pydantic
 
 from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach_saved import attach_saved
 from ..adapters.dora import DoRA
 from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS
-from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
-from ..adapters.stored_files import StoredConfig, read_adapter_config, read_weights
+from ..adapters.stored_files import StoredConfig, read_weights
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
+from .peft_checks import CONFIG, check_peft_base, read_peft_config
 from .peft_experts import (
     expert_problems,
     expert_projections,
@@ -41,7 +40,6 @@ from .peft_experts import (
 from .peft_tensors import (
     MAGNITUDE,
     PREFIX,
-    PEFTConfig,
     sort_tensors,
     split_stacked_experts,
     untie,
@@ -56,24 +54,6 @@ from .transformers_names import (
 from .vllm_rules import vllm_refusals
 
 WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
-
-_READS = "; --from peft reads LoRA adapters that PEFT has saved"
-
-# The types of adapters that PEFT can merge into the base. Others, such as learned prompts, do not
-# change its weights.
-_MERGEABLE = (
-    "ADALORA", "BOFT", "BONE", "C3A", "DELORA", "FOURIERFT", "GRALORA", "HRA", "IA3", "LN_TUNING",
-    "LOHA", "LOKR", "MISS", "OFT", "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
-)  # fmt: skip
-# Initializations that also change the weights of the base.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-class _PEFTType(pydantic.BaseModel):
-    """The adapter type in an ``adapter_config.json``."""
-
-    peft_type: str
 
 
 @dataclass(frozen=True)
@@ -314,7 +294,7 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
     """
     if folder.name == WEIGHTS and folder.is_file():
         folder = folder.parent
-    config = _read_config(folder)
+    config = read_peft_config(folder)
     file = folder / WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise AdapterError(
@@ -328,8 +308,10 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
     if is_tied(model):
         untie(found, folder)
 
-    # Attach it like an adapter in our own format.
     prefix = "language_model." if hasattr(model, "language_model") else ""
+    check_peft_base(found, dict(model.named_modules()), prefix, folder)
+
+    # Attach it like an adapter in our own format.
     weights: dict[str, mx.array] = {}
     for name, arrays in found.layers.items():
         for leaf, array in arrays.items():
@@ -342,35 +324,3 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
         "train_modules": sorted({name.rpartition(".")[0] for name in learned}),
     })  # fmt: skip
     return attach_saved(model, stored, weights, learned, folder)
-
-
-def _read_config(folder: Path) -> PEFTConfig:
-    """Return the config of a LoRA or DoRA.
-
-    Raises:
-        AdapterError: The adapter is of another type, or its initialization changed the base.
-    """
-    # Refuse other formats and types.
-    if (folder / OWN_WEIGHTS).is_file():
-        raise AdapterError(
-            f"{folder} is an adapter of this package, not of PEFT: every command takes it as it is"
-        )
-    kind = read_adapter_config(folder / CONFIG, _PEFTType, _READS).peft_type
-    if kind != "LORA":
-        advice = ""
-        if kind in _MERGEABLE:
-            advice = "; merge it in PEFT (merge_and_unload), and give the saved model as --model"
-        raise AdapterError(
-            f"{folder} is of PEFT's type {kind!r:.40}, and only LORA can be read{advice}"
-        )
-
-    # Refuse an adapter whose base was changed.
-    config = read_adapter_config(folder / CONFIG, PEFTConfig, _READS)
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(_CHANGES_BASE):
-        raise AdapterError(
-            f"{folder} was initialized with {init[:20]!r}, which changed its base, so it does not"
-            " fit the original one: save it in PEFT with path_initial_model_for_weight_conversion,"
-            " or merge it there"
-        )
-    return config

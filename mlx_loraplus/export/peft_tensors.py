@@ -34,6 +34,7 @@ LEAVES = {
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
 _BLOCK_OF = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts")
 _STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
+_COPY = ".base_layer.weight"  # the end of a copy's name
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
@@ -116,10 +117,12 @@ class StoredAdapter:
     Attributes:
         layers: Module → our name → array.
         learned: Name → array, for the modules that were saved in full.
+        copies: Module → the copy of its base weight that PEFT stored beside the adapter.
     """
 
     layers: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     learned: dict[str, mx.array] = field(default_factory=dict)
+    copies: dict[str, mx.array] = field(default_factory=dict)
 
 
 def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path) -> StoredAdapter:
@@ -148,9 +151,11 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
                 " leave out: only an adapter of the language model alone can be read"
             )
 
-        # This module was saved in full. PEFT also stores copies of base layers.
+        # This module was saved in full, or it is a copy of the base below an adapter.
         if ".lora_" not in path:
-            if ".base_layer." not in path:
+            if path.endswith(_COPY):
+                found.copies[path.removesuffix(_COPY)] = stored
+            elif ".base_layer." not in path:
                 found.learned[path] = stored
             continue
 

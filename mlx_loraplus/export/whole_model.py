@@ -1,6 +1,5 @@
 """Copy, quantize or publish a whole model, such as the result of a run with adapter full."""
 
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..models.loading import load_folder
 from ..models.model_folder import ModelOrigin, save_model_folder
 from ..rich_display import tracked
 from ..runs.history import PLOT, SETTINGS, Run
-from ..userpaths import public_name
+from ..userpaths import public_name, shell_word
 from .fuse import find_vision, quantize_plain, save_fused, size_on_disk
 from .fuse_quality import collect_answers, data_settings, losses, sample_examples
 from .fused_layer import is_quantized
@@ -91,7 +90,7 @@ def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> 
         log(line)
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"{folder} has no adapter to fuse, so its weights are copied: {save_path} ({sizes})")
-    log(f"try it: mlx_loraplus.generate --model {shlex.quote(config.save_path)} --prompt '...'")
+    log(f"try it: mlx_loraplus.generate --model {shell_word(config.save_path)} --prompt '...'")
 
 
 def write_model_repository(

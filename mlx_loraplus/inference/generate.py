@@ -31,6 +31,7 @@ from ..models.model_folder import ModelOrigin
 from ..models.model_path import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
+from ..models.rope_magnitude import positions_note
 from ..models.sliding_windows import ignored_window
 from ..settings import configure
 
@@ -82,8 +83,9 @@ def load(
 
     # Record where mlx-lm computes something that differs from the config.
     model.ignored_window = ignored_window(model, config)
-    if note := activation_note(model, config):
-        print(f"note: {note}", file=sys.stderr)
+    for note in (activation_note(model, config), positions_note(model, config)):
+        if note:
+            print(f"note: {note}", file=sys.stderr)
 
     # A fused model stores its prompt format in its config; an adapter has a separate one.
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))

@@ -26,6 +26,9 @@ _NORMS = (
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
+_QUANTIZATIONS = ("quantization", "quantization_config")
+"""Settings that are dictionaries, or null for a model that is not quantized."""
+
 _SCALED_BY_FACTOR = ("linear", "dynamic", "yarn", "llama3")
 """Types of ``rope_scaling`` that need a factor."""
 
@@ -39,6 +42,10 @@ def check_numbers(config: dict[str, Any]) -> None:
             token than there are.
     """
     part = text_part(config)
+    for name in _QUANTIZATIONS:
+        for holder in (config, part):
+            if not isinstance(holder.get(name) or {}, dict):
+                raise _wrong(name, holder[name], "what the program that quantized it wrote")
     for name in _COUNTS:
         if name in part:
             _check_count(name, part[name])

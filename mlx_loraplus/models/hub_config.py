@@ -12,6 +12,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 from ..errors import ModelError
 from .activations import check_activation
 from .config_numbers import check_numbers
+from .rope_magnitude import check_magnitude
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
@@ -75,6 +76,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
         ModelError: mlx-lm ignores a setting that changes the model's outputs.
     """
     check_rope(model, config)
+    check_magnitude(model, config)
     _check_rotary_factor(config)
     check_activation(model, config)
 

@@ -211,16 +211,25 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Load a model with mlx-lm; its arrays are read when they are used."""
+    # Code in a folder is never run.
+    if code := original.get("model_file"):
+        raise ModelError(
+            f"its config.json has model_file {code!r:.80}, code of its own, which is never run"
+            " here: use a model of a family that mlx-lm knows"
+        )
+
     # mlx-lm would load weights with an unknown quantization method as plain numbers.
-    method = (original.get("quantization_config") or {}).get("quant_method")
-    if "quantization" not in original and method not in (None, *_QUANTIZATIONS):
+    config = for_mlx_lm(original)
+    quantization = original.get("quantization_config") or {}
+    method = quantization.get("quant_method")
+    is_known = method in _QUANTIZATIONS or not quantization
+    if "quantization" not in original and not is_known:
         raise ModelError(
             f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed"
             f" are {', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in"
             " bfloat16"
         )
 
-    config = for_mlx_lm(original)
     with _without_wildcards(path) as folder:
         return load_model(folder, lazy=True, trust_remote_code=False, model_config=config)
 

@@ -48,4 +48,5 @@ def _flag(name: str, value: Any) -> list[str]:
 
     # A model that was not loaded by a name has only a description.
     text = "MODEL" if name == "model" and value.endswith(UNKNOWN_MODEL) else str(value)
-    return [flag, text]
+    # A text such as the folder "-run" would be read as a flag of its own.
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

@@ -1,8 +1,7 @@
 """What a run says at its end: the result, and what can be done next."""
 
-import shlex
-
 from ..adapters.stored_files import UNKNOWN_MODEL
+from ..userpaths import shell_word
 from .history import SETTINGS, Run
 from .verdict import advice, ends_too_early, longer, took_effect
 
@@ -49,7 +48,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     if not run.finished and not any(run.folder.glob("*.safetensors")):
         return commands
 
-    folder = shlex.quote(str(run.folder))
+    folder = shell_word(run.folder)
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"
     commands.append(("try it", f"mlx_loraplus.chat {folder}"))
@@ -60,7 +59,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
 
 def resume_command(run: Run) -> str:
     """Return the command that continues a run, ready to paste."""
-    command = f"mlx_loraplus.train -c {shlex.quote(str(run.folder / SETTINGS))} --resume"
+    command = f"mlx_loraplus.train -c {shell_word(run.folder / SETTINGS)} --resume"
     if run.history[-1].get("checkpointing_helps"):
         command += " --grad-checkpoint on"
     return command

@@ -14,12 +14,12 @@ validations after the first: so little can be chance.
 """
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..settings import default_rate
+from ..userpaths import shell_word
 from .state import Event
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def remedy_for_fall(run: "Run") -> str:
 
 def longer(run: "Run") -> str:
     """Return the command that continues a finished run to twice its length."""
-    settings = shlex.quote(str(run.folder / "run.yaml"))
+    settings = shell_word(run.folder / "run.yaml")
     if run.config.iters is None:
         length = f"--epochs {2 * (run.config.epochs or 1):g}"
     else:

@@ -1,7 +1,6 @@
 """The result of a sweep: which settings won, by how much, and how to show it."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.plots import Plot
 from ..runs.state import Outcome
+from ..userpaths import shell_word
 from .heatmap import Heatmap
 from .trial import Point, Trial
 
@@ -217,13 +217,13 @@ class Sweep(RichDisplay):
 
 def resume_sweep_command(config: SweepConfig) -> str:
     """Return the command that continues a sweep, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / SETTINGS))
+    settings = shell_word(Path(config.adapter_path) / SETTINGS)
     return f"mlx_loraplus.sweep -c {settings} --resume"
 
 
 def train_best_command(config: SweepConfig) -> str:
     """Return the command that trains with the settings that a sweep found, ready to paste."""
-    settings = shlex.quote(str(Path(config.adapter_path) / BEST))
+    settings = shell_word(Path(config.adapter_path) / BEST)
     return f"mlx_loraplus.train -c {settings}"
 
 

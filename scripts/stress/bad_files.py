@@ -190,5 +190,11 @@ CASES = [
          {"mine.png": "mine"}, shows=("--overwrite",), wrong=unchanged("mine.png")),
     Case("files: a sweep into a run", "sweep --data rows.jsonl --iters 3 --model ../models/smollm2 --adapter-path mine",
          DATA | {"mine/run.yaml": "mine: 1\n", "mine/history.jsonl": "{}\n"}, shows=("mine",), wrong=unchanged("mine/run.yaml")),
+    Case("files: a folder whose name begins with a dash", f"""
+         {SHORT} --adapter-path=-mine
+         fuse ./-mine --save-path fused
+         """, DATA, code=0, shows=("fused",)),
+    Case("adapters: the same folder twice, under two spellings", "fuse ../models/run:0.5 ../models/../models/run:0.5 --save-path fused",
+         shows=("give each folder once",), absent=("fused",)),
     Case("files: a GGUF file named as the folder to write", "export ../models/run --to gguf --save-path adapter.gguf"),
 ]  # fmt: skip

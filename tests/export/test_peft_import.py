@@ -143,6 +143,58 @@ def test_a_config_that_means_something_else_is_told(folder: Path, change: dict, 
     assert not find_adapters(model)
 
 
+@pytest.mark.parametrize(
+    ("change", "merges"),
+    [
+        ({"bias": "lora_only"}, True),
+        ({"fan_in_fan_out": True}, True),
+        ({"layer_replication": [[0, 2]]}, True),
+        ({"trainable_token_indices": {"embed_tokens": [1]}}, True),
+        ({"lora_bias": True}, False),
+        ({"alora_invocation_tokens": [3]}, False),
+    ],
+)
+def test_what_can_not_be_read_is_no_broken_config(folder: Path, change: dict, merges: bool):
+    changed(folder, **change)
+    with pytest.raises(
+        AdapterError, match=f"is a LoRA with {next(iter(change))} .*can't be read"
+    ) as told:
+        load_peft(make("llama"), folder)
+    assert ("merge_and_unload" in str(told.value)) == merges
+
+
+def test_a_dora_of_an_embedding_is_told_as_such(tmp_path: Path):
+    written(adapted("llama", adapter="dora", target_modules=("q_proj", "lm_head")), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    name = "base_model.model.model.embed_tokens"
+    a, b, m = np.zeros((4, 128)), np.zeros((64, 4)), np.ones(64)
+    theirs = {"lora_embedding_A": a, "lora_embedding_B": b, "lora_magnitude_vector": m}
+    save_file(
+        load_file(file) | {f"{name}.{leaf}": x.astype(np.float32) for leaf, x in theirs.items()},
+        file,
+    )
+    with pytest.raises(AdapterError, match=r"DoRA of the embedding model\.embed_tokens.*merge_and"):
+        load_peft(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "lm_head"])
+def test_an_adapter_over_another_embedding_or_head_is_refused(tmp_path: Path, name: str):
+    """PEFT stores a copy of what it adapts there, such as after new tokens were added."""
+    written(adapted("llama", target_modules=("embed_tokens", "lm_head")), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    weight = np.array(dict(tree_flatten(make("llama").parameters()))[f"{name}.weight"])
+
+    copy = f"base_model.model.{name}.base_layer.weight"
+    save_file(tensors | {copy: weight * 1.001}, file)
+    load_peft(make("llama"), tmp_path)
+
+    weight[-1] += 1
+    save_file(tensors | {copy: weight}, file)
+    with pytest.raises(AdapterError, match=f"trained over another {name} than this model has"):
+        load_peft(make("llama"), tmp_path)
+
+
 def test_tensors_that_do_not_fit_are_told(folder: Path):
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)

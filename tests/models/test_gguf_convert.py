@@ -246,6 +246,12 @@ def test_linear_rope_scaling_is_kept_and_yarn_refused(tmp_path: Path):
         "rope_type": "linear",
         "factor": 8.0,
     }
+    # llama.cpp reads a factor without a type as linear, and knows an older key of it
+    for number, key in enumerate(("rope.scaling.factor", "rope.scale_linear")):
+        file = write_gguf(tmp_path / f"{number}.gguf", "gemma3", {f"gemma3.{key}": 8.0})
+        config = json.loads((convert(file) / "config.json").read_text())
+        assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+
     with pytest.raises(
         ModelError, match=r"RoPE scaling is 'yarn' by 8\.0, allowed are none and linear"
     ):

@@ -78,6 +78,26 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"tokenizer.ggml.token_type": "thousand.."}, {}, "its metadata is broken"),
     ("llama", {"tokenizer.ggml.tokens": 3}, {}, "its metadata is broken"),
     ("llama", {"llama.expert_count": [1, 2]}, {}, r"llama.expert_count is \[1, 2\], allowed"),
+    (
+        "llama",
+        {
+            "llama.rope.scaling.type": "yarn",
+            "llama.rope.scaling.factor": 4.0,
+            "llama.rope.scaling.attn_factor": 2.0,
+        },
+        {},
+        "attn_factor is 2.0, but mlx-lm always uses 1",
+    ),
+    ("gemma3", {"gemma3.rope.scaling.yarn_ext_factor": 0.5}, {}, "yarn_ext_factor is 0.5"),
+    ("llama", {"llama.attention.causal": False}, {}, "reads texts in both directions"),
+    (
+        "llama",
+        {"tokenizer.ggml.scores": [float("nan")] * 10},
+        {},
+        "a score of a token is not a finite",
+    ),
+    ("llama", {"tokenizer.ggml.eos_token_id": True}, {}, "eos token id is True"),
+    ("llama", {"tokenizer.chat_template": 3}, {}, "chat_template is 3; allowed is the text"),
     ("llama", {"llama.rope.scaling.type": [1, 2]}, {}, r"RoPE scaling is \[1, 2\] by 1"),
 ]
 

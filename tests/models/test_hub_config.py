@@ -1,6 +1,7 @@
 """Configs by transformers 5: the same model as by the older fields, or one line. Judge: scripts/judges/check_rope."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.hub_config import for_mlx_lm
 from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
+from mlx_loraplus.models.rope_magnitude import positions_note
 from mlx_loraplus.models.skeleton import make_skeleton
 from scripts.tiny_model import write_tiny_model
 from tests.families.walk import CONFIGS
@@ -23,6 +25,8 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 32}  # fmt: skip
 GEMMA = {"model_type": "gemma3_text", "hidden_size": 32, "num_hidden_layers": 4, "intermediate_size": 32,
          "num_attention_heads": 2, "head_dim": 16, "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
 LAYERED = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
@@ -49,6 +53,63 @@ def test_rope_parameters_are_the_older_fields(tmp_path: Path, parameters: dict[s
     np.testing.assert_array_equal(new, logits(folder, **older))
     np.testing.assert_array_equal(new, logits(folder, **older, rope_parameters=parameters))
     assert np.abs(new - logits(folder)).max() > 0.01 * np.abs(new).max()
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ({}, None),
+        ({"attention_factor": 1.1386294}, None),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, None),
+        ({"attention_factor": 1.0}, r"rotated vectors by 1 .* mlx-lm's llama by 1\.13863"),
+        ({"mscale": 2.0}, r"rotated vectors by 1\.13863 .* by 1\.27726"),
+        ({"mscale_all_dim": 1.0}, r"rotated vectors by 1\.13863 .* by 1,"),
+    ],
+)
+def test_the_factor_of_rotated_vectors_is_that_of_transformers(
+    extra: dict[str, Any], told: str | None
+):
+    for name in ("rope_parameters", "rope_scaling"):
+        config = CONFIGS["llama"] | {"rope_theta": 1e6, name: YARN | extra}
+        if told is None:
+            make_skeleton(config)
+            continue
+        with pytest.raises(ModelError, match=told) as raised:
+            make_skeleton(config)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "told"),
+    [
+        (YARN, None),
+        (YARN | {"truncate": False}, "truncate false"),
+        (LONG, r"up to 32 tokens .* \(long_factor\)"),
+        (LONG | {"short_factor": LONG["long_factor"]}, None),
+    ],
+)
+def test_approximated_positions_are_noted(scaling: dict[str, Any], told: str | None):
+    config = CONFIGS["llama"] | {"rope_scaling": scaling, "head_dim": 16}
+    note = positions_note(make_skeleton(config), config)
+    assert note is None if told is None else re.search(told, note or "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model_file": "model.py"}, "model_file 'model.py', code of its own, which is never run"),
+        ({"quantization_config": ["gptq"]}, "has quantization_config .*'gptq'"),
+        ({"quantization": "4bit"}, "has quantization '4bit'"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantization None, which mlx-lm does"),
+    ],
+)
+def test_settings_that_mlx_lm_stumbles_over_are_one_line(
+    tmp_path: Path, settings: dict[str, Any], told: str
+):
+    with pytest.raises(ModelError, match=told) as raised:
+        logits(write_tiny_model(tmp_path / "model"), **settings)
+    assert "\n" not in str(raised.value)
+    assert "trust_remote_code" not in str(raised.value)
 
 
 def test_fields_that_contradict_each_other_are_one_line(tmp_path: Path):

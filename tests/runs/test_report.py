@@ -19,6 +19,7 @@ from mlx_loraplus.adapters.stored_files import UNKNOWN_MODEL
 from mlx_loraplus.arguments import command
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.runs.command_line import train_command
+from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.runs.plots import finish_axes
 from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.report_headline import headline
@@ -212,6 +213,13 @@ def test_the_command_of_a_run_trains_the_same_again(folder: Path, place: Place, 
     assert settings_of(again) == settings_of(run.config) | {"resume": False, "overwrite": False}
     assert "--lr-ratio" not in words, "4 is the default"
     assert train_command(run) in html.unescape(report_page(run).decode())
+
+    # A folder whose name begins with a dash is not read as a flag
+    dashed = replace(run, config=replace(run.config, adapter_path="-run"))
+    with command(program, TrainConfig, shlex.split(train_command(dashed))[1:]) as (config, _):
+        assert config.adapter_path == "-run"
+    for _, line in next_commands(dashed):
+        assert " ./-run" in line
 
     described = replace(run.config, model=f"a llama {UNKNOWN_MODEL}")
     described = replace(described, data=replace(described.data, pack=True, data_weights=(1.0, 2.0)))

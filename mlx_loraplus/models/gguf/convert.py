@@ -155,6 +155,13 @@ def _check_is_model(file: GGUFFile) -> None:
     if kind != "model":
         raise ModelError(f"{path} is a GGUF file of type {kind!r:.40}, not a model: give a model")
 
+    causal = f"{metadata.get('general.architecture')}.attention.causal"
+    if metadata.get(causal, True) is not True:
+        raise ModelError(
+            f"{path} is a model that reads texts in both directions ({causal} is"
+            f" {metadata[causal]!r:.40}), as models do that embed texts: give one that generates"
+        )
+
     # A large model may be split into several files.
     parts = metadata.get("split.count", 1)
     if parts != 1:

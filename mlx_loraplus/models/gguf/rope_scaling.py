@@ -23,6 +23,9 @@ _NOT_ROTATED = 1e30  # a divisor of a frequency that stands for infinity
 _YARN_EXTRAS = {"mscale", "mscale_all_dim"}
 """Settings of YaRN that only DeepSeek's models use."""
 
+_FACTORS = ("attn_factor", "yarn_attn_factor", "yarn_ext_factor")
+"""Factors that are 1 in all but unusual files."""
+
 
 def rope_kind(config: dict[str, Any]) -> str | None:
     """Return the name of a config's RoPE scaling, or None if it has no scaling."""
@@ -63,10 +66,8 @@ def add_rope_scaling(writer: GGUFWriter, config: dict[str, Any]) -> None:
 
     if kind == "longrope":
         original = _original_context(config)
-        factor = config["max_position_embeddings"] / original
-        attention = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
         writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_attn_factors(attention)
+        writer.add_rope_scaling_attn_factors(_long_factor(config, original))
 
 
 def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -113,11 +114,16 @@ def read_rope_scaling(
         return float(found) if is_number else math.nan
 
     original = number("original_context_length", 4096)
-    if math.isnan(original):
-        return {}, "its rope.scaling.original_context_length is not a positive number"
+    if problem := _attention_problem(file, architecture, config, original):
+        return {}, problem
+
+    # Old files have a factor without a type, or under another key; llama.cpp reads it as linear.
+    raw = file.metadata.get(f"{architecture}.rope.scale_linear", 1.0)
+    raw = file.metadata.get(f"{architecture}.rope.scaling.factor", raw)
+    default = "none" if raw == 1 else "linear"
+    stored = file.metadata.get(f"{architecture}.rope.scaling.type", default)
 
     # Scaling that is stored in tensors.
-    stored = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
     if SHORT_TENSOR in file.tensors and LONG_TENSOR in file.tensors and "longrope" in allowed:
         scaling: dict[str, Any] = {"type": "longrope", "rope_type": "longrope"}
         for name, tensor in (("short_factor", SHORT_TENSOR), ("long_factor", LONG_TENSOR)):
@@ -128,9 +134,8 @@ def read_rope_scaling(
 
     # Scaling that is stored in the metadata.
     kinds = ("none", *(kind for kind in allowed if kind in ("linear", "yarn")))
-    factor = number("factor", 1.0)
+    factor = number("factor", raw)
     if stored not in kinds or math.isnan(factor) or LLAMA3_TENSOR in file.tensors:
-        raw = file.metadata.get(f"{architecture}.rope.scaling.factor", 1.0)
         return {}, f"its RoPE scaling is {stored!r:.40} by {raw!r:.40}, allowed are {_and(kinds)}"
     if stored == "none" or factor == 1:
         return {"rope_scaling": None}, None
@@ -141,6 +146,31 @@ def read_rope_scaling(
         scaling["beta_fast"] = number("yarn_beta_fast", 32.0)
         scaling["beta_slow"] = number("yarn_beta_slow", 1.0)
     return {"rope_scaling": scaling}, None
+
+
+def _attention_problem(
+    file: GGUFFile, architecture: str, config: dict[str, Any], original: float
+) -> str | None:
+    """Return a problem with a factor that llama.cpp applies to rotated vectors and mlx-lm not."""
+    if math.isnan(original):
+        return "its rope.scaling.original_context_length is not a positive number"
+
+    prefix = f"{architecture}.rope.scaling."
+    expected = {f"{prefix}{name}": 1.0 for name in _FACTORS}
+    if LONG_TENSOR in file.tensors:
+        expected[f"{prefix}attn_factor"] = _long_factor(config, original)
+
+    for key, value in expected.items():
+        found = file.metadata.get(key, value)
+        if not isinstance(found, int | float) or not math.isclose(found, value, rel_tol=1e-3):
+            return f"its {key} is {found!r:.40}, but mlx-lm always uses {value:.6g}"
+    return None
+
+
+def _long_factor(config: dict[str, Any], original: float) -> float:
+    """Return the factor of LongRoPE for rotated vectors, given the original context length."""
+    factor = config["max_position_embeddings"] / max(original, 2)
+    return math.sqrt(1 + math.log(factor) / math.log(max(original, 2))) if factor > 1 else 1.0
 
 
 def _and(kinds: tuple[str, ...]) -> str:

@@ -9,6 +9,7 @@ names of the pre-tokenizers; sentencepiece's bpe_model.cc for the order of merge
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,10 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     # Write the two files.
     template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ModelError(
+            f"its tokenizer.chat_template is {template!r:.40}; allowed is the text of a template"
+        )
     config = _tokenizer_config(special, template)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True))
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False))
@@ -156,7 +161,8 @@ def _token_of(role: str, metadata: dict[str, Any], tokens: list[str]) -> str | N
     index = metadata.get(f"tokenizer.ggml.{role}_token_id")
     if index is None:
         return None
-    if not isinstance(index, int) or not 0 <= index < len(tokens):
+    is_id = isinstance(index, int) and not isinstance(index, bool)
+    if not is_id or not 0 <= index < len(tokens):
         raise ModelError(f"its {role} token id is {index!r}; allowed are 0 to {len(tokens) - 1}")
     return tokens[index]
 
@@ -227,6 +233,8 @@ def _merges_by_score(
     for token, score, token_type in zip(tokens, scores, types, strict=True):
         if token_type == TokenType.NORMAL:
             score_of[token] = float(score)
+    if not all(map(math.isfinite, score_of.values())):
+        raise ModelError("its tokenizer is broken: a score of a token is not a finite number")
     if any(len(token) > _LONGEST for token in score_of):
         raise ModelError(f"its tokenizer is broken: a token has more than {_LONGEST:,} characters")
     return _merges(score_of, {token: index for index, token in enumerate(tokens)})
