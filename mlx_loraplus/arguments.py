@@ -6,7 +6,6 @@ import dataclasses
 import io
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import pairwise
@@ -17,9 +16,9 @@ import yaml
 
 from ._runtime import check_backend
 from .config import OLD_NAMES
-from .errors import BackendError, ConfigError, LoRAPlusError, join_problems, nearest
+from .errors import BackendError, ConfigError, LoRAPlusError
 from .failures import failure_of, reason_text
-from .foreign_names import find_foreign, foreign_hint, meant_setting
+from .foreign_names import find_foreign
 from .help_text import help_text
 from .migration import translate
 from .models.run_paths import read_run_settings
@@ -33,12 +32,11 @@ from .settings import (
 )
 from .startup import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .tyro_errors import unboxed
+from .unknown_arguments import make_argument_error
 from .userpaths import path_of
 
 _SWITCHES = ("test",)
 """Settings of other programs that are options of commands here."""
-
-_DASHES = "\u2013\u2014"  # en dash and em dash
 
 _FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
@@ -111,47 +109,13 @@ def parse(
         raise
 
     if unknown:
-        raise _unknown_flags(unknown, kind, switches)
+        raise make_argument_error(unknown, arguments, kind, switches)
     return configure(kind, settings_of(parsed.settings)), parsed.switches
 
 
 def _part(name: str, kind: type, default: Any) -> tuple[str, Any, Any]:
     """Return a field of tyro's dataclass whose flags have no prefix."""
     return (name, tyro.conf.OmitArgPrefixes[kind], default)
-
-
-def _unknown_flags(
-    unknown: Sequence[str], kind: type[Config], switches: type[Switches]
-) -> ConfigError:
-    """Return the error for arguments that tyro does not know."""
-    # All flags of the command, for the hint.
-    names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
-    flags = [f"--{name.replace('_', '-')}" for name in names]
-
-    problems: list[str] = []
-    for word in unknown:
-        # A text editor turns two hyphens into one dash.
-        if word.startswith(("-", *_DASHES)):
-            flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
-            hint = foreign_hint(flag) or nearest(flag, flags)
-            if not word.startswith("--") and len(word) == 2:
-                hint = " (--help lists the flags)"
-            meant = meant_setting(_name_of(flag), names)
-            if meant:
-                hint = f" (did you mean '--{meant.replace('_', '-')}'?)"
-            problems.append(f"{word!r} is not a flag{hint}")
-
-    # Without a flag, the first word is a value in a wrong place.
-    if not problems:
-        advice = "values follow their flags (--help lists them), and text with spaces needs quotes"
-        if unknown[0].lower() in ("true", "false", "yes", "no", "on", "off"):
-            advice = "a flag that is on or off has no value, as in --pack or --no-pack"
-        if "prompt" in names:
-            advice = f"a prompt follows --prompt, as in --prompt {shlex.quote(unknown[0])}"
-        if unknown[0].endswith((".yaml", ".yml")):
-            advice = f"a file of settings follows -c, as in -c {unknown[0]}"
-        problems = [f"unexpected argument {unknown[0]!r}: {advice}"]
-    return ConfigError(join_problems(problems))
 
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:

@@ -115,10 +115,9 @@ def _check_names(
 
     unknown = [key for key in keywords if key not in signature.parameters]
     if unknown and not takes_settings:
-        hint = nearest(unknown[0], signature.parameters)
-        raise ConfigError(
-            f"{name} takes no {unknown[0]}{hint}; it takes {', '.join(signature.parameters)}"
-        )
+        names = [each for each in signature.parameters if each != "self"]
+        hint = nearest(unknown[0], names)
+        raise ConfigError(f"{name} takes no {unknown[0]}{hint}; it takes {', '.join(names)}")
 
 
 def _check(function: str, name: str, value: Any, hint: Any) -> None:
@@ -184,4 +183,5 @@ def _shown(value: Any) -> str:
     """Return a simple value as it is written in Python, or the type of any other value."""
     if value is None or isinstance(value, str | int | float):
         return f"{value!r:.60}"
-    return f"a {type(value).__name__}"
+    name = type(value).__name__
+    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"

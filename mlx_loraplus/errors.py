@@ -75,11 +75,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, matches))}?)"
 
 
-def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+def nearest_names(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[str]:
     """Return the known names that are most similar to a name, at most three.
 
     A name that differs only in upper and lower case is the only one. Names that begin with the
     given one come first.
+
+    Args:
+        name: The name that is unknown.
+        known: The names that exist.
+        cutoff: The least similarity, from 0 to 1.
     """
     written = name[:_MAX_COMPARED].casefold()
     spellings = {word.casefold(): word for word in known}
@@ -89,7 +94,7 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     begun: list[str] = []
     if len(written) >= _SHORTEST_BEGINNING:
         begun = [word for word in spellings if word.startswith(written)]
-    close = get_close_matches(written, list(spellings), cutoff=0.5)
+    close = get_close_matches(written, list(spellings), cutoff=cutoff)
     found = [*begun, *(word for word in close if word not in begun)]
     return [spellings[word] for word in found[:_MOST_SUGGESTED]]
 

@@ -34,6 +34,9 @@ from .setting_types import number_hint
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+# The files of settings in the folder of a run or a sweep
+_SETTINGS_FILES = ("run.yaml", "best.yaml", "sweep.yaml")
+
 _MAX_BYTES = 1 << 16  # of a YAML file
 _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
@@ -243,7 +246,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
         settings = [] if too_deep else _UniqueLoader(text).get_single_data()
     except OSError as error:
-        hint = f"; give a file, such as a run's {path / 'run.yaml'}" if path.is_dir() else ""
+        hint = ""
+        if path.is_dir():
+            found = [name for name in _SETTINGS_FILES if (path / name).is_file()]
+            hint = f"; give a file, such as {path / (found or _SETTINGS_FILES)[0]}"
         raise ConfigError(f"the settings in {path} can't be read: {error.strerror}{hint}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8: save it as UTF-8") from None

@@ -27,7 +27,7 @@ _BAD_VALUES = re.compile(
 _BAD_CHOICE = re.compile(
     r"invalid choice (.*) for argument '(--[\w-]+)'\. Expected one of \((.*)\)\."
 )
-_NO_VALUE = re.compile(r"Missing value for argument '(\S+)'")
+_NO_VALUE = re.compile(r"Missing value for argument '(\S+)'(?:\. Expected (\d+) values)?")
 
 
 def unboxed(printed: str) -> str:
@@ -48,7 +48,9 @@ def unboxed(printed: str) -> str:
 
 def _bad_value(flag: str, types: str, value: str) -> str:
     """Return the message for a value of a wrong type."""
-    hint = number_hint(value.strip("'"), whole="INT" in types)
+    hint = _hint(flag, value.strip("'"), whole="INT" in types)
+    if "auto" in types and value.strip("'").lower() == "auto":
+        hint = " (did you mean 'auto'?)"
     for theirs, ours in _TYPE_WORDS.items():
         types = types.replace(theirs, ours)
     return f"{flag} takes {types}, not {value}{hint}"
@@ -57,7 +59,7 @@ def _bad_value(flag: str, types: str, value: str) -> str:
 def _no_number(flag: str, conversion: str, value: str) -> str:
     """Return the message for a value that is not a number."""
     whole = "int" in conversion
-    hint = number_hint(value.strip("'"), whole=whole)
+    hint = _hint(flag, value.strip("'"), whole=whole)
     return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
 
 
@@ -68,15 +70,15 @@ def _bad_choice(value: str, flag: str, choices: str) -> str:
     return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
 
 
-def _no_value(argument: str) -> str:
-    """Return the message for a flag without its value."""
-    return f"{argument.rpartition('/')[2]} needs a value after it"
+def _no_value(argument: str, count: str | None) -> str:
+    """Return the message for a flag without its value, or with too few of them."""
+    values = "a value" if count in (None, "1") else f"{count} values, with a space between them,"
+    return f"{argument.rpartition('/')[2]} needs {values} after it"
 
 
 def _bad_values(flag: str, values: str) -> str:
     """Return the message for values that can't be parsed."""
-    advice = ": give several values with spaces between them" if "," in values else ""
-    return f"{flag} can't take {values}{advice}"
+    return f"{flag} takes numbers with spaces between them, not {values}"
 
 
 _REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
@@ -87,6 +89,13 @@ _REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
     _BAD_VALUES: _bad_values,
 }
 """Pattern of a message of tyro → the function that makes ours of the pattern's groups."""
+
+
+def _hint(flag: str, value: str, *, whole: bool) -> str:
+    """Return how to write a number that was refused; "" if nothing is known."""
+    if flag == "--warmup":
+        return " (it counts steps; --warmup-ratio 0.1 is a share of them)"
+    return number_hint(value, whole=whole)
 
 
 def _is_rule(line: str) -> bool:

@@ -38,7 +38,7 @@ FLOORS = [
     {"command_config", "options"},
     {"conflicts"},
     {"settings", "keywords", "_runtime"},
-    {"migration", "help_text", "tyro_errors"},
+    {"migration", "help_text", "tyro_errors", "unknown_arguments"},
     {"models", "launching"},
     {"adapters"},
     {"data"},

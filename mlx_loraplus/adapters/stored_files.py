@@ -112,6 +112,8 @@ def adapter_files(path: Path) -> tuple[Path, str]:
 def _no_folder(path: Path) -> str:
     """Return the message for the folder of an adapter that does not exist."""
     hint = similar_paths(path, suffixes=())
+    if path.name.replace(".", "", 1).isdigit():
+        hint = f" (a weight follows its adapter and a colon, as in my_run:{path.name})"
     if ":" in path.name:
         hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"

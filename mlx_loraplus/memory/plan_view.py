@@ -103,6 +103,8 @@ class Plan(RichDisplay):
         # The memory by purpose.
         yield Text(f"\n{self.title}", "bold")
         for part, size in self.parts.items():
+            if not size:  # such as the traces of a step that is not compiled
+                continue
             bar = "█" * round(_BAR * size / memory.total)
             yield Text(f"  {part:<12} {bar:<{_BAR}} {gb(size):>9}")
         total = f"{gb(memory.total):>9} of {gb(memory_plan.budget)}"
@@ -215,6 +217,8 @@ def _check_family(word: str) -> None:
     is_model = path.is_file() or (path / "config.json").is_file()
     if is_model or (not sizes(word) and ("/" in word or word.endswith(".gguf"))):
         raise ConfigError(f"{word!r:.80} is not part of a short name: write --model {word:.80}")
+    if word.upper() in ("GB", "G", "MB"):
+        raise ConfigError("the size and its unit are one word, as in --memory 16GB")
     if not sizes(word):
         raise ConfigError(
             f"no short name contains {word!r:.40}{nearest(word, sizes())}: a hub id or a folder"

@@ -37,8 +37,8 @@ from .plots import Plot, finish_axes, loss_unit, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
-_VALIDATED = ("validation loss", "exact answers")  # need the same validation examples
 _LOSSES = ("validation loss", "training loss")  # need the same objective
+_OF_EXAMPLES = (*_LOSSES, "exact answers")  # need the same examples
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _MAX_NAMES = 4  # of settings, in the headline
@@ -104,13 +104,16 @@ class Comparison(RichDisplay):
     @property
     def best(self) -> dict[str, set[int]]:
         """The numbers of the runs with the best value of each result, where the runs differ."""
-        same_examples = all(run.start["valid"] == self.runs[0].start["valid"] for run in self.runs)
-        same_objective = len({run.config.objective.objective for run in self.runs}) == 1
+        first = self.runs[0]
+        same_valid = all(run.start["valid"] == first.start["valid"] for run in self.runs)
+        same_train = all(run.start["train"] == first.start["train"] for run in self.runs)
+        same_loss = all(run.config.objective == first.config.objective for run in self.runs)
         best: dict[str, set[int]] = {}
         for name, (number_of, is_higher_better) in _NUMBERS.items():
-            if name in _VALIDATED and not same_examples:
+            same_examples = same_train if name == "training loss" else same_valid
+            if name in _OF_EXAMPLES and not same_examples:
                 continue
-            if name in _LOSSES and not same_objective:
+            if name in _LOSSES and not same_loss:
                 continue
             numbers = {index: number_of(run) for index, run in enumerate(self.runs)}
             known = {index: value for index, value in numbers.items() if value is not None}

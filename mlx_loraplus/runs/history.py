@@ -273,6 +273,8 @@ def read_history(folder: Path) -> list[Event]:
         problem = f"{path} can't be read: {error.strerror}"
         if not folder.exists():
             problem = f"there is no folder {folder}{similar_paths(folder, suffixes=())}"
+        elif folder.is_file():
+            problem = f"{folder} is a file"
         raise OutputError(f"{problem}; give the folder of a run that has started") from None
 
     lines = content.splitlines()

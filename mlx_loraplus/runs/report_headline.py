@@ -12,7 +12,7 @@ from .next_steps import next_commands
 from .ownership import newest_step
 from .progress import time_left
 from .report_answers import best_step
-from .verdict import Verdict, advice, divergence, duration, ranking_of
+from .verdict import Verdict, advice, divergence, duration, ranking_of, starts_at_reference
 
 _LONG_REASON = 160  # characters
 
@@ -85,7 +85,7 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         text = f"No validation was better than {start}" + (" so far." if live else ".")
     elif found.ranked is not None and run.config.objective.is_paired:
         fall = _percent(1 - found.after / found.before)
-        before, after = map(_percent, found.ranked)
+        before, after = _percent(found.ranked[0] or 0.0), _percent(found.ranked[1])
         text = f"The chosen answers are preferred in {after} of the validation pairs"
         if before == after:
             text += f", as by {start}, but the validation loss is {fall} lower."
@@ -171,9 +171,12 @@ def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
     by_step = dict(run.losses(name))
     if 0 not in by_step:
         return None
-    change = _percent(by_step[0])
-    if found.best_step in by_step:
-        change += f" → {_percent(by_step[found.best_step])}"
+    steps = [0, found.best_step]
+    if starts_at_reference(run):
+        steps = [found.best_step]
+    change = " → ".join(_percent(by_step[step]) for step in steps if step in by_step)
+    if not change:
+        return None
     if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
     if objective.is_labeled:

@@ -49,6 +49,7 @@ class Verdict:
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
         ranked: The shares of validation pairs whose chosen answer is more likely per token, or of
             labeled answers on the right side of the KL estimate, before and after; None with sft.
+            The first is None if it means nothing (``starts_at_reference``).
     """
 
     before: float | None
@@ -58,7 +59,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
-    ranked: tuple[float, float] | None = None
+    ranked: tuple[float | None, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -77,7 +78,8 @@ class Verdict:
             change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
             if self.ranked is not None:
                 before, after = self.ranked
-                change = f"answers ranked right {before:.1%} -> {after:.1%}"
+                was = "" if before is None else f"{before:.1%} -> "
+                change = f"answers ranked right {was}{after:.1%}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
@@ -164,12 +166,24 @@ def ranking_of(run: "Run") -> str:
     return "valid_preferred" if run.config.objective.is_paired else "valid_reward_accuracy"
 
 
-def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
+def starts_at_reference(run: "Run") -> bool:
+    """Return whether labeled answers are ranked by chance before training.
+
+    Their rewards compare the model with the reference. If it is the model itself, they are zero up
+    to rounding.
+    """
+    objective = run.config.objective
+    is_same = objective.reference == "start" or run.config.resume_adapter_file is None
+    return objective.is_labeled and is_same
+
+
+def _ranked(run: "Run", best_step: int | None) -> tuple[float | None, float] | None:
     """Return the shares that were ranked right before training and after it."""
     shares: dict[int, float] = dict(run.losses(ranking_of(run)))
     if 0 not in shares or best_step not in shares:
         return None
-    return shares[0], shares[best_step]
+    before = None if starts_at_reference(run) else shares[0]
+    return before, shares[best_step]
 
 
 def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
@@ -198,6 +212,13 @@ def ends_too_early(run: "Run") -> bool:
     found = run.verdict
     is_short = run.history[-1]["step"] < _FEWEST_STEPS
     return is_short and found.trend is None and found.after is not None
+
+
+def is_all_ranked(run: "Run") -> bool:
+    """Return whether the loss still falls, but all validation pairs are ranked right already."""
+    found = run.verdict
+    is_ranked = run.config.objective.is_paired and found.ranked is not None and found.ranked[1] == 1
+    return is_ranked and found.trend == "still falling" and run.history[-1]["step"] >= _FEWEST_STEPS
 
 
 def _advice_on_few(run: "Run", kept: str) -> str:
@@ -247,7 +268,7 @@ def advice(run: "Run", found: Verdict) -> str | None:
     fall = fall_of_chosen(run)
     if fall is not None and found.trend != "not better":
         return f"{fall}: {remedy_for_fall(run)}"
-    if found.trend == "still falling" and found.ranked is not None and found.ranked[1] == 1:
+    if is_all_ranked(run):
         return (
             "all validation answers are ranked right: more steps would lower the loss, and change"
             " the answers little"

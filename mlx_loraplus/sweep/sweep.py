@@ -23,7 +23,7 @@ from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..data.splits import load_examples
-from ..errors import ConfigError, DataError, DeviceError
+from ..errors import ConfigError, DataError, DeviceError, counted
 from ..files import locked
 from ..kernels.head import split_model
 from ..memory.plan import resolve_batch, resolve_length
@@ -107,10 +107,10 @@ class _Search:
         self.planned = sum(count * steps for count, steps in (*early, last))
         runs = self.planned / full_steps
 
-        rounds = "".join(f"{count} trials of {steps}, " for count, steps in early)
+        rounds = "".join(f"{count} trials of {counted(steps, 'step')}, " for count, steps in early)
         self.log(
-            f"sweep: {rounds}up to {finals} of {full_steps}: up to {self.planned:,} steps,"
-            f" as many as {runs:.1f} full runs"
+            f"sweep: {rounds}up to {finals} trials of {counted(full_steps, 'step')}; in all up to"
+            f" {self.planned:,} steps, as many as {runs:.1f} full runs"
         )
         self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:

@@ -45,6 +45,8 @@ from .kto import share_ranked
 from .preferences import share_preferred
 from .scoring import score
 
+_SHOWN = 160  # characters of a prompt's end
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -153,12 +155,18 @@ class Evaluation(RichDisplay):
 
         # The answers. ``Text`` keeps rich from reading their brackets as markup.
         for old, new in self.changed()[:3]:
-            prompt = (
-                f"{new.source}\n…{new.prompt.strip()[-160:]}\nexpected: {new.expected.strip():.200}"
-            )
+            prompt = f"{new.source}\n{_end_of(new.prompt)}\nexpected: {new.expected.strip():.200}"
             left_out = [""] * (len(columns) - 2)
             table.add_row(Text(prompt), *left_out, _marked(old), _marked(new))
         return table
+
+
+def _end_of(prompt: str) -> str:
+    """Return a prompt, or its end from a whole word on."""
+    text = prompt.strip()
+    if len(text) <= _SHOWN:
+        return text
+    return f"…{text[-_SHOWN:].split(maxsplit=1)[-1]}"
 
 
 def _marked(answer: Answer) -> Text:

@@ -263,7 +263,8 @@ def _describe(split: str, report: SplitReport) -> Iterator[Text]:
 def _list_lines(name: str, lines: Sequence[str], count: int | None = None) -> Iterator[Text]:
     """Yield the first lines, then the number of lines left out; ``count`` is the total."""
     for line in lines[:_MAX_LINES]:
-        yield Text(f"  {name}: {line}", "yellow")
+        label = "" if line.startswith("warning: ") else f"{name}: "
+        yield Text(f"  {label}{line}", "yellow")
     left_out = (len(lines) if count is None else count) - _MAX_LINES
     if left_out > 0:
         yield Text(f"  {name}: and {left_out:,} more", "yellow")

@@ -87,7 +87,10 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
     assert "6 steps" in str(found)
     assert found.verdict() in " ".join(str(found).split())
     assert any(
-        line.startswith("sweep: 4 trials of 2, up to 6 of 6: up to 44 steps") for line in told
+        line.startswith(
+            "sweep: 4 trials of 2 steps, up to 6 trials of 6 steps; in all up to 44 steps"
+        )
+        for line in told
     )
     assert sum(trial.done for trial in found.trials) <= 44
 

@@ -1,0 +1,113 @@
+"""What to do about the arguments that a command does not know."""
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from .command_config import (
+    ChatConfig,
+    CompareConfig,
+    ExportConfig,
+    FuseConfig,
+    GenerateConfig,
+    ServeConfig,
+    SweepConfig,
+)
+from .config import TrainConfig
+from .errors import ConfigError, join_problems, nearest_names
+from .foreign_names import foreign_hint, meant_setting
+from .settings import setting_names
+
+_DASHES = "\u2013\u2014"  # en dash and em dash
+
+_SIMILAR = 0.6  # the least similarity of a flag that may be meant
+
+# Commands, in the order in which they are searched for a flag that another one has
+_COMMANDS: dict[str, type] = {
+    "train": TrainConfig,
+    "sweep": SweepConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "fuse": FuseConfig,
+    "export": ExportConfig,
+    "compare": CompareConfig,
+    "serve": ServeConfig,
+}
+
+
+def make_argument_error(
+    unknown: Sequence[str], arguments: Sequence[str], kind: type, switches: type
+) -> ConfigError:
+    """Return the error for arguments that a command does not know.
+
+    Args:
+        unknown: These arguments.
+        arguments: All words after the command's name.
+        kind: The config of the command.
+        switches: The command's other options.
+    """
+    names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+    # A text editor turns two hyphens into one dash.
+    flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
+    problems = [_about_flag(word, names) for word in flags]
+    if not problems:
+        problems = [f"unexpected argument {unknown[0]!r}: {_advice(unknown[0], arguments, names)}"]
+    return ConfigError(join_problems(problems))
+
+
+def _about_flag(word: str, names: Sequence[str]) -> str:
+    """Return what is wrong with a flag, and which one may be meant."""
+    flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
+    name = flag.lstrip("-").replace("-", "_")
+    if meant := meant_setting(name, names):
+        return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
+    if not word.startswith("--") and len(word) == 2:
+        return f"{word!r} is not a flag (--help lists the flags)"
+    if hint := foreign_hint(flag):
+        return f"{word!r} is not a flag{hint}"
+
+    # Flags of other commands, and similar ones of this command
+    owners = [command for command, kind in _COMMANDS.items() if name in setting_names(kind)]
+    problem = f"{word!r} is not a flag"
+    is_other = bool(owners) and name not in names
+    if is_other:
+        problem = f"{word!r} is a flag of mlx_loraplus.{owners[0]}, and not of this command"
+    if similar := nearest_names(name, names, _SIMILAR):
+        meant = " or ".join(repr(_flag_of(other)) for other in similar)
+        return f"{problem} (did you mean {meant}?)"
+    return problem if is_other else f"{problem} (--help lists the flags)"
+
+
+def _flag_of(name: str) -> str:
+    """Return the flag of a setting or an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
+    """Return what to do about a word that is not a flag's value."""
+    before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
+    if word.lower() in ("true", "false", "yes", "no", "on", "off"):
+        return "a flag that is on or off has no value, as in --pack or --no-pack"
+    if before == "--resume":
+        return "--resume takes no value: it continues the run or sweep in --adapter-path"
+    if before.startswith("--"):
+        return f"{before} takes no value"
+    if word.endswith((".yaml", ".yml")):
+        return f"a file of settings follows -c, as in -c {word}"
+    if "prompt" in names and "--prompt" not in arguments:
+        return f"a prompt follows --prompt, as in --prompt {shlex.quote(word)}"
+    return _advice_on_path(Path(word), names)
+
+
+def _advice_on_path(path: Path, names: Sequence[str]) -> str:
+    """Return what to do about what may be a folder."""
+    follow = "values follow their flags"
+    if path.is_dir() and {"run", "folder"} & set(names):
+        return "this command takes one folder"
+    if "model" in names and (path / "config.json").is_file():
+        return f"{follow}, as in --model {path}"
+    if "epochs" in names and (path / "run.yaml").is_file():
+        return f"{follow}: -c {path / 'run.yaml'} --resume continues a run"
+    return f"{follow} (--help lists them), and text with spaces needs quotes"
