@@ -37,12 +37,12 @@ from safetensors.numpy import load_file
 
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.startup import INTERRUPTED
-from scripts.provenance import provenance, source_line
+from scripts.provenance import provenance
+from scripts.stress.torture_page import write_table
 from scripts.tiny_model import write_preferred_sums, write_sums, write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, RESULT = ROOT / "docs" / "resume.md", ROOT / "scripts" / "stress" / "results" / "torture.json"
-START, END = "<!-- torture:start -->", "<!-- torture:end -->"
+RESULT = Path(__file__).parent / "results" / "torture.json"
 UPDATES = 300
 TIMES = {
     "seconds", "minutes", "valid_seconds", "tokens_per_second", "mean_tokens_per_second", "memory",
@@ -346,36 +346,6 @@ def inside(home: Path, wanted: int, seed: int) -> None:
     print(json.dumps(torture(home, disk, "full", wanted, seed)))
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return the table in docs/resume.md."""
-    cases = result["cases"]
-    rows = [
-        (
-            "kill -9",
-            "kill",
-            "{kills} ({inside a save} inside a save, {while starting} while starting)",
-        ),
-        ("a storm of SIGTERMs", "storm", "{storms} ({left at once} left at once)"),
-        ("newest checkpoint cut short", "cut", "{damaged}"),
-        ("one bit of it flipped", "flip", "{damaged}"),
-        ("disk full", "full", "{full disks} ({saves that failed} saves failed)"),
-        *((f"kill -9, {kind}", kind, "{kills} ({inside a save} inside a save)") for kind in KINDS),
-    ]
-    lines = ["| what happened | how often | runs | bit-identical |", "|---|---|---|---|"]
-    for label, name, counts in rows:
-        case = Counter(cases[name])
-        often = counts.format_map(case) if cases[name] else "not tried here"
-        lines.append(f"| {label} | {often} | {case['runs']} | {case['equal']} |")
-    return "\n".join(lines) + f"\n\n{result['minutes']} minutes; {source_line(result)}\n"
-
-
-def write_table() -> None:
-    """Put the table between its markers."""
-    head, rest = PAGE.read_text(encoding="utf-8").split(START)
-    text = f"{head}{START}\n{table(json.loads(RESULT.read_text()))}{END}{rest.split(END)[1]}"
-    write_atomically(PAGE, text.encode())
-
-
 def say(line: str) -> None:
     """Print a line at once."""
     print(line, flush=True)
@@ -414,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name for name, case in cases.items() if case and case["equal"] != case["runs"]
         ]:
             raise SystemExit(f"error: runs differ from the undisturbed one: {', '.join(unequal)}")
-    return write_table()
+    return write_table(json.loads(RESULT.read_text()), list(KINDS))
 
 
 if __name__ == "__main__":
