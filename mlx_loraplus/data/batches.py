@@ -67,7 +67,7 @@ class Batches:
 
     Attributes:
         per_epoch: Batches in an epoch.
-        seen: Examples in an epoch.
+        epoch_size: Examples in an epoch.
         most_rows: Maximum number of rows in one share of a batch.
     """
 
@@ -79,14 +79,14 @@ class Batches:
         self.targets = targets_of(examples)
 
         # With weights, an epoch uses a part of the examples, or some of them several times.
-        self.seen = len(examples)
+        self.epoch_size = len(examples)
         if isinstance(examples, WeightedExamples):
-            self.seen = len(examples.longest)
+            self.epoch_size = len(examples.longest)
 
         # If there are fewer examples than batch_size, a batch has one row for each.
-        self.batch_size = max(1, min(batch_size, self.seen))
+        self.batch_size = max(1, min(batch_size, self.epoch_size))
         self.most_rows = math.ceil(self.batch_size / shares)
-        self.per_epoch = math.ceil(self.seen / self.batch_size)
+        self.per_epoch = math.ceil(self.epoch_size / self.batch_size)
 
         self._epoch = -1
         self._order: tuple[np.ndarray, np.ndarray]  # of the current epoch
@@ -152,7 +152,7 @@ class Batches:
         """Return the examples that an epoch uses; without weights, all examples."""
         if isinstance(self.examples, WeightedExamples):
             return self.examples.of_epoch(epoch)
-        return np.arange(self.seen)
+        return np.arange(self.epoch_size)
 
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of the examples before batching, and the order of the batches."""

@@ -15,8 +15,9 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..failures import reason_text
 from .messages import BadRowError
-from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS, reason_of
+from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS
 from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
@@ -127,7 +128,7 @@ class ChatTemplate:
                 messages, tokenize=False, add_generation_prompt=ask, **options
             )
         except TEMPLATE_ERRORS as error:
-            raise RefusedError(f"the chat template refuses it ({reason_of(error)})") from error
+            raise RefusedError(f"the chat template refuses it ({reason_text(error)})") from error
 
     # --- properties of the template -------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .message_forms import chat_forms
 from .messages import NEEDED_FIELDS, ROLES, BadRowError, assistant_turns
-from .thoughts import Message, answer_of, has_block_after_empty_block, thoughts_of
+from .thoughts import THOUGHT_TAGS, Message, answer_of, has_block_after_empty_block, thoughts_of
 
 TrainOn = Literal["turns", "last", "everything"]
 
@@ -287,7 +287,7 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     """Check that the text of a supervised turn holds the whole message.
 
     Returns:
-        Notes on lost thoughts and on answers that contain only thoughts.
+        Notes on lost thoughts, and on answers that contain only thoughts or the end of thoughts.
 
     Raises:
         BadRowError: Content or tool calls are lost.
@@ -304,6 +304,12 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     notes: list[str] = []
     if "thoughts" in lost:
         notes.append("the chat template leaves out thoughts, so they are not trained on")
+    closings = [closing for _, closing in THOUGHT_TAGS if closing in answer_of(message)]
+    if closings:
+        notes.append(
+            f"an answer contains {closings[0]}, and the chat template may take the text before it"
+            " for thoughts"
+        )
     if not answer_of(message).strip() and not message.get("tool_calls"):
         notes.append("an assistant turn holds only thoughts, so the model learns an empty answer")
     return notes

@@ -133,6 +133,8 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     count = len(examples)
     if not count:
         return notes
+
+    # Report answers for which there is no other prompt.
     if examples.matched:
         notes.append(
             f"the KL is estimated with {examples.matched:,} of {count:,} answers to the same prompt"
@@ -148,6 +150,7 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
         missing = "undesirable" if desirable else "desirable"
         notes.append(f"warning: no answer is labeled {missing}; kto needs both kinds of answers")
         return notes
+
     good, bad = objective.kto_weights
     ratio = good * desirable / (bad * undesirable)
     if not 0.9 <= ratio <= 1.1 * 4 / 3:

@@ -177,6 +177,7 @@ def check_prompt(
         DataError: A token id is beyond the embedding, no position is left for an answer, or the
             tokenizer belongs to another model.
     """
+    # The model must be able to read every token.
     if limits.embedding:
         for token in tokens:
             if token >= limits.embedding:
@@ -200,6 +201,7 @@ def check_prompt(
             f" {limits.positions:,} learned positions"
         )
 
+    # A prompt beyond the context is possible, but usually gives worse answers.
     if limits.context and len(tokens) > limits.context:
         log(
             f"warning: the prompt has {len(tokens):,} tokens, which is more than this model's"

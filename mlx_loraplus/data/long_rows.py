@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from .dataset import SPAN, Shard, Span
-from .split_report import Report
+from .split_report import SplitReport
 
 
-def truncate_or_split(shard: Shard, report: Report) -> np.ndarray:
+def truncate_or_split(shard: Shard, report: SplitReport) -> np.ndarray:
     """Return a new array: the spans of a shard's examples, limited to the maximum length.
 
     Every example has a supervised token. ``on_long`` does not apply to documents, which are always

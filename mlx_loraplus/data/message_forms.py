@@ -28,6 +28,7 @@ class MessageForm:
 
     def write(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
+        # Write the content and the arguments of tool calls.
         written = dict(message)
         calls = message.get("tool_calls")
         if calls:
@@ -82,7 +83,9 @@ def chat_forms(
     if any(thoughts_of(message) for message in messages):
         # A template's own key and tags come first, so that they replace other tags in the content.
         own_key: Sequence[ThoughtForm] = ["key"] if thought_key is not None else []
-        own_tags: Sequence[ThoughtForm] = ["inline"] if tags != THOUGHT_TAGS[0] else []
+        has_other_tags = any(_has_other_tags(message, thought_tags) for message in messages)
+        is_inline = tags != THOUGHT_TAGS[0] or has_other_tags
+        own_tags: Sequence[ThoughtForm] = ["inline"] if is_inline else []
         thought_forms = [*own_key, *own_tags, "given", "key", "inline"]
 
     # Skip forms that are equal for this chat.
@@ -93,6 +96,12 @@ def chat_forms(
         if chat not in seen:
             seen.append(chat)
             yield chat
+
+
+def _has_other_tags(message: Message, tags: tuple[str, str] | None) -> bool:
+    """Return whether a message has thoughts in its content between other tags than these."""
+    content = str(message.get("content") or "")
+    return tags is not None and tags[1] not in content and bool(thoughts_of({"content": content}))
 
 
 def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -64,8 +64,8 @@ class PackedBatches(Batches):
     def __str__(self) -> str:
         """Return the result of packing in one line."""
         return (
-            f"{self.seen:,} examples packed into {len(self._ends):,} rows of {self.row_length:,}"
-            f" tokens, {self.fill:.1%} full"
+            f"{self.epoch_size:,} examples packed into {len(self._ends):,} rows of"
+            f" {self.row_length:,} tokens, {self.fill:.1%} full"
         )
 
     def largest(self) -> tuple[int, int]:
@@ -101,7 +101,7 @@ class PackedBatches(Batches):
         Examples of equal length are in random order. The rows are also in random order.
         """
         generator = np.random.default_rng([self.seed, epoch])
-        places = generator.permutation(self.seen)
+        places = generator.permutation(self.epoch_size)
         descending = places[np.argsort(-self._bounds[places], kind="stable")]
         return self._of_epoch(epoch)[descending], generator.permutation(len(self._ends))
 

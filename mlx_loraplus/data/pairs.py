@@ -13,7 +13,7 @@ import numpy as np
 from .batches import Batch, Batches, lay_out, ordered_rows
 from .dataset import Examples, Shard
 from .long_rows import truncate_or_split
-from .split_report import Report
+from .split_report import SplitReport
 from .tokenize import Example
 
 
@@ -88,7 +88,7 @@ class Pairs(ComparedExamples):
         return rows
 
 
-def limit_pairs(shard: Shard, report: Report) -> np.ndarray:
+def limit_pairs(shard: Shard, report: SplitReport) -> np.ndarray:
     """Return the answers of a shard's pairs, limited to the maximum length, (pairs, 2) SPAN.
 
     A pair is dropped if one of its answers is, or if truncation has made both equal.

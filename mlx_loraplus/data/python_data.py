@@ -69,8 +69,11 @@ def _is_data_set(item: Any) -> bool:
 
 def _has_splits(data: Mapping[Any, Any]) -> bool:
     """Return whether a mapping holds rows under the name of a split, and not only texts."""
-    names = [key for key in data if isinstance(key, str) and key.lower() in SPLIT_NAMES]
-    return any(not isinstance(data[name], str) for name in names)
+    for key, rows in data.items():
+        is_split = isinstance(key, str) and key.lower() in SPLIT_NAMES
+        if is_split and not isinstance(rows, str):
+            return True
+    return False
 
 
 def _name_of(data: Any, label: str) -> str:

@@ -13,7 +13,7 @@ OnLong = Literal["truncate", "drop", "split", "error"]
 
 
 @dataclass
-class Report:
+class SplitReport:
     """Counts of a split's rows and examples, and the locations of the first bad and long rows.
 
     Attributes:

@@ -29,7 +29,7 @@ from .row_problems import RowProblems
 from .rows import MakeRow, make_row, make_rows
 from .sampling_weights import WeightedExamples
 from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
-from .split_report import Report
+from .split_report import SplitReport
 from .token_cache import Encoder, open_shard
 
 # Number of rows of each file that are checked before the model is downloaded
@@ -52,7 +52,7 @@ class Data:
     """
 
     examples: dict[SplitName, Examples] = field(default_factory=dict)
-    reports: dict[SplitName, Report] = field(default_factory=dict)
+    reports: dict[SplitName, SplitReport] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
@@ -155,7 +155,7 @@ def load_data(
     encoder = Encoder(tokenizer, settings.train_on, names, log, make)
     for split in SPLITS:
         if split in wanted:
-            report = Report(settings.max_seq_length, settings.on_long)
+            report = SplitReport(settings.max_seq_length, settings.on_long)
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoder, config.objective, report)
 
@@ -207,7 +207,9 @@ def _holds_out(settings: DataConfig, sources: Sequence[Source]) -> bool:
     return not has_valid and settings.valid_split != 0
 
 
-def _hold_out(train: Examples, config: TrainConfig, report: Report) -> tuple[Examples, Examples]:
+def _hold_out(
+    train: Examples, config: TrainConfig, report: SplitReport
+) -> tuple[Examples, Examples]:
     """Divide the training examples into training and validation examples, and report it.
 
     Without ``valid_split``, data with few examples is not divided.
@@ -231,7 +233,7 @@ def _load_split(
     split: SplitName,
     encoder: Encoder,
     objective: ObjectiveConfig,
-    report: Report,
+    report: SplitReport,
 ) -> Examples:
     """Return a split's examples, limited to the maximum length, and report on their rows."""
     # Open the shard of each table

@@ -13,6 +13,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ModelError
+from ..failures import reason_text
 from ..files import cache_folder
 
 TEMPLATE_ERRORS = (
@@ -59,15 +60,10 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
     else:
         line = _line_of(first_error)
         where = f" at line {line}" if line else ""
-        reason = f"fails for every chat{where} ({reason_of(first_error):.300})"
+        reason = f"fails for every chat{where} ({reason_text(first_error):.300})"
     raise ModelError(
         f"{_place_of(tokenizer)} {reason}; correct the template, or use a model with another one"
     ) from first_error
-
-
-def reason_of(error: Exception) -> str:
-    """Return the text of a template's error, in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _ordinary_chats() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:

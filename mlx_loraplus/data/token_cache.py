@@ -97,6 +97,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     identity = table.identity()
     key = _key([identity, bool(table.documents), encoder.digest])
 
+    # The file may change while it is read.
     def build(folder: Path) -> None:
         remove_unused("tokens")
         write_shard(folder, table, encoder)
@@ -111,6 +112,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
     with suppress(OSError):
         os.utime(folder)
 
+    # Map the arrays, and read the rest
     problems = json.loads((folder / PROBLEMS).read_text(encoding="utf-8"))
     systems = json.loads((folder / SYSTEMS).read_text(encoding="utf-8"))
     return Shard(
@@ -166,6 +168,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
             for name, file in files.items():
                 getattr(chunk, name).tofile(file)
 
+            # Report the progress once for every _PROGRESS_ROWS rows
             reports = rows_written // _PROGRESS_ROWS
             tokens_written += len(chunk.tokens)
             rows_written += len(chunk.rows)
@@ -173,6 +176,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
             if rows_written // _PROGRESS_ROWS > reports:
                 encoder.log(f"{table.name}: {rows_written:,} rows encoded")
 
+    # Write what is known only after all rows
     (folder / LARGEST).write_text(str(largest), encoding="utf-8")
     (folder / PROBLEMS).write_text(json.dumps(asdict(problems)), encoding="utf-8")
     (folder / SYSTEMS).write_text(json.dumps(systems), encoding="utf-8")
@@ -191,6 +195,7 @@ class _ChunkBuilder:
 
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
         """Add a row and its encoded examples."""
+        # The examples, one after another
         for example in examples:
             learned = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
@@ -208,6 +213,7 @@ class _ChunkBuilder:
             self.supervised.append(example.supervised)
             self.length = stop
 
+        # The row, with the digests that find duplicates and conversations
         system = exact_digest(system_of(row))
         whole, asked, begins = row_digests(row)
         text = text_digests(row, system)
@@ -266,6 +272,7 @@ def _notes(
     row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
 ) -> Iterable[str]:
     """Return the notes on a row, without duplicates."""
+    # Notes on the row's messages and columns
     notes = [*encoded.notes, *row.notes]
     if row.untrained and encoder.train_on == "everything":
         notes.append(

@@ -75,15 +75,24 @@ def opens_later(answer: str, prompt: str) -> bool:
     return tags is not None and tags[0] in answer and not answer.lstrip().startswith(tags[0])
 
 
+def without_second_opening(answer: str, prompt: str) -> str:
+    """Return an answer without the tag that opens a block of thoughts, if the prompt opens it."""
+    tags = find_open_tags(prompt)
+    if tags is None or not answer.lstrip().startswith(tags[0]):
+        return answer
+    return answer.lstrip().removeprefix(tags[0]).lstrip("\n")
+
+
 def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
     """Return the answer as the continuation of a block of thoughts that the prompt writes."""
-    # The prompt may have closed the block that the answer closes again.
+    # The prompt may have closed the block that the answer closes again, or writes again.
     tags = find_open_tags(prompt)
     if tags is None:
-        closings = [closing for _, closing in THOUGHT_TAGS if prompt.rstrip().endswith(closing)]
-        for closing in closings:
-            if answer.lstrip().startswith(closing):
-                return answer.lstrip().removeprefix(closing)
+        for opening, closing in THOUGHT_TAGS:
+            inside = answer.lstrip().removeprefix(opening).lstrip()
+            if prompt.rstrip().endswith(closing) and inside.startswith(closing):
+                rest = inside.removeprefix(closing)
+                return rest.lstrip("\n") if prompt.endswith("\n") else rest
         return answer
 
     # The prompt has opened a block: the answer has to continue with thoughts and close the block.

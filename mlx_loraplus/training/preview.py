@@ -20,7 +20,7 @@ from ..data.limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
-from ..data.split_report import Report
+from ..data.split_report import SplitReport
 from ..data.splits import Data, group_problems, load_data
 from ..data.tokenize import Example
 from ..errors import DataError, ModelError, counted
@@ -247,7 +247,7 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     )
 
 
-def _describe(split: str, report: Report) -> Iterator[Text]:
+def _describe(split: str, report: SplitReport) -> Iterator[Text]:
     """Yield the lines about a split's rows."""
     yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
     if report.kinds:

@@ -89,7 +89,8 @@ def keep_intervals(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
     """
     settings = settings_of(config)
     then = current_names(stored.settings)
-    kept = {name: then[name] for name in _FIT_LENGTH if settings[name] is None and name in then}
+    unset = [name for name in _FIT_LENGTH if settings[name] is None]
+    kept = {name: then[name] for name in unset if name in then}
 
     # The rate that the search found when the run started is kept.
     if settings["learning_rate"] == "auto":

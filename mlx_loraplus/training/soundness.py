@@ -36,6 +36,7 @@ def check_caches(model: nn.Module) -> None:
     Raises:
         ModelError: A logit is not a number, or the logits differ.
     """
+    # Compute the logits without and with caches.
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
@@ -53,6 +54,7 @@ def check_caches(model: nn.Module) -> None:
     if not can_judge.item():  # pyright: ignore[reportAttributeAccessIssue]
         return
 
+    # Compare them.
     difference = mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)
     off = float(difference.item())  # pyright: ignore[reportArgumentType]
     margin = CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN

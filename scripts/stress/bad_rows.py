@@ -130,6 +130,40 @@ CASES = [
     one("no turn to learn", chat(user("zork?"), bot("xyzzy", weight=0)), "smollm2", "rows.jsonl:1", code=2),
     one("unknown keys of messages", chat(user("zork?"), bot("xyzzy", mask=True, score=3)), "smollm2",
         "'mask', 'score'"),
+    one("a weight of 0 for a row", chat(user("zork?"), bot("xyzzy"), weight=0), "smollm2",
+        "rows.jsonl:1", "its weight is 0", "--on-bad drop", code=2),
+    one("a weight of a row", chat(user("zork?"), bot("xyzzy"), weight=2.5), "smollm2",
+        "a row's 'weight' has no effect", "--data-weights"),
+    one("a row that must not be trained on, among others", [
+        {"prompt": "zork?", "completion": "xyzzy", "train": False}, {"prompt": "grue?", "completion": "quux"}],
+        "smollm2", "1 bad row dropped", "⟦quux<|im_end|>⟧", hides=("⟦xyzzy",), options="--on-bad drop"),
+    one("tokens beside the text", [{"text": "xyzzy", "input_ids": [1, 2], "labels": [-100, 2]}], "smollm2",
+        "'input_ids', 'labels' of rows have no effect"),
+    one("a loss mask of a message", chat(user("zork?"), bot("xyzzy", loss_mask=0)), "smollm2",
+        "message fields without effect: 'loss_mask'"),
+    one("a refusal instead of content", chat(user("zork?"), bot(None, refusal="I can't.")), "smollm2",
+        "if 'refusal' holds its text, move that to 'content'", code=2),
+    one("a name in the header of the turn", chat(user("zork?"), bot("xyzzy", name="Zoe")), "names-in-headers",
+        "remove the field 'name' from assistant messages", code=2),
+    # Templates that write no chat
+    *(one(f"a template that {name}", [{"prompt": "zork?", "completion": "xyzzy"}] * 3, model,
+          f"the chat template in ../models/{model}/tokenizer_config.json {shown}", code=2,
+          hides=("bad row", "rows.jsonl:1"))
+      for name, model, shown in (
+          ("has a mistake", "mistaken-template", "fails for every chat at line 2"),
+          ("calls what does not exist", "calling-template", "fails for every chat at line 1 ('say' is undefined)"),
+          ("is empty", "empty-template", "is empty"),
+          ("writes no message", "silent-template", "writes none of a chat's messages"))),
+    Case("rows: a template that has a mistake, generate", "generate --prompt zork --model ../models/mistaken-template",
+         shows=("fails for every chat at line 2",)),
+    Case("rows: a template that has a mistake, chat", "chat --model ../models/mistaken-template", stdin="zork\n",
+         shows=("fails for every chat at line 2",)),
+    # Turns that end with the token of the next role, and a system message that only a question shows
+    one("turns that end with the next role", chat(user("zork?"), bot("xyzzy"), user("grue?"), bot("quux")),
+        "next_role_ends", "⟦xyzzy<|im_end|>⟧", "⟦quux<|im_end|>⟧"),
+    one("a system message that only a question shows", chat(
+        {"role": "system", "content": "Be brief."}, user("zork?"), bot("xyzzy")), "system_last",
+        "[INST]Be brief.", "zork?[/INST]⟦xyzzy<|im_end|>⟧"),
     # Other forms of content
     one("content in parts", chat(user([{"type": "text", "text": "zo"}, {"type": "text", "text": "rk?"}]),
         bot([{"type": "text", "text": "xyzzy"}])), "smollm2", "zork?", "⟦xyzzy<|im_end|>⟧"),

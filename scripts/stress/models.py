@@ -259,6 +259,15 @@ MODELS: dict[str, Callable[[Path], None]] = {
         "empty_blocks", "closes_thoughts", "own_tags", "inlined_results",
     )},
     "gemma-chat": templated("gemma3", gemma),
+    "system_last": templated("system_last"),
+    "next_role_ends": templated(
+        (TEMPLATES / "next_role_ends.jinja").read_text().replace("<|user|>", "<|im_end|>")
+    ),
+    "names-in-headers": templated(TURN_TOKENS.replace("m.role", "(m.name or m.role)")),
+    "mistaken-template": templated("{% for m in messages %}\n{{ m.content }\n{% endfor %}"),
+    "calling-template": templated("{{ say(messages) }}"),
+    "empty-template": templated(""),
+    "silent-template": templated("{{ bos_token }}"),
     "no-template": templated(None),
     # bases
     "new-rope": configured(smollm2, rope_parameters=PLAIN, **OLD_ROPE),

@@ -12,7 +12,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
 from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.row_problems import RowProblems
-from mlx_loraplus.data.split_report import Report
+from mlx_loraplus.data.split_report import SplitReport
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches
@@ -107,7 +107,7 @@ def learned_tokens(examples: Examples) -> list[int]:
     on_long=st.sampled_from(["truncate", "drop", "split"]),
 )
 def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
-    shard, report = shard_of(rows), Report(limit, on_long)
+    shard, report = shard_of(rows), SplitReport(limit, on_long)
     examples = Examples([shard], truncate_or_split(shard, report))
     got, every = learned_tokens(examples), np.flatnonzero(shard.supervised)
     assert len(set(got)) == len(got), "none is learned twice"
@@ -151,7 +151,7 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
 )
 def test_joined_documents_lose_no_token(lengths, limit, bos):
     shard = shard_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
-    examples = Examples([shard], truncate_or_split(shard, Report(limit, "error")))
+    examples = Examples([shard], truncate_or_split(shard, SplitReport(limit, "error")))
     assert learned_tokens(examples) == [n for n in np.flatnonzero(shard.supervised) if n > 0]
     assert all(len(example.tokens) == limit for example in list(examples)[:-2]) or limit == 2
     for index in range(len(examples)):
@@ -175,7 +175,7 @@ def test_an_epoch_of_batches_holds_every_supervised_token_once(
     rows, limit, pack, batch_size, epoch
 ):
     shard = shard_of(rows)
-    examples = Examples([shard], truncate_or_split(shard, Report(limit, "split")))
+    examples = Examples([shard], truncate_or_split(shard, SplitReport(limit, "split")))
     config = configure(
         TrainConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack}
     )

@@ -13,7 +13,7 @@ from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
 from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.sampling_weights import WeightedExamples
-from mlx_loraplus.data.split_report import Report
+from mlx_loraplus.data.split_report import SplitReport
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches
@@ -136,7 +136,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
 @given(rows=supervision, weight=st.floats(0.1, 2.9), pack=st.booleans(), seed=st.integers(0, 3))
 def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack, seed):
     shard = shard_of(rows)
-    whole = Examples([shard], truncate_or_split(shard, Report(64, "split")))
+    whole = Examples([shard], truncate_or_split(shard, SplitReport(64, "split")))
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
     config = configure(TrainConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})

@@ -35,9 +35,9 @@ def test_a_full_disk_keeps_the_older_checkpoint(place: Place, policy: Any):
                 place.run("two", at=at, on_save_error=policy)
         else:
             assert place.run("two", at=at).finished
-            assert "step 4 is not saved, the previous checkpoint is kept" in place.told_with(
-                "warning"
-            )
+            # On a slow machine, there may be a warning about the page as well.
+            kept = "the previous checkpoint is kept"
+            assert kept in place.told_with("warning: step 4 is not saved")
     finally:
         full_disk(soft)
     names = {path.name for path in (place.folder / "two" / "checkpoints").glob("0*")}
