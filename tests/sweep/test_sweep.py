@@ -271,7 +271,7 @@ def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: P
     told = (
         "already holds a sweep"
         if name == "trials.jsonl"
-        else rf"holds {name}, without the trials of a sweep"
+        else rf"holds {name} without the trials of a sweep"
     )
     with pytest.raises(ml.OutputError, match=told):
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), **short)
