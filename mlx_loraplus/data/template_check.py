@@ -43,6 +43,7 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
     Raises:
         ModelError: The template fails for each of them, or writes none of their messages.
     """
+    # One chat that the template writes is enough.
     first_error: Exception | None = None
     for messages, options in _ordinary_chats():
         try:
@@ -53,6 +54,7 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
         if QUESTION in text or ANSWER in text:
             return
 
+    # Say why it writes none, with the place of the first error.
     if not str(tokenizer.chat_template or "").strip():
         reason = "is empty"
     elif first_error is None:
@@ -85,6 +87,7 @@ def _line_of(error: Exception) -> int | None:
     """Return the number of the template's line where an error occurred, or None."""
     if isinstance(error, TemplateSyntaxError):
         return error.lineno
+
     # Jinja adds the template's own lines to the traceback
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]

@@ -160,7 +160,7 @@ def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path):
         )
     copy = shutil.copytree(folder, tmp_path / "copy")
     change_config(folder, lambda config: config.update(model_file="code.py"))
-    with pytest.raises(ModelError, match="custom module"):
+    with pytest.raises(ModelError, match="code of its own, which is never run"):
         load_folder(folder)
     tokenizer_config = json.loads((copy / "tokenizer_config.json").read_text())
     tokenizer_config |= {
