@@ -141,12 +141,12 @@ class Batches:
 
     def _rows(self, number: int) -> list[np.ndarray]:
         """Return the rows of a batch by its number in the current epoch."""
-        rows, batch_order = self._order
+        examples, batch_order = self._order
         start = batch_order[number] * self.batch_size
-        examples = rows[start : start + self.batch_size]
+        members = examples[start : start + self.batch_size]
 
         # Without packing, each row holds one example.
-        return [np.array([example]) for example in examples]
+        return [np.array([example]) for example in members]
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         """Return the examples that an epoch uses; without weights, all examples."""
@@ -157,14 +157,14 @@ class Batches:
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of the examples before batching, and the order of the batches."""
         generator = np.random.default_rng([self.seed, epoch])
-        rows = generator.permutation(self._of_epoch(epoch))
+        examples = generator.permutation(self._of_epoch(epoch))
 
-        # Sort each section by length, so that a batch has rows of similar length.
-        for start in range(0, len(rows), SORTED_TOGETHER * self.batch_size):
-            section = rows[start : start + SORTED_TOGETHER * self.batch_size]
+        # Sort each section by length, so that a batch has examples of similar length.
+        for start in range(0, len(examples), SORTED_TOGETHER * self.batch_size):
+            section = examples[start : start + SORTED_TOGETHER * self.batch_size]
             section[:] = section[np.argsort(self.lengths[section], kind="stable")]
 
-        return rows, generator.permutation(self.per_epoch)
+        return examples, generator.permutation(self.per_epoch)
 
 
 def in_order(

@@ -181,20 +181,20 @@ class ChatWriter:
         generation, because the model does not write what a template puts after that token.
         """
         # Find each turn's prompt and answer.
-        turns: dict[int, Turn] = {}
+        rendered: dict[int, Turn] = {}
         notes: list[str] = []
         for turn in chat.turns:
-            turns[turn] = self.template.write_turn(form, turn, chat.tools)
-            notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
+            rendered[turn] = self.template.write_turn(form, turn, chat.tools)
+            notes += _check_turn(chat.messages[turn], turn, rendered[turn].answer)
 
         # Begin with the last turn, because its prompt contains most of the other turns.
         rows: list[WrittenRow] = []
         left = list(chat.turns)
         while left:
             last = left[-1]
-            text = turns[last].text + turns[last].rest
-            inside = [turn for turn in left if text.startswith(turns[turn].text)]
-            spans = [(len(turns[turn].prompt), len(turns[turn].text)) for turn in inside]
+            text = rendered[last].text + rendered[last].rest
+            inside = [turn for turn in left if text.startswith(rendered[turn].text)]
+            spans = [(len(rendered[turn].prompt), len(rendered[turn].text)) for turn in inside]
             thinking = bool(thoughts_of(chat.messages[last]))
             rows.append(WrittenRow(text, spans, thinking=thinking))
             left = [turn for turn in left if turn not in inside]

@@ -30,8 +30,8 @@ from ..adapters.layers import full_weight, project
 from .choices import StepChoices, default_choices
 from .elementwise import exp
 from .head import Head, TrunkAndHead
-from .packed_rows import row_caches
 from .patch import replaces_attention
+from .row_masks import row_caches
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer

@@ -23,7 +23,7 @@ from ..adapters.adapter import base_of
 from ..adapters.layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
 from ..adapters.probe_tokens import probe_tokens
 from ..adapters.trainable import find_groups
-from .packed_rows import takes_caches
+from .row_masks import takes_caches
 
 _TRUNKS = ("model", "transformer", "backbone")
 """Attribute names of the trunk, the part before the head, in mlx-lm's models."""

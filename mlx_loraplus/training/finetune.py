@@ -118,8 +118,12 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    given = store_data(translate(TrainConfig, dict(settings)))
-    config = take_over(model, with_model_name(model, given))
+    # Names of other programs become ours, data in memory becomes files, and a model that has
+    # adapters sets what the settings leave open.
+    given = translate(TrainConfig, dict(settings))
+    given = store_data(given)
+    given = with_model_name(model, given)
+    config = take_over(model, given)
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 

@@ -182,35 +182,41 @@ class LoRAPlus:
 
         # Update each group at its own rate.
         rates = self._rates(self.state["step"])
-        keep = 1 - rates["lora_a"] * self.config.weight_decay
         for key, members in self._members.items():
-            group = self._group_of_rule[key]
             clipped = joined[key]
             if self.config.max_grad_norm > 0:
                 clipped = {name: gradient * shrink for name, gradient in clipped.items()}
-
-            # Weight decay shrinks A and B, or the matrices of adapter full, before their step.
-            before = members.join(exact)
-            decayed = before
-            if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
-                decayed = {name: array * keep for name, array in before.items()}
-
-            # Keep the old state in a tree of its own, because the rule replaces its arrays.
-            rule = self._rules[key]
-            state = tree_map(lambda array: array, rule.state)
-            rule.learning_rate = rates[group]
-            after = rule.apply_gradients(clipped, decayed)
-
-            # If a gradient is not finite, keep the rule's state and the parameters.
-            rule.state.update(
-                tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state)
-            )
-            chosen = {name: mx.where(finite, after[name], before[name]) for name in before}
-            stored = self._narrowed(members.split(chosen), parameters, finite)
+            after = self._apply_rule(key, clipped, members.join(exact), rates, finite)
+            stored = self._narrowed(members.split(after), parameters, finite)
             model.update(tree_unflatten(list(stored.items())))
 
         self.state["step"] = self.state["step"] + 1
         return norm
+
+    def _apply_rule(
+        self,
+        key: str,
+        gradients: dict[str, mx.array],
+        before: dict[str, mx.array],
+        rates: Mapping[str, mx.array],
+        finite: mx.array,
+    ) -> dict[str, mx.array]:
+        """Return the parameters of a rule after a step, or unchanged if it is not finite."""
+        # Weight decay shrinks A and B, or the matrices of adapter full, before their step.
+        decayed = before
+        if self.config.weight_decay > 0 and key in ("lora_a", "lora_b", "weights"):
+            keep = 1 - rates["lora_a"] * self.config.weight_decay
+            decayed = {name: array * keep for name, array in before.items()}
+
+        # Keep the old state in a tree of its own, because the rule replaces its arrays.
+        rule = self._rules[key]
+        state = tree_map(lambda array: array, rule.state)
+        rule.learning_rate = rates[self._group_of_rule[key]]
+        after = rule.apply_gradients(gradients, decayed)
+
+        # If a gradient is not finite, keep the rule's state and the parameters.
+        rule.state.update(tree_map(lambda new, old: mx.where(finite, new, old), rule.state, state))
+        return {name: mx.where(finite, after[name], before[name]) for name in before}
 
     def _widened(self, parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return the exact values of parameters, in float32 if they are in half precision."""

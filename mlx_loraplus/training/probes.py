@@ -15,8 +15,8 @@ import pydantic
 
 from ..kernels.elementwise import GATES
 from ..kernels.head import TrunkAndHead, split_candidates, split_model
-from ..kernels.packed_rows import takes_caches
 from ..kernels.patch import find_gated_mlps
+from ..kernels.row_masks import takes_caches
 from .distributed import World
 
 

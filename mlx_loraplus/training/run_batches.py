@@ -11,7 +11,7 @@ from ..data.labeled import LabeledBatches, LabeledExamples
 from ..data.packing import PackedBatches
 from ..data.pairs import PairBatches, Pairs
 from ..data.tokenize import Example
-from ..kernels.packed_rows import check_packing
+from ..kernels.row_masks import check_packing
 from ..runs.progress import Log
 
 

@@ -14,8 +14,8 @@ import pytest
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.packed_rows import takes_caches
 from mlx_loraplus.kernels.patch import find_gated_mlps, memory_efficient
+from mlx_loraplus.kernels.row_masks import takes_caches
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint, read_checkpoint
 from mlx_loraplus.training.probes import ModelProbes, probe_model
 from tests.conftest import CONFIGS, TinyModel, same

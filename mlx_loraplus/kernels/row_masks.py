@@ -1,13 +1,14 @@
-"""Pack several examples into one row, so that each example sees only its own tokens.
+"""Make the attention masks of training rows, in which each example sees only its own tokens.
 
     mask[i, j] = (segment[i] = segment[j]) and (j <= i) and (i - j < window, if the layer has one)
 
 mlx-lm's models ask the cache of a layer for the mask, the position offset, and the keys and values
-to attend to. ``RowCache`` keeps nothing and returns the mask above, so rows can be packed without
-changing the model. Without segments, it still passes the layer's window to our attention. Positions
-do not restart at each example, because rotary embeddings are relative. Models can't be
-packed in this way if their layers carry a state, limit attention to blocks of tokens or add
-absolute positions. A trial on the loaded model detects them.
+to attend to. ``RowCache`` keeps nothing and returns the mask above, so several examples can be
+packed into a row without changing the model. Rows of one example have no segments; the cache then
+only passes the layer's window to our attention. Positions do not restart at each example, because
+rotary embeddings are relative. Models can't be packed in this way if their layers carry a state,
+limit attention to blocks of tokens or add absolute positions. A trial on the loaded model detects
+them.
 """
 
 from typing import Any

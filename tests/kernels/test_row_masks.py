@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import _get_classes
 
-import mlx_loraplus.kernels.packed_rows as packing_module
+import mlx_loraplus.kernels.row_masks as packing_module
 from mlx_loraplus import ConfigError, LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import trainable_summary
@@ -24,8 +24,8 @@ from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.kernels.packed_rows import RowCache, check_packing, row_caches
 from mlx_loraplus.kernels.patch import grad_checkpointing
+from mlx_loraplus.kernels.row_masks import RowCache, check_packing, row_caches
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import make_batches
 from mlx_loraplus.training.schedule import schedule_of
