@@ -64,7 +64,7 @@ def find_rate(
         examples = load_examples(config, tokenizer, quiet)
         check_examples(limits_of(model), examples, tokenizer, quiet)
         config = resolve_batch(config, model, int(examples["train"].lengths.max()), quiet)
-        check_world(config, model, world)
+        check_world(config, model, world, quiet)
 
     # Search with a copy, which shares the model's arrays and gets the adapters.
     session = Session(Run(config), tokenizer, examples, None, world, quiet, [])

@@ -141,7 +141,7 @@ def finetune(
             check_examples(limits_of(model), examples, tokenizer, log)
             check_validation(config, examples["valid"])
             config = resolve_batch(config, model, int(examples["train"].lengths.max()), log)
-            check_world(config, model, world)
+            check_world(config, model, world, log)
 
             # Once the folder is locked, its checkpoints can't change.
             run = Run(config)

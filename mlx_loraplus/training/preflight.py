@@ -39,7 +39,7 @@ def check_model_name(name: str) -> None:
     check_trainable(name)
 
 
-def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
+def check_world(config: TrainConfig, model: nn.Module, world: World, log: Log) -> None:
     """Check that this number of processes can train with these settings.
 
     Raises:
@@ -52,6 +52,8 @@ def check_world(config: TrainConfig, model: nn.Module, world: World) -> None:
             "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
             " each other, and more than one process"
         )
+    if config.parallel == "tensor" and world.size == 1:
+        log("note: parallel tensor has no effect in one process: --launch 2 starts two")
 
     # Otherwise some processes would never have an example.
     if config.data.batch_size < world.data_shards:

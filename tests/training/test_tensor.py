@@ -19,6 +19,8 @@ from mlx_loraplus.adapters.stored_files import read_weights
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.distributed import World
+from mlx_loraplus.training.preflight import check_world
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
@@ -245,3 +247,10 @@ def test_a_mask_of_dropout_is_the_same_in_parts():
             masks.append(dropout(x) if part is None else dropout(x[..., :5], (part, 2)))
     assert mx.array_equal(masks[0], mx.concatenate(masks[1:], axis=-1))
     assert 0 < (masks[0] == 0).sum().item() < x.size
+
+
+def test_one_process_is_told_that_nothing_is_divided():
+    notes: list[str] = []
+    config = configure(TrainConfig, {"model": "llama-3.1-8b", "parallel": "tensor"})
+    check_world(config, nn.Module(), World(parallel="tensor"), notes.append)
+    assert notes == ["note: parallel tensor has no effect in one process: --launch 2 starts two"]
