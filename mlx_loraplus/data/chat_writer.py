@@ -239,8 +239,8 @@ class ChatWriter:
         without = _without(field, written.form, roles)
         if without == list(written.form):
             return False
-        text = self.template.render(written.form, ask=False, tools=chat.tools)
         try:
+            text = self.template.render(written.form, ask=False, tools=chat.tools)
             return self.template.render(without, ask=False, tools=chat.tools) == text
         except BadRowError:
             return False
