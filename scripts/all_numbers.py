@@ -194,10 +194,11 @@ def origins_table() -> str:
             found = origin(ROOT / "scripts" / file)
             command = part.command.replace(f"{PYTHON} ", "").replace("{judge}", "PYTHON")
             command = re.sub(r"{\w+}", "FOLDER", command)
-            lines.append(
-                f"| [{Path(file).name}](../scripts/{file}) | `{command}` | {found.commit or 'unknown'}"
-                f" | {found.date or 'unknown'} |"
-            )
+            name = Path(file).name
+            if (ROOT / "scripts" / file).exists():
+                name = f"[{name}](../scripts/{file})"
+            commit, date = found.commit or "unknown", found.date or "unknown"
+            lines.append(f"| {name} | `{command}` | {commit} | {date} |")
     return "\n".join(lines) + "\n"
 
 

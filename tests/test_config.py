@@ -140,7 +140,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--batch-size", "x"], "--batch-size takes a whole number or auto, not 'x'"),
         (["--report-to", "wand"], "--report-to"),
         (["--max-minutes", "long"], "--max-minutes takes a number, not 'long'"),
-        (["--data-weights", "much", "1"], "--data-weights can't take 'much', '1'"),
+        (
+            ["--data-weights", "much", "1"],
+            "--data-weights takes numbers with spaces between them, not 'much', '1'",
+        ),
         (["--lr-ration", "4"], "'--lr-ration' is not a flag (did you mean '--lr-ratio'"),
         (["--batch-size", "0"], "batch_size must be greater than or equal to 1 or 'auto', not 0"),
         (["--rank", "0"], "rank must be greater than or equal to 1, not 0"),

@@ -22,6 +22,7 @@ from .thoughts import (
     THOUGHT_KEYS,
     THOUGHT_TAGS,
     Message,
+    answer_of,
     fill_empty_block,
     find_open_tags,
     thoughts_of,
@@ -33,6 +34,7 @@ from .turn_start import (
     fit_to_prompt,
     opens_later,
     shows_later,
+    without_second_opening,
 )
 
 DAY = datetime(2024, 7, 26)  # noqa: DTZ001
@@ -150,9 +152,11 @@ class ChatTemplate:
         """The options that let the generation prompt open a block of thoughts."""
         # Without the variable, mlx-lm turns thoughts off for a tokenizer without tokens for them.
         options: dict[str, Any] = {"enable_thinking": True}
-        other: dict[str, Any] = options | {"thinking": True}
-        if not self._opens_thoughts(options) and self._opens_thoughts(other):
-            return other
+        if self._opens_thoughts(options):
+            return options
+        for other in ({"thinking": True}, {"reasoning_effort": "high"}):
+            if self._opens_thoughts(options | other):
+                return options | other
         return options
 
     @cached_property
@@ -226,7 +230,10 @@ class ChatTemplate:
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
             answer, rest = self._split_turn(whole[len(prompt) :], messages[turn])
-            return Turn(prompt, fill_empty_block(answer, prompt, messages[turn]), rest)
+            answer = fill_empty_block(
+                without_second_opening(answer, prompt), prompt, messages[turn]
+            )
+            return Turn(prompt, answer, rest)
 
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
@@ -263,9 +270,11 @@ class ChatTemplate:
             text: The text after the prompt.
             message: The message of the turn.
         """
+        # Some templates end thoughts with the same token, as a message of their own.
+        start = _start_of_answer(text, message) if thoughts_of(message) else 0
         stops: list[int] = []
         for end in self.ends:
-            place = text.find(end)
+            place = text.find(end, start)
             if place >= 0:
                 stops.append(place + len(end))
         if stops:
@@ -310,6 +319,15 @@ class ChatTemplate:
             if ends:
                 found[role] = space + max(ends, key=len)
         return found
+
+
+def _start_of_answer(text: str, message: Message) -> int:
+    """Return where a message's content begins in a text; without content, its first tool call."""
+    value = answer_of(message).strip()
+    calls = message.get("tool_calls")
+    if not value and calls:
+        value = str(calls[0].get("function", calls[0]).get("name", ""))
+    return max(0, text.rfind(value))
 
 
 def dated(tokenizer: TokenizerWrapper, write: Callable[[str], str]) -> dict[str, str]:

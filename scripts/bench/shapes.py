@@ -55,7 +55,7 @@ def count_shapes(batches: Batches, updates: int) -> Result:
         rows = batches.rows_of(number)
         shape = batches.shape_of(rows)
         shapes.add(shape)
-        compiled.recall(mx.zeros(shape))  # never computed
+        compiled.count_call(mx.zeros(shape))  # never computed
         tokens += shape[0] * shape[1]
         targets += shape[2]
         used += sum(int(batches.lengths[row].sum()) for row in rows)

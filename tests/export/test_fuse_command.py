@@ -228,7 +228,9 @@ def test_both_spellings_of_several():
 
 
 def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):
-    assert "'--adapter' is not a flag" in refused(capsys, "--bits", "4", "--adapter")
+    told = refused(capsys, "--bits", "4", "--adapter")
+    assert "'--adapter' is a flag of mlx_loraplus.train, and not of this command" in told
+    assert "(did you mean '--adapter-path'?)" in told
 
 
 def test_an_adapter_of_other_weights_is_refused(

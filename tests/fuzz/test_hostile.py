@@ -17,6 +17,7 @@ from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import encode
+from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.gguf.convert import write_folder
 from tests.conftest import HangError, cpu_limit
 from tests.fuzz.fuzzing import PACKAGE, TARGETS, adapted, feed, fuzz, kept, tiny_llama
@@ -132,8 +133,8 @@ def test_a_chat_template_does_not_get_out_of_its_sandbox(place: Place, template:
     )
     _, tokenizer = ml.load(str(place.folder / "model"))
     record = Row("completion", {"prompt": "a", "completion": "b"}, 1)
-    encoded = encode([record], tokenizer)[0]
-    assert "the chat template refuses it" in (encoded.problem or "")
+    with pytest.raises(ModelError, match="fails for every chat at line 1"):
+        encode([record], tokenizer)
     assert not Path("escaped").exists()
 
 
