@@ -129,7 +129,7 @@ CASES = [
         "contradict", code=2),
     one("no turn to learn", chat(user("zork?"), bot("xyzzy", weight=0)), "smollm2", "rows.jsonl:1", code=2),
     one("unknown keys of messages", chat(user("zork?"), bot("xyzzy", mask=True, score=3)), "smollm2",
-        "'mask', 'score'"),
+        "without effect: 'mask'", "may use: 'score'"),
     one("a weight of 0 for a row", chat(user("zork?"), bot("xyzzy"), weight=0), "smollm2",
         "rows.jsonl:1", "its weight is 0", "--on-bad drop", code=2),
     one("a weight of a row", chat(user("zork?"), bot("xyzzy"), weight=2.5), "smollm2",
