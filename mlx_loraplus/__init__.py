@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # First, because it handles Ctrl-C while the others are imported.
-from . import startup as _startup  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from . import interrupted_imports as _interrupted_imports  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from ._runtime import check_backend, prepare
 from .errors import (
     AdapterError,
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from .runs.compare import compare_runs
     from .runs.history import Run
     from .sweep.sweep import sweep_rates
+    from .training.data_preview import preview
     from .training.evaluate import evaluate
     from .training.find_rate import find_rate
     from .training.finetune import finetune
     from .training.optimizer import LoRAPlus
-    from .training.preview import preview
 
 __version__ = "0.1.0"
 
@@ -58,7 +58,7 @@ _HOMES = {
     "load": ".inference.generate",
     "load_adapter": ".adapters.storage",
     "plan_memory": ".memory.plan_view",
-    "preview": ".training.preview",
+    "preview": ".training.data_preview",
     "save_adapter": ".adapters.storage",
     "sweep_rates": ".sweep.sweep",
 }

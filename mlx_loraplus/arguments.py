@@ -20,6 +20,7 @@ from .errors import BackendError, ConfigError, LoRAPlusError
 from .failures import failure_of, reason_text
 from .foreign_names import find_foreign
 from .help_text import help_text
+from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .migration import translate
 from .models.run_paths import read_run_settings
 from .settings import (
@@ -30,7 +31,6 @@ from .settings import (
     setting_names,
     settings_of,
 )
-from .startup import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .tyro_errors import unboxed
 from .unknown_arguments import make_argument_error
 from .userpaths import path_of

@@ -27,9 +27,9 @@ from .command_config import (
 )
 from .config import TrainConfig
 from .errors import ConfigError, nearest
+from .interrupted_imports import INTERRUPTED
 from .launching import launch
 from .settings import Config, configure, settings_of
-from .startup import INTERRUPTED
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -99,7 +99,7 @@ def train(arguments: Arguments = None) -> None:
         if switches.launch != 1:
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
-        from .data.splits import check_rows
+        from .data.load_data import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
         from .runs.progress import make_view, with_browser
@@ -109,7 +109,7 @@ def train(arguments: Arguments = None) -> None:
         from .training.dry_run import rehearse
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
-        from .training.preflight import check_model_name
+        from .training.run_checks import check_model_name
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
@@ -154,7 +154,7 @@ def generate(arguments: Arguments = None) -> None:
 
         import mlx.core as mx
 
-        from .data.prompt_tokens import encode_prompt
+        from .data.generation_prompt import encode_prompt
         from .inference.generate import load, read_tools, stream, system_message
         from .models.prompt_format import format_of
 
@@ -257,7 +257,7 @@ def fuse(arguments: Arguments = None) -> None:
     words = _spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
     with command("mlx_loraplus.fuse", FuseConfig, words, FuseSwitches) as parsed:
         config = _with_run(*parsed, words)
-        from .export.fused_folder import fuse_folder
+        from .export.fuse_command import fuse_folder
 
         fuse_folder(config, log)
 
@@ -267,13 +267,13 @@ def sweep(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .data.splits import check_rows
+        from .data.load_data import check_rows
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
         from .sweep.sweep_folder import check_sweep_folder
         from .sweep.sweep_result import resume_sweep_command, train_best_command
         from .sweep.trial import run_config_of
-        from .training.preflight import check_model_name
+        from .training.run_checks import check_model_name
 
         check_model_name(config.model)
         check_sweep_folder(config)

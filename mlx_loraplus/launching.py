@@ -18,7 +18,7 @@ from contextlib import ExitStack
 
 from ._runtime import check_backend, has_cuda
 from .errors import ConfigError, LoRAPlusError, join_problems
-from .startup import LAUNCHED
+from .interrupted_imports import LAUNCHED
 
 GRACE = 15.0  # seconds for the other processes to end after one has failed
 _POLL = 0.1  # seconds

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.prompt_tokens import encode_prompt
+from mlx_loraplus.data.generation_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all, load
 from mlx_loraplus.models.registry import find_model
 

@@ -1,4 +1,4 @@
-"""Write mlx_loraplus/options.py, the types of the keywords, from the configs; with --check only compare it."""
+"""Write mlx_loraplus/keyword_types.py, the types of the keywords, from the configs; with --check only compare it."""
 
 import dataclasses
 import subprocess
@@ -17,7 +17,7 @@ from mlx_loraplus.config import (
     TrainConfig,
 )
 
-OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "options.py"
+OPTIONS = Path(__file__).parent.parent / "mlx_loraplus" / "keyword_types.py"
 
 HEADER = '''"""The keywords of the public functions with their types, so that editors complete and check them.
 
@@ -47,7 +47,7 @@ ACCEPTED_BY_NAME = {"data": "RowsOrNames", "quantize": "int | str | None"}
 
 
 def options() -> str:
-    """Return the text of options.py."""
+    """Return the text of keyword_types.py."""
     shared = _fields(AdapterConfig) | _fields(OptimizerConfig) | _fields(DataConfig)
     data = {"data": shared.pop("data")}
     run = _fields(TrainConfig) | _fields(ObjectiveConfig)
@@ -104,12 +104,14 @@ def _typed_dict(name: str, bases: str, purpose: str, fields: dict[str, str]) -> 
 
 
 def main() -> None:
-    """Write options.py; with --check, only compare it."""
+    """Write keyword_types.py; with --check, only compare it."""
     text = options()
     if "--check" not in sys.argv:
         OPTIONS.write_text(text, encoding="utf-8")
     elif text != OPTIONS.read_text(encoding="utf-8"):
-        sys.exit("mlx_loraplus/options.py is out of date: run .venv/bin/python scripts/options.py")
+        sys.exit(
+            "mlx_loraplus/keyword_types.py is out of date: run .venv/bin/python scripts/options.py"
+        )
 
 
 if __name__ == "__main__":

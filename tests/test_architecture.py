@@ -31,13 +31,13 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "startup"},
+    {"errors", "interrupted_imports"},
     {"userpaths", "hub_access", "rich_display", "foreign_names"},
     {"setting_types", "files", "device", "failures", "call_checks", "pages"},
     {"config"},
-    {"command_config", "options"},
+    {"command_config", "keyword_types"},
     {"conflicts"},
-    {"settings", "keywords", "_runtime"},
+    {"settings", "python_messages", "_runtime"},
     {"migration", "help_text", "tyro_errors", "unknown_arguments"},
     {"models", "launching"},
     {"adapters"},

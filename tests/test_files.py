@@ -29,7 +29,7 @@ from mlx_loraplus.files import (
     write_atomically,
     write_error,
 )
-from mlx_loraplus.files.contents import DATA_SUFFIXES
+from mlx_loraplus.files.folder_kinds import DATA_SUFFIXES
 from mlx_loraplus.runs.history import HISTORY
 from mlx_loraplus.sweep.sweep_folder import TRIALS
 from tests.conftest import cpu_limit

@@ -13,7 +13,7 @@ from mlx_loraplus.arguments import parse
 from mlx_loraplus.cli import TrainSwitches
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import counted
-from mlx_loraplus.startup import LAUNCHED
+from mlx_loraplus.interrupted_imports import LAUNCHED
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.mistakes_workshop import error_of, make_workshop
 

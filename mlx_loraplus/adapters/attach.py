@@ -12,11 +12,11 @@ from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
 from .adapter import Adapter, Projections
+from .excluded_layers import find_unusable
 from .full import check_full, unfreeze_weights
 from .init import initialize
 from .layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .lora import LoRA
-from .selection import find_unusable
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded

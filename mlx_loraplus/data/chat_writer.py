@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
-from .message_forms import chat_forms
 from .messages import NEEDED_FIELDS, ROLES, BadRowError, assistant_turns
+from .template_forms import chat_forms
 from .thoughts import THOUGHT_TAGS, Message, answer_of, has_block_after_empty_block, thoughts_of
 
 TrainOn = Literal["turns", "last", "everything"]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..errors import DataError
-from .conversations import find_conversations
+from .conversation_groups import find_conversations
 from .dataset import Examples
 
 # Makes this choice independent of other random choices with the same seed

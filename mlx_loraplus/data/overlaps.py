@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .conversations import find_conversations
+from .conversation_groups import find_conversations
 from .dataset import Examples
 from .sources import SplitName
 

@@ -12,8 +12,8 @@ from itertools import chain
 from typing import Any, Literal
 
 from ..errors import nearest
-from .advice import advise
 from .field_templates import is_template, template_columns
+from .fields_advice import advise
 from .messages import BadRowError, is_chat
 
 Kind = Literal[

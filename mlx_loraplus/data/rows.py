@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .chat_rows import chat_fields, find_chat
 from .field_templates import read_columns
+from .find_chat import chat_fields, find_chat
 from .messages import BadRowError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 from .row_problems import RowProblems

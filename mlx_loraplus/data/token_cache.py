@@ -25,7 +25,7 @@ from ..files import cached_folder, remove_unused
 from .chat_writer import TrainOn
 from .dataset import KIND_NAMES, ROW, SPAN, Shard, Span, StoredRow
 from .document_tokens import encode_document
-from .growing_prefixes import text_digests
+from .prefix_digests import text_digests
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .row_problems import RowProblems

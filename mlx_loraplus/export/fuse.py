@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters, make_shards, save_config
 
+from ..adapters.excluded_layers import READ, find_unusable
 from ..adapters.layers import quantization
 from ..adapters.probe_tokens import probe_tokens
-from ..adapters.selection import READ, find_unusable
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import end_training
 from ..command_config import FuseConfig
@@ -27,9 +27,9 @@ from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.registry import missing_file
 from ..rich_display import Tracker, untracked
 from ..runs.history import FUSED, Run
-from ..runs.ownership import is_run
 from ..runs.progress import Log
 from ..runs.report import write_report
+from ..runs.run_folder import is_run
 from ..settings import configure
 from .base_tensor_names import has_base_form, in_base_form, stored_tensors, weights_of
 from .fuse_quality import LayerChange

@@ -49,7 +49,7 @@ from ..config import TrainConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
 from ..data.limits import Limits, check_examples, limits_of
-from ..data.splits import load_data
+from ..data.load_data import load_data
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model

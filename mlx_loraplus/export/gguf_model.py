@@ -34,7 +34,7 @@ from ..models.gguf.mamba import mamba_metadata
 from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
 from ..models.gguf.tensor_layout import gguf_shape, in_other_layout
-from ..models.gguf.write_tokenizer import add_tokenizer
+from ..models.gguf.tokenizer_to_gguf import add_tokenizer
 from ..setting_types import Merged
 from .peft import is_tied
 

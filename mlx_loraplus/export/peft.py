@@ -4,7 +4,7 @@ transformers and vLLM load these files. A written adapter has one rank and one s
 (``lora_alpha`` = s r, ``use_rslora`` off) and no patterns, because vLLM and llama.cpp do not
 support patterns. If a module has another scale, its B is multiplied by the ratio. Smaller ranks are
 padded with zeros. VeRA is written as an equivalent LoRA, and PiSSA as a LoRA of twice the rank.
-``peft_tensors.py`` describes the tensors.
+``peft_import_tensors.py`` describes the tensors.
 
 Source: PEFT 0.21, ``utils/save_and_load.py`` and ``tuners/lora``.
 """
@@ -37,7 +37,7 @@ from .peft_experts import (
     names_by_parameter,
     stacked_rank,
 )
-from .peft_tensors import (
+from .peft_import_tensors import (
     MAGNITUDE,
     PREFIX,
     sort_tensors,

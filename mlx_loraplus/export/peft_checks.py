@@ -12,7 +12,7 @@ from ..adapters.layers import EMBEDDINGS
 from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
 from ..adapters.stored_files import read_adapter_config
 from ..errors import AdapterError
-from .peft_tensors import PEFTConfig, StoredAdapter
+from .peft_import_tensors import PEFTConfig, StoredAdapter
 
 CONFIG = "adapter_config.json"
 

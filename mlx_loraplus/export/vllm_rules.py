@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from .peft_tensors import LEAVES, MAGNITUDE, PREFIX
+from .peft_import_tensors import LEAVES, MAGNITUDE, PREFIX
 
 # The largest --max-lora-rank, from vllm/config/lora.py. Each server sets a limit (1, 8, 16, 32, 64,
 # 128, 256, 320 or 512), and accepts any rank up to this limit.

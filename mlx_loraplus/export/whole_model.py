@@ -14,7 +14,7 @@ from ..command_config import FuseConfig
 from ..errors import AdapterError
 from ..files import check_free
 from ..models.loading import load_folder
-from ..models.model_folder import ModelOrigin, save_model_folder
+from ..models.save_model_folder import ModelOrigin, save_model_folder
 from ..rich_display import tracked
 from ..runs.history import PLOT, SETTINGS, Run
 from ..userpaths import public_name, shell_word

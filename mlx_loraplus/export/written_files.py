@@ -7,7 +7,7 @@ from pathlib import Path
 from ..adapters import storage
 from ..errors import OutputError
 from ..files import others_in
-from ..models.model_folder import TOKENIZER_FILES
+from ..models.save_model_folder import TOKENIZER_FILES
 from ..runs.history import FUSED, PLOT
 from . import peft
 

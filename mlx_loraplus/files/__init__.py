@@ -6,7 +6,7 @@ folder.
 
 from .atomic import replacing, sync, temporary_name, write_atomically
 from .cache import cache_folder, write_error
-from .contents import Contents, check_apart, check_contents
+from .folder_kinds import Contents, check_apart, check_contents
 from .folders import (
     cached_folder,
     check_free,

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..errors import OutputError
 from .atomic import is_temporary, sync, temporary_name
 from .cache import cache_folder, write_error
-from .contents import Contents, check_contents
+from .folder_kinds import Contents, check_contents
 from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder

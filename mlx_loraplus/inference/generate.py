@@ -20,18 +20,18 @@ from ..adapters.stored_files import is_adapter, is_model_folder, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..command_config import ChatConfig
 from ..data.eval_prompts import EvalPrompt
+from ..data.generation_prompt import encode_prompt
 from ..data.limits import check_prompt, limits_of
-from ..data.prompt_tokens import encode_prompt
 from ..errors import ConfigError, ModelError
 from ..files import read_bounded
-from ..models.activations import activation_note
+from ..models.activation_check import activation_note
 from ..models.derived_weights import start_inference
 from ..models.loading import load_folder
-from ..models.model_folder import ModelOrigin
-from ..models.model_path import check_model_path
+from ..models.model_name_check import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.registry import find_model
 from ..models.rope_magnitude import positions_note
+from ..models.save_model_folder import ModelOrigin
 from ..models.sliding_windows import ignored_window
 from ..settings import configure
 

@@ -20,8 +20,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..adapters.probe_tokens import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from .attention import CausalMask
-from .first_blocks import front_of
 from .patch import replaced_attention, replaces_attention
+from .reduced_model import front_of
 
 TOLERANCE = 1e-3
 """Largest allowed relative difference between logits of packed and of separate examples."""

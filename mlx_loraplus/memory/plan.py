@@ -20,7 +20,7 @@ from ..models.registry import is_embedded, original_of
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
-from .traces import all_traces
+from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.

@@ -13,7 +13,7 @@ from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 from ..device import kept_random_state
 from ..errors import ModelError
 from ..files import read_bounded
-from .hub_config import check_config, for_mlx_lm
+from .config_translation import check_config, for_mlx_lm
 from .known_models import KNOWN
 from .registry import find_config
 

@@ -17,7 +17,6 @@ from rich.text import Text
 
 from ..errors import ConfigError
 from ..files import write_atomically
-from ..keywords import speak_keywords
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import (
     AnswerCard,
@@ -30,6 +29,7 @@ from ..pages.pages import (
 )
 from ..pages.save_path import check_save_path
 from ..pages.transcript import chat_of
+from ..python_messages import speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run

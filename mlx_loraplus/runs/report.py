@@ -20,8 +20,8 @@ from .command_line import changed_settings, train_command
 from .history import REPORT, Run
 from .progress import card, group_name
 from .report_answers import answers_section, other_answers
-from .report_changes import change_section
 from .report_headline import failure_reason, headline, sentence
+from .report_weights import change_section
 from .state import Event
 from .verdict import Trend, divergence, duration, rose_since
 

@@ -9,9 +9,9 @@ from ..pages.pages import Headline, Tile
 from ..userpaths import public_name
 from .history import Run
 from .next_steps import next_commands
-from .ownership import newest_step
 from .progress import time_left
 from .report_answers import best_step
+from .run_folder import newest_step
 from .verdict import Verdict, advice, divergence, duration, ranking_of, starts_at_reference
 
 _LONG_REASON = 160  # characters

@@ -24,9 +24,9 @@ from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
 from ..pages.pages import Headline, PageLink, content_policy, render_index
 from .history import HISTORY, REPORT, SETTINGS, Run
+from .read_saved_page import SavedPage, read_page
 from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
-from .saved_page import SavedPage, read_page
 
 _COOKIE = "mlx_loraplus_token"
 _MAX_DEPTH = 4  # folders between the served folder and a run

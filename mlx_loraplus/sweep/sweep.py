@@ -21,19 +21,19 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..command_config import SweepConfig
 from ..data.limits import check_examples, limits_of
+from ..data.load_data import load_examples
 from ..data.python_data import store_data
-from ..data.splits import load_examples
 from ..errors import ConfigError, DataError, DeviceError, counted
 from ..files import locked
 from ..kernels.head import split_model
+from ..keyword_types import SweepOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..options import SweepOptions
 from ..runs.progress import Log, quiet
 from ..settings import configure, settings_of
-from ..training.preflight import check_no_adapters, with_model_name
+from ..training.run_checks import check_no_adapters, with_model_name
 from ..training.run_fingerprint import model_fingerprint
-from ..training.scoring import score
+from ..training.validation import score
 from .sweep_folder import (
     check_sweep_folder,
     start_sweep_folder,

@@ -24,13 +24,13 @@ from ..models.registry import original_of
 from ..runs.progress import quiet
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
+from ..training.consistency_checks import resolve_sound_checkpoint
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
 from ..training.run_batches import make_batches
 from ..training.schedule import schedule_of
-from ..training.scoring import score
-from ..training.soundness import resolve_sound_checkpoint
 from ..training.trainer import TrainState, train
+from ..training.validation import score
 
 DIVERGED = 1.5  # times the untrained model's loss
 

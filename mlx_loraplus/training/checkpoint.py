@@ -49,8 +49,8 @@ from ..files import (
     write_atomically,
 )
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.ownership import CHECKPOINTS, check_names, check_unused, is_run, no_run
 from ..runs.progress import Log, quiet
+from ..runs.run_folder import CHECKPOINTS, check_names, check_unused, is_run, no_run
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
 from .run_fingerprint import RunFingerprint, compare_settings

@@ -31,14 +31,14 @@ from ..memory.plan import memory_plan_of
 from ..models.registry import is_stored
 from ..pages.save_path import check_save_path
 from ..settings import configure
+from .choose_step import machine_facts, ways_to_check
 from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown, tuning_table
+from .model_probes import probe_model
 from .optimizer import LoRAPlus
-from .probes import probe_model
 from .schedule import schedule_of
 from .selfcheck import check_step, refuse_if_wrong
-from .step_setup import machine_facts, ways_to_check
+from .step_timing import Freedom, largest_batch, tune_step, way_of
 from .trainer import TrainState
-from .tuning import Freedom, largest_batch, tune_step, way_of
 
 PACKAGES = ("mlx_loraplus", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors")
 

@@ -26,10 +26,10 @@ from ..runs.state import Event
 from ..runs.trackers import check_trackers
 from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder
+from .data_preview import Preview, preview_run
 from .optimizer import LoRAPlus
-from .preflight import check_model_name, check_rates, check_validation, warn_about_rates
-from .preview import Preview, preview_run
 from .run_batches import plan_batches
+from .run_checks import check_model_name, check_rates, check_validation, warn_about_rates
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
 

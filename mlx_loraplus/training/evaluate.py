@@ -28,22 +28,22 @@ from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.labeled import LabeledExamples
 from ..data.limits import check_examples, limits_of
+from ..data.load_data import check_rows, load_data, split_to_evaluate
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.sources import SplitName, describe_sources
-from ..data.splits import check_rows, load_data, split_to_evaluate
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
+from ..keyword_types import TrainOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.run_paths import read_run_settings
-from ..options import TrainOptions
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .kto import share_ranked
 from .preferences import share_preferred
-from .scoring import score
+from .validation import score
 
 _SHOWN = 160  # characters of a prompt's end
 

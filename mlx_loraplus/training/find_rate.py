@@ -7,21 +7,21 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import TrainConfig
 from ..data.limits import check_examples, limits_of
+from ..data.load_data import load_examples
 from ..data.python_data import store_data
-from ..data.splits import load_examples
 from ..errors import ConfigError
+from ..keyword_types import TrainOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.loading import shared_copy
-from ..options import TrainOptions
 from ..runs.history import Run
 from ..runs.progress import quiet
-from .continuing import take_over
 from .distributed import World
 from .finetune import start_state
-from .preflight import check_fresh, check_world, with_model_name
 from .rate_search import RateSearch, search_rate
+from .run_checks import check_fresh, check_world, with_model_name
 from .session import Session
+from .starting_adapter import take_over
 
 
 def find_rate(

@@ -14,27 +14,33 @@ from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.limits import check_examples, limits_of
+from ..data.load_data import load_examples
 from ..data.python_data import store_data
-from ..data.splits import load_examples
 from ..errors import DeviceError, OutputError
 from ..files import locked
-from ..keywords import in_keywords
+from ..keyword_types import TrainOptions
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
 from ..models.registry import original_of
-from ..options import TrainOptions
-from ..runs.events import versions
+from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
+from ..runs.start_event import versions
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
-from .continuing import continue_adapters, continues, take_over
+from .choose_step import set_up_step
+from .consistency_checks import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .distributed import World
 from .interrupts import describe_cut
 from .live_files import LiveFiles
+from .model_probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .optimizer import LoRAPlus
-from .preflight import (
+from .rate_search import choose_rate
+from .recorder import choose_prompts, record_events, resume_history, start_history
+from .reference import add_reference
+from .run_batches import make_batches
+from .run_checks import (
     check_fresh,
     check_rates,
     check_validation,
@@ -42,11 +48,6 @@ from .preflight import (
     warn_about_rates,
     with_model_name,
 )
-from .probes import ModelProbes, probe_model, reusable_probes, share_probes
-from .rate_search import choose_rate
-from .recorder import choose_prompts, record_events, resume_history, start_history
-from .reference import add_reference
-from .run_batches import make_batches
 from .run_fingerprint import (
     RunFingerprint,
     compare_content,
@@ -57,8 +58,7 @@ from .run_fingerprint import (
 from .run_writer import RunWriter, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .session import Session
-from .soundness import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
-from .step_setup import set_up_step
+from .starting_adapter import continue_adapters, continues, take_over
 from .trainer import TrainState, train
 
 

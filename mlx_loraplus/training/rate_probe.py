@@ -22,8 +22,8 @@ from .distributed import World
 from .interrupts import explain_failure
 from .objectives import make_objective
 from .schedule import seed_of
+from .step_timing import unchanged
 from .trainer import PAIRS, SUPERVISED, TrainLoop, TrainState
-from .tuning import unchanged
 
 FORWARD = 1 / 2
 """Cost of a loss without gradients, in steps.

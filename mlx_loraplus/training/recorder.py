@@ -12,13 +12,13 @@ from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, 
 from ..data.limits import check_prompt, limits_of
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
-from ..runs.events import measure_norms, start_event
+from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
 from ..runs.verdict import fall_of_chosen, remedy_for_fall
 from .checkpoint import Checkpoint, restore
 from .session import Session
+from .step_timing import way_of
 from .trainer import TrainState
-from .tuning import way_of
 
 OnEvent = Callable[[Event], None]
 

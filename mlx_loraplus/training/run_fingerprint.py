@@ -16,7 +16,7 @@ from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
 from ..models.run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
-from .probes import ModelProbes
+from .model_probes import ModelProbes
 
 # The settings that may change when a run is resumed. Some are paths, which are compared by content.
 # Some set how often something happens or when the run stops. Some change results only by rounding.

@@ -17,13 +17,13 @@ from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
-from ..models.model_folder import remove_model_files, save_model_folder
+from ..models.save_model_folder import remove_model_files, save_model_folder
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.next_steps import resume_command
-from ..runs.ownership import holds_full_run, newest_step
 from ..runs.plots import write_picture
 from ..runs.progress import Log
 from ..runs.report import write_report
+from ..runs.run_folder import holds_full_run, newest_step
 from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
@@ -36,8 +36,8 @@ from .checkpoint import (
 )
 from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
+from .step_timing import way_of
 from .trainer import TrainState
-from .tuning import way_of
 
 _MAX_REASON = 500  # characters of an error in the history
 

@@ -40,12 +40,12 @@ from ..device import gb, kept_random_state, this_machine
 from ..errors import LoRAPlusError
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import make_loss
-from ..kernels.first_blocks import front_of
 from ..kernels.head import model_dtype
 from ..kernels.patch import memory_efficient
+from ..kernels.reduced_model import front_of
 from ..models.loading import shared_copy
+from .model_probes import ModelProbes
 from .optimizer import LoRAPlus
-from .probes import ModelProbes
 from .trainer import make_step
 
 BLOCKS = 2

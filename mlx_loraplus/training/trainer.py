@@ -31,12 +31,12 @@ from .compiled import CompiledByShape, should_compile
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, too_many_skipped
 from .kto import KLEstimate
+from .model_probes import ModelProbes
 from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
-from .probes import ModelProbes
 from .schedule import Schedule, batches_of_step, seed_of
-from .scoring import validate
 from .step_report import summarize
+from .validation import validate
 
 Tree = dict[str, Any]
 Sums = tuple[mx.array, Tree]

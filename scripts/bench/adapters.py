@@ -39,8 +39,8 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
-from mlx_loraplus.training.scoring import score
 from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.validation import score
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL, BATCH, UPDATES = "smollm2-135m", 8, 60

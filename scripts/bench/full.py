@@ -39,7 +39,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compensation import narrowed, widened
 from mlx_loraplus.training.schedule import Schedule
-from mlx_loraplus.training.scoring import score
+from mlx_loraplus.training.validation import score
 from mlx_loraplus.training.trainer import TrainState, train
 from scripts.bench.cases import SEED, Case, Task, prepare
 from scripts.bench.trainers import run_stock, settled_memory, stock_batch

@@ -21,7 +21,7 @@ from mlx_lm.utils import load_tokenizer
 import mlx_loraplus  # noqa: F401  before mlx: it gives MLX a fast BLAS
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
-from mlx_loraplus.data.splits import load_examples
+from mlx_loraplus.data.load_data import load_examples
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.settings import configure

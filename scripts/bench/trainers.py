@@ -34,7 +34,7 @@ from mlx_loraplus.training.run_batches import make_batches
 from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, train
-from mlx_loraplus.training.scoring import score
+from mlx_loraplus.training.validation import score
 from scripts.bench.cases import (
     CASES,
     SEED,

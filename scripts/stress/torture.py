@@ -36,7 +36,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from mlx_loraplus.files import write_atomically
-from mlx_loraplus.startup import INTERRUPTED
+from mlx_loraplus.interrupted_imports import INTERRUPTED
 from scripts.provenance import provenance
 from scripts.stress.torture_page import write_table
 from scripts.tiny_model import write_preferred_sums, write_sums, write_tiny_model

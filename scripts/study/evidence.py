@@ -30,12 +30,12 @@ import numpy as np
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.eval_prompts import choose_eval_prompts
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_questions, load
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.scoring import score
+from mlx_loraplus.training.validation import score
 from scripts.provenance import provenance
 from scripts.study.evidence_page import LORA, RESULTS, Line, Method, write_findings
 from scripts.study.optimizers import RULES

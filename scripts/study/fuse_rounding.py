@@ -37,7 +37,7 @@ from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.batches import Batches, in_order
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.export.fuse_quality import LayerChange, gather_inputs
 from mlx_loraplus.export.gptq import inverse_factors, quantize

@@ -36,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.head import split_model
@@ -45,7 +45,7 @@ from mlx_loraplus.training.distributed import ALONE
 from mlx_loraplus.training.rate_methods import METHODS
 from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
 from mlx_loraplus.training.rate_search import search_rate
-from mlx_loraplus.training.scoring import score
+from mlx_loraplus.training.validation import score
 from scripts.provenance import provenance
 from scripts.study.rate_cases import DATA, SETTINGS, Case, all_cases, baselines
 from scripts.study.rate_page import tables_of, write_tables

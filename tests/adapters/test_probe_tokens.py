@@ -5,7 +5,7 @@ import mlx.nn as nn
 import pytest
 
 from mlx_loraplus.adapters.probe_tokens import TOKEN_TABLES, probe_tokens, table_rows
-from tests.training.test_soundness import family
+from tests.training.test_consistency_checks import family
 
 NAMES = [
     "gpt2",

@@ -8,10 +8,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
+from mlx_loraplus.data.load_data import Data, load_data
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SplitName, find_sources
-from mlx_loraplus.data.splits import Data, load_data
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.settings import configure
 

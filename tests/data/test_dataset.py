@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.splits import check_rows
+from mlx_loraplus.data.load_data import check_rows
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, load, write
@@ -125,7 +125,7 @@ from pathlib import Path
 import json
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.conftest import make_letters
 def peak():

@@ -14,11 +14,11 @@ from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.labeled import LabeledBatches, LabeledExamples
 from mlx_loraplus.data.labeled_rows import make_labeled
+from mlx_loraplus.data.load_data import check_rows, load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import ConfigError, DataError
 from mlx_loraplus.settings import configure

@@ -127,7 +127,7 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
 def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
     from mlx_loraplus.config import TrainConfig
     from mlx_loraplus.data.limits import check_examples
-    from mlx_loraplus.data.splits import load_data
+    from mlx_loraplus.data.load_data import load_data
     from mlx_loraplus.settings import configure
 
     add_token(place)

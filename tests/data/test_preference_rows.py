@@ -9,12 +9,12 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.fields_setting import parse_names
+from mlx_loraplus.data.load_data import check_rows, load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.splits import check_rows, load_data
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches

@@ -79,7 +79,7 @@ sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 import mlx_loraplus.data.token_cache as shards
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.load_data import load_data
 from tests.data.conftest import make_letters
 shards._MAX_ROWS = 10
 real = shards.encode

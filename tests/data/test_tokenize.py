@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_loraplus.data.prompt_tokens import encode_prompt
+from mlx_loraplus.data.generation_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.errors import DataError

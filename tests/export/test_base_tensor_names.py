@@ -15,7 +15,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.base_tensor_names import has_base_form, in_base_form, stored_tensors
 from mlx_loraplus.export.fuse import fuse_adapter, save_fused
-from mlx_loraplus.export.fused_folder import renamed_weights_note
+from mlx_loraplus.export.fuse_command import renamed_weights_note
 from mlx_loraplus.models.loading import load_base, stored_dtypes
 from tests.conftest import CONFIGS, make_model, randomize_adapters
 from tests.families.walk import CONFIGS as FAMILIES

@@ -23,7 +23,7 @@ from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.gguf.tokenizer import write_tokenizer
-from mlx_loraplus.models.gguf.write_tokenizer import add_tokenizer
+from mlx_loraplus.models.gguf.tokenizer_to_gguf import add_tokenizer
 from mlx_loraplus.models.loading import load_folder, load_folder_tokenizer
 from mlx_loraplus.setting_types import Merged
 from tests.conftest import TinyModel, make_model, randomize_adapters, same

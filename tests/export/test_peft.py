@@ -18,7 +18,7 @@ from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft
-from mlx_loraplus.export.peft_tensors import PEFTConfig
+from mlx_loraplus.export.peft_import_tensors import PEFTConfig
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
 from mlx_loraplus.export.vllm_rules import vllm_refusals
 from scripts.judges.gguf_families import make_family

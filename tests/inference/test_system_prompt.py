@@ -10,8 +10,8 @@ import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.eval_prompts import choose_format
-from mlx_loraplus.data.prompt_tokens import encode_prompt
-from mlx_loraplus.data.splits import load_data
+from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.export.ollama import modelfile
 from mlx_loraplus.models.loading import load_folder_tokenizer
 from mlx_loraplus.models.prompt_format import PromptFormat

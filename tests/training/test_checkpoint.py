@@ -23,7 +23,7 @@ from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.history import SCHEMA
-from mlx_loraplus.runs.ownership import FILES, FOLDERS
+from mlx_loraplus.runs.run_folder import FILES, FOLDERS
 from mlx_loraplus.runs.state import Event, Progress
 from mlx_loraplus.settings import configure, settings_of
 from mlx_loraplus.training.checkpoint import (

@@ -18,8 +18,8 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import CompiledByShape
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.scoring import score
 from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.validation import score
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import make_model
 

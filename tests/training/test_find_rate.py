@@ -17,8 +17,8 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.settings import configure, default_rate
 from mlx_loraplus.training.distributed import ALONE
+from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.probes import probe_model
 from mlx_loraplus.training.rate_methods import METHODS, Finding, TriedRate
 from mlx_loraplus.training.rate_probe import FORWARD, probing
 from mlx_loraplus.training.rate_search import MIN_BATCHES, STEPS, RateSearch, search_rate

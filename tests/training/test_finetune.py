@@ -10,7 +10,7 @@ from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.prompt_tokens import encode_prompt
+from mlx_loraplus.data.generation_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.models.registry import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS

@@ -23,7 +23,7 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training.checkpoint import find_checkpoint
 from mlx_loraplus.training.interrupts import interruptible
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.preflight import warn_about_rates
+from mlx_loraplus.training.run_checks import warn_about_rates
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_models import OPTIMIZERS
 from tests.training.tiny_runs import (

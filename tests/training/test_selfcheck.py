@@ -14,7 +14,7 @@ from mlx_loraplus.kernels import elementwise
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.window_attention import Blocks
 from mlx_loraplus.models.skeleton import make_skeleton
-from mlx_loraplus.training.probes import probe_model
+from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.selfcheck import (
     STOCK,
     CheckResult,

@@ -20,7 +20,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.distributed import World
-from mlx_loraplus.training.preflight import check_world
+from mlx_loraplus.training.run_checks import check_world
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world

@@ -24,8 +24,8 @@ from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
 from mlx_loraplus.training.schedule import schedule_of
-from mlx_loraplus.training.scoring import score
 from mlx_loraplus.training.trainer import TrainState, make_step, train
+from mlx_loraplus.training.validation import score
 from tests.conftest import TinyModel, randomize_adapters, same
 from tests.training.tiny_runs import examples
 

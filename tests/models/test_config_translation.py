@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.hub_config import for_mlx_lm
+from mlx_loraplus.models.config_translation import for_mlx_lm
 from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
 from mlx_loraplus.models.rope_magnitude import positions_note
 from mlx_loraplus.models.skeleton import make_skeleton

@@ -22,14 +22,13 @@ from ..errors import ModelError, OutputError
 from ..files import cache_folder, read_bounded, write_atomically
 from ..kernels.choices import StepChoices
 from ..memory.plan import MemoryPlan, memory_plan_of
-from ..runs.events import versions
+from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
+from .consistency_checks import is_checkpoint_sound
 from .selfcheck import check_step, refuse_if_wrong
 from .session import Session
-from .soundness import is_checkpoint_sound
-from .trainer import TrainState
-from .tuning import (
+from .step_timing import (
     Freedom,
     StepTiming,
     StepWay,
@@ -38,6 +37,7 @@ from .tuning import (
     tune_step,
     way_of,
 )
+from .trainer import TrainState
 
 FOLDER = "selfcheck"  # in the cache
 _BUDGET_SHARE = 0.9

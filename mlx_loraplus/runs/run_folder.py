@@ -10,7 +10,7 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import Contents, check_apart, check_contents
-from ..models.model_folder import MODEL_CONFIG, MODEL_WEIGHTS
+from ..models.save_model_folder import MODEL_CONFIG, MODEL_WEIGHTS
 from ..settings import current_names, read_settings, setting_names
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH

@@ -15,10 +15,10 @@ from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.settings import configure, read_settings
 from mlx_loraplus.training import step_setup
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
-from mlx_loraplus.training.step_setup import StoredCheck, key_of, read_stored, write_stored
-from mlx_loraplus.training.tuning import StepTiming, StepWay
+from mlx_loraplus.training.choose_step import StoredCheck, key_of, read_stored, write_stored
+from mlx_loraplus.training.step_timing import StepTiming, StepWay
 from tests.conftest import same
-from tests.training.test_probes import change_identity, refuse
+from tests.training.test_model_probes import change_identity, refuse
 from tests.training.test_selfcheck import wrong_gate
 from tests.training.tiny_runs import Place, adapter_of, without_times
 

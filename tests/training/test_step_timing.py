@@ -14,11 +14,10 @@ from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.head import Head, TrunkAndHead
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.probes import probe_model
 from mlx_loraplus.training.schedule import schedule_of
-from mlx_loraplus.training.trainer import TrainState
-from mlx_loraplus.training.tuning import (
+from mlx_loraplus.training.step_timing import (
     SECONDS,
     Freedom,
     StepTiming,
@@ -29,6 +28,7 @@ from mlx_loraplus.training.tuning import (
     tune_step,
     way_of,
 )
+from mlx_loraplus.training.trainer import TrainState
 from tests.conftest import TinyModel, same
 from tests.training.tiny_runs import examples
 

@@ -7,7 +7,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.runs.events import measure_norms
+from mlx_loraplus.runs.start_event import measure_norms
 from tests.conftest import TinyModel, randomize_adapters
 
 

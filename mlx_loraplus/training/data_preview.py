@@ -17,21 +17,21 @@ from ..data.dataset import Examples
 from ..data.eval_prompts import choose_format, own_eval_prompts
 from ..data.labeled import LabeledExamples
 from ..data.limits import Limits, check_examples, check_prompt, limits_of
+from ..data.load_data import Data, group_problems, load_data
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.split_report import SplitReport
-from ..data.splits import Data, group_problems, load_data
 from ..data.tokenize import Example
 from ..errors import DataError, ModelError, counted
-from ..keywords import in_keywords
+from ..keyword_types import PreviewOptions, RowsOrNames
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.loading import load_folder_tokenizer
 from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
 from ..models.sliding_windows import ignored_window
-from ..options import PreviewOptions, RowsOrNames
+from ..python_messages import in_keywords
 from ..rich_display import RichDisplay
 from ..settings import configure
 from .run_batches import plan_batches

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_loraplus.data.conversations import MOST_BRANCHES, find_conversations
-from mlx_loraplus.data.growing_prefixes import LONGEST, SHORTEST, text_digests
+from mlx_loraplus.data.conversation_groups import MOST_BRANCHES, find_conversations
+from mlx_loraplus.data.load_data import Data
 from mlx_loraplus.data.overlaps import find_overlaps
+from mlx_loraplus.data.prefix_digests import LONGEST, SHORTEST, text_digests
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.splits import Data
 from tests.data.conftest import LetterTokenizer
 from tests.data.reading import load, write
 

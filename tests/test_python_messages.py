@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus.keywords import in_keywords
+from mlx_loraplus.python_messages import in_keywords
 from mlx_loraplus.train import main
 from scripts.tiny_model import write_tiny_model
 

@@ -14,8 +14,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DataConfig, ObjectiveConfig, TrainConfig
 from ..errors import DataError, join_problems
-from .advice import ADVICE
 from .dataset import SPAN, Examples
+from .fields_advice import ADVICE
 from .fields_setting import parse_names
 from .holdout import group_conversations, split_holdout
 from .labeled import LabeledExamples, note_labels

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_loraplus import options
+from mlx_loraplus import keyword_types
 from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import setting_names
@@ -40,11 +40,11 @@ WRONG = (
 
 
 def test_the_options_are_up_to_date():
-    command = [sys.executable, str(ROOT / "scripts" / "options.py"), "--check"]
+    command = [sys.executable, str(ROOT / "scripts" / "keyword_types.py"), "--check"]
     subprocess.run(command, check=True)
-    assert set(options.TrainOptions.__annotations__) == set(setting_names(TrainConfig))
-    assert set(options.SweepOptions.__annotations__) == set(setting_names(SweepConfig))
-    for kind, missing in ((options.PreviewOptions, "data"), (options.PlanOptions, "model")):
+    assert set(keyword_types.TrainOptions.__annotations__) == set(setting_names(TrainConfig))
+    assert set(keyword_types.SweepOptions.__annotations__) == set(setting_names(SweepConfig))
+    for kind, missing in ((keyword_types.PreviewOptions, "data"), (keyword_types.PlanOptions, "model")):
         assert set(kind.__annotations__) == set(setting_names(TrainConfig)) - {missing}
 
 
