@@ -44,7 +44,10 @@ def test_the_options_are_up_to_date():
     subprocess.run(command, check=True)
     assert set(keyword_types.TrainOptions.__annotations__) == set(setting_names(TrainConfig))
     assert set(keyword_types.SweepOptions.__annotations__) == set(setting_names(SweepConfig))
-    for kind, missing in ((keyword_types.PreviewOptions, "data"), (keyword_types.PlanOptions, "model")):
+    for kind, missing in (
+        (keyword_types.PreviewOptions, "data"),
+        (keyword_types.PlanOptions, "model"),
+    ):
         assert set(kind.__annotations__) == set(setting_names(TrainConfig)) - {missing}
 
 

@@ -210,12 +210,17 @@ def _draw_axes(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
         parts.append(f'<path class="grid" d="M{x_axis.start} {y}H{x_axis.stop}"/>')
         parts.append(_text(x_axis.start - 6, y + 4, _number(tick), "end"))
 
+    # A label that would touch the one before is left out.
+    end = -math.inf
     for tick in x_axis.ticks:
         x = x_axis(tick)
         parts.append(f'<path class="grid" d="M{x} {y_axis.start}V{y_axis.stop}"/>')
         label = _number(tick)
-        rightmost = _WIDTH - _LETTER * len(label) / 2
-        parts.append(_text(min(x, rightmost), y_axis.start + 17, label, "middle"))
+        half = _LETTER * len(label) / 2
+        place = min(x, _WIDTH - half)
+        if place - half >= end + _LETTER / 2:
+            parts.append(_text(place, y_axis.start + 17, label, "middle"))
+            end = place + half
 
     parts.append(_text((x_axis.start + x_axis.stop) / 2, _HEIGHT - 4, x_label, "middle"))
     return "".join(parts)

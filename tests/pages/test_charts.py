@@ -1,5 +1,6 @@
 """Charts as SVG: axes, thinned curves, maps."""
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -73,6 +74,15 @@ def test_a_legend_names_several_curves_and_labels_are_escaped():
 def test_steps_have_whole_ticks_and_a_part_of_a_minute_has_some(last: float, ticks: list[str]):
     chart = line_chart("loss", [Curve("a", [(0, 1.0), (last, 2.0)])], "minutes")
     assert labels(chart, "middle") == [*ticks, "minutes"]
+
+
+def test_numbers_that_would_touch_are_left_out():
+    curve = Curve("a", [(0.0012, 1.0), (0.0021, 2.0)])
+    chart = line_chart("loss", [curve], "minutes")
+    found = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="middle">([\d.]+)<', chart.svg)
+    ends = [(float(x) - 3.8 * len(text), float(x) + 3.8 * len(text)) for x, text in found]
+    assert len(ends) >= 2
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(ends))
 
 
 def test_the_numbers_of_a_colour_scale_fit_the_picture():
