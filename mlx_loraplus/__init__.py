@@ -111,7 +111,7 @@ def __getattr__(name: str) -> Any:
     # The messages of functions name keywords, because they were not called by a command.
     value = getattr(import_module(_HOMES[name], __name__), name)
     if not isinstance(value, type):
-        value = import_module(".keywords", __name__).speak_keywords(value)
+        value = import_module(".python_messages", __name__).speak_keywords(value)
     globals()[name] = value
     return value
 
