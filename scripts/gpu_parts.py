@@ -314,7 +314,7 @@ def answers(
     options: Options, prompts: Sequence[str], adapter: str | None, model: str | None = None
 ) -> list[str]:
     """Answer the prompts; an answer ends with its line."""
-    from mlx_loraplus.data.generation_prompt import encode_prompt
+    from mlx_loraplus.data.encode_prompt import encode_prompt
     from mlx_loraplus.inference.generate import answer_all, load
 
     loaded, tokenizer = load(model or options.model, adapter)

@@ -183,7 +183,7 @@ def tiny() -> TinyModel:
 @pytest.fixture(scope="session")
 def gemma_folder() -> Path:
     """The real Gemma 3 270M, as an mlx-lm folder."""
-    from mlx_loraplus.models.registry import find_model
+    from mlx_loraplus.models.find_model import find_model
 
     return find_model("gemma-3-270m").path
 
@@ -191,7 +191,7 @@ def gemma_folder() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_folder() -> Path:
     """The real SmolLM2 135M Instruct, as an mlx-lm folder."""
-    from mlx_loraplus.models.registry import find_model
+    from mlx_loraplus.models.find_model import find_model
 
     return find_model("smollm2-135m").path
 

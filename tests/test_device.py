@@ -21,9 +21,9 @@ from mlx_loraplus.device import (
 )
 from mlx_loraplus.kernels.choices import default_choices, has_fused_gradient
 from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.models.find_model import is_embedded
 from mlx_loraplus.models.gguf.convert import weight_format
 from mlx_loraplus.models.known_models import gemma_for
-from mlx_loraplus.models.registry import is_embedded
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
 from scripts.tiny_model import write_sums, write_tiny_model

@@ -53,7 +53,7 @@ RUN: dict[str, tuple[Any, dict[str, Any]] | str] = {
     "grad_accumulation_steps": (2, {}),
     "grad_checkpoint": ("on", {}),
     "compile": "test_interrupts.py::test_a_batch_that_is_not_finite_is_skipped_and_counted",
-    "selfcheck": "test_choose_step.py::test_a_wrong_gradient_stops_the_run_before_it_starts",
+    "selfcheck": "test_step_choices.py::test_a_wrong_gradient_stops_the_run_before_it_starts",
     "parallel": "test_tensor.py::test_two_are_as_one",
     "distributed_timeout": "test_distributed.py::test_the_others_stop_with_a_checkpoint_where_one_is_lost",
     "steps_per_report": (4, {}),

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from .base_layers import WHOLE
 from .dropout import Dropout
-from .layers import WHOLE
 
 Projections = tuple[mx.array, mx.array]
 """Two frozen float32 matrices that all layers share: (largest in, rank), (rank, largest out)."""

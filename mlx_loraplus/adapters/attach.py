@@ -12,10 +12,10 @@ from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
 from .adapter import Adapter, Projections
+from .base_layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .excluded_layers import find_unusable
 from .full import check_full, unfreeze_weights
 from .init import initialize
-from .layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .lora import LoRA
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained

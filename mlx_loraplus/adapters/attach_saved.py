@@ -12,7 +12,7 @@ from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
 from .adapter import Adapter, Projections
 from .attach import adapt, find_layer_class, put_adapters
-from .layers import QUANTIZED, base_shape, packed_layer
+from .base_layers import QUANTIZED, base_shape, packed_layer
 from .lora import LoRA
 from .stored_files import StoredConfig, recorded_model
 from .stored_tensors import (

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from .adapter import SavedActivations
-from .layers import (
+from .base_layers import (
     EMBEDDINGS,
     EXPERTS,
     LINEARS,

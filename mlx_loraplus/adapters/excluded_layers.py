@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
-from .layers import (
+from .base_layers import (
     EMBEDDINGS,
     EXPERTS,
     LINEARS,
@@ -18,7 +18,7 @@ from .layers import (
     blocks_of,
     can_adapt,
 )
-from .probe_tokens import probe_tokens
+from .trial_tokens import probe_tokens
 
 READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"

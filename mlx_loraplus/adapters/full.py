@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..errors import ConfigError
-from .layers import EMBEDDINGS, LINEARS, QUANTIZED, base_shape, blocks_of
+from .base_layers import EMBEDDINGS, LINEARS, QUANTIZED, base_shape, blocks_of
 
 WEIGHTS_GROUP, EMBEDDING_GROUP = "weights", "embedding"
 

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..config import AdapterConfig
-from .layers import full_weight, plain_layer
+from .base_layers import full_weight, plain_layer
 from .lora import LoRA, uniform
 
 OVERSAMPLING = 8

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from .adapter import Adapter, SavedActivations
-from .layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
+from .base_layers import EMBEDDINGS, EXPERTS, LINEARS, base_shape
 
 
 @mx.custom_function

@@ -6,7 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.distributed import sum_gradients
 
-from .layers import SPLIT_ROWS, project
+from .base_layers import SPLIT_ROWS, project
 from .lora import LoRALinear, add_product
 
 # A weak reference to the latest input of the sharded layers, and the result of _sum_gradients.

@@ -31,12 +31,12 @@ import mlx.nn as nn
 
 from ..errors import AdapterError, OutputError
 from ..files import check_contents, replacing, write_atomically
+from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
-from ..models.run_paths import lasting_name
 from ..userpaths import path_of
 from .adapter import Adapter
 from .attach_saved import attach_saved
-from .layers import blocks_of, quantization
+from .base_layers import blocks_of, quantization
 from .lora import LoRA
 from .stored_files import (
     CONFIG,

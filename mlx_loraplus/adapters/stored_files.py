@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
-from ..models.run_paths import present_path, read_run_settings
+from ..models.moved_run_paths import present_path, read_run_settings
 from ..setting_types import AdapterKind
 from ..userpaths import similar_paths
 

@@ -10,7 +10,7 @@ import mlx.core as mx
 from ..errors import AdapterError
 from .adapter import Adapter, Projections
 from .attach import layer_classes
-from .layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
+from .base_layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
 from .stored_files import BaseFingerprint, StoredConfig
 from .unfreeze import own_arrays
 

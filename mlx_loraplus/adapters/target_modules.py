@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import mlx.nn as nn
 
 from ..errors import ConfigError, nearest
+from .base_layers import EMBEDDINGS, QUANTIZED, blocks_of, can_adapt
 from .excluded_layers import find_routers, is_narrow
-from .layers import EMBEDDINGS, QUANTIZED, blocks_of, can_adapt
 from .unfreeze import own_arrays
 
 ALL_LINEAR = "all-linear"

@@ -32,7 +32,7 @@ from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
 from ..errors import ConfigError, ModelError
-from .layers import EXPERTS, QUANTIZED, SHARDED, blocks_of
+from .base_layers import EXPERTS, QUANTIZED, SHARDED, blocks_of
 from .sharded_lora import ShardedLoRALinear
 
 _ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")

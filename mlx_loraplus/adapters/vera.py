@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from .adapter import Adapter, Projections, SavedActivations
-from .layers import EXPERTS, LINEARS, base_shape
+from .base_layers import EXPERTS, LINEARS, base_shape
 from .lora import LoRASwitchLinear
 
 D_START = 0.1

@@ -8,7 +8,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import TrainConfig
 from ..models.prompt_format import RAW_FORMS, PromptFormat
 from .dataset import KIND_NAMES, Examples
-from .generation_prompt import encode_prompt
+from .encode_prompt import encode_prompt
 from .tokenize import Example
 
 _LONGEST_ANSWER = 64

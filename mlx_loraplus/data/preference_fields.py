@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .field_templates import read_columns
+from .ineffective_columns import check_switches
 from .messages import BadRowError, type_name
 from .row_kinds import find_kind
-from .row_switches import check_switches
 from .rows import Row, make_row
 
 _PROMPT_FIELDS = ("prompt", "system", "system_prompt", "tools")

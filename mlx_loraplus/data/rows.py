@@ -24,10 +24,10 @@ from typing import Any
 
 from .field_templates import read_columns
 from .find_chat import chat_fields, find_chat
+from .ineffective_columns import check_switches
 from .messages import BadRowError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 from .row_problems import RowProblems
-from .row_switches import check_switches
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from typing import Any, Literal
 from ..errors import DataError
 from ..files import describe_entry, is_no_file
 from ..hub_access import hub_reachable
-from .data_file_names import check_shards, find_unused, stem_of
 from .demo import demo_rows
 from .hub_rows import dataset_rows
 from .missing_data import check_spaces, missing_hint
 from .readers import READERS, RawRow
+from .shard_files import check_shards, find_unused, stem_of
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from ..models.registry import ModelSource
+    from ..models.find_model import ModelSource
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,9 @@ def _load(
 ) -> _Loaded:
     """Load the base with this name, and apply the adapter to it, unless it is a whole model."""
     from ..adapters.storage import load_adapter
+    from ..models.find_model import find_model
     from ..models.loading import load_folder
     from ..models.prompt_format import PROMPT_FORMAT, PromptFormat
-    from ..models.registry import find_model
     from .gguf_lora import load_gguf_lora
     from .peft import load_peft
 

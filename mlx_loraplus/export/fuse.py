@@ -13,18 +13,18 @@ from mlx.utils import tree_flatten, tree_reduce, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import get_total_parameters, make_shards, save_config
 
+from ..adapters.base_layers import quantization
 from ..adapters.excluded_layers import READ, find_unusable
-from ..adapters.layers import quantization
-from ..adapters.probe_tokens import probe_tokens
 from ..adapters.trainable import find_adapters, find_fully_trained
+from ..adapters.trial_tokens import probe_tokens
 from ..adapters.unfreeze import end_training
 from ..command_config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError
 from ..files import replacing_folder, write_atomically
 from ..kernels.head import model_dtype
+from ..models.find_model import missing_file
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.prompt_format import PROMPT_FORMAT, format_of
-from ..models.registry import missing_file
 from ..rich_display import Tracker, untracked
 from ..runs.history import FUSED, Run
 from ..runs.progress import Log

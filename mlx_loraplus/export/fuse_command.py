@@ -7,14 +7,14 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.merge import load_adapters, parse_adapters
+from ..adapters.combined_adapters import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
 from ..adapters.stored_files import model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
 from ..files import check_free
+from ..models.find_model import find_model
 from ..models.loading import load_folder, shared_copy, stored_dtypes
-from ..models.registry import find_model
 from ..rich_display import tracked
 from ..userpaths import public_name, public_names, shell_word
 from .base_tensor_names import stored_tensors

@@ -42,19 +42,19 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.adapter import Adapter
-from ..adapters.layers import LINEARS
+from ..adapters.base_layers import LINEARS
 from ..adapters.trainable import find_adapters
 from ..command_config import FuseConfig
 from ..config import TrainConfig
 from ..data.batches import in_order
 from ..data.dataset import Examples
-from ..data.limits import Limits, check_examples, limits_of
 from ..data.load_data import load_data
+from ..data.model_limits import Limits, check_examples, limits_of
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
 from ..kernels.head import split_model
 from ..models.derived_weights import start_inference
-from ..models.run_paths import read_run_settings
+from ..models.moved_run_paths import read_run_settings
 from ..rich_display import Tracker, untracked
 from ..runs.history import SETTINGS
 from ..runs.progress import Log

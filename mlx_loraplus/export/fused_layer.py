@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.models.mla import MultiLinear
 
 from ..adapters.adapter import Adapter
-from ..adapters.layers import (
+from ..adapters.base_layers import (
     QUANTIZED,
     base_shape,
     full_weight,

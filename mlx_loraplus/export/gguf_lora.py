@@ -19,7 +19,7 @@ from gguf import GGUFWriter
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach_saved import attach_saved
-from ..adapters.layers import EMBEDDINGS, EXPERTS
+from ..adapters.base_layers import EMBEDDINGS, EXPERTS
 from ..adapters.stored_files import StoredConfig
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..errors import AdapterError, join_problems

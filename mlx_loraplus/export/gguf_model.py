@@ -19,7 +19,7 @@ from gguf.quants import quant_shape_to_byte_shape, quantize
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.adapter import Adapter
-from ..adapters.layers import full_weight
+from ..adapters.base_layers import full_weight
 from ..errors import ModelError, join_problems
 from ..models.gguf.architectures import (
     ARCHITECTURES,

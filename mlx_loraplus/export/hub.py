@@ -18,8 +18,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..adapters.storage import write_adapter
 from ..errors import AdapterError, ModelError, OutputError
 from ..hub_access import hub_reachable, reason_of
+from ..models.find_model import ModelSource
 from ..models.prompt_format import format_of
-from ..models.registry import ModelSource
 from ..runs.history import PLOT, SETTINGS, Run
 from ..runs.report import plain, summary
 from ..settings import settings_of

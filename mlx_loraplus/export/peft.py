@@ -20,14 +20,13 @@ import mlx.nn as nn
 
 from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach_saved import attach_saved
+from ..adapters.base_layers import EMBEDDINGS, EXPERTS, LINEARS
 from ..adapters.dora import DoRA
-from ..adapters.layers import EMBEDDINGS, EXPERTS, LINEARS
 from ..adapters.stored_files import StoredConfig, read_weights
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays
 from ..errors import AdapterError, join_problems
 from ..files import replacing, write_atomically
-from .peft_checks import CONFIG, check_peft_base, read_peft_config
 from .peft_experts import (
     expert_problems,
     expert_projections,
@@ -37,6 +36,7 @@ from .peft_experts import (
     names_by_parameter,
     stacked_rank,
 )
+from .peft_import_checks import CONFIG, check_peft_base, read_peft_config
 from .peft_import_tensors import (
     MAGNITUDE,
     PREFIX,

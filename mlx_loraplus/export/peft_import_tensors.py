@@ -16,7 +16,7 @@ import mlx.nn as nn
 import pydantic
 from pydantic import Field
 
-from ..adapters.layers import EXPERTS, base_shape
+from ..adapters.base_layers import EXPERTS, base_shape
 from ..errors import AdapterError
 from .transformers_names import EXPERT_NAMES, alternates_gate_and_up
 

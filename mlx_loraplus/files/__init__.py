@@ -5,6 +5,8 @@ folder.
 """
 
 from .atomic import replacing, sync, temporary_name, write_atomically
+from .bounded_reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
+from .broken_links import check_links, describe_entry, is_no_file
 from .cache import cache_folder, write_error
 from .folder_kinds import Contents, check_apart, check_contents
 from .folders import (
@@ -16,9 +18,7 @@ from .folders import (
     remove_unused,
     replacing_folder,
 )
-from .links import check_links, describe_entry, is_no_file
 from .locks import check_unlocked, locked
-from .reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
 
 __all__ = [
     "LFS_ADVICE",

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from ..errors import OutputError
 from .atomic import is_temporary, sync, temporary_name
+from .broken_links import check_links
 from .cache import cache_folder, write_error
 from .folder_kinds import Contents, check_contents
-from .links import check_links
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds

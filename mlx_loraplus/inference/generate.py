@@ -19,17 +19,17 @@ from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_adapter, is_model_folder, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..command_config import ChatConfig
+from ..data.encode_prompt import encode_prompt
 from ..data.eval_prompts import EvalPrompt
-from ..data.generation_prompt import encode_prompt
-from ..data.limits import check_prompt, limits_of
+from ..data.model_limits import check_prompt, limits_of
 from ..errors import ConfigError, ModelError
 from ..files import read_bounded
-from ..models.activation_check import activation_note
+from ..models.activation_note import activation_note
 from ..models.derived_weights import start_inference
+from ..models.find_model import find_model
 from ..models.loading import load_folder
 from ..models.model_name_check import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
-from ..models.registry import find_model
 from ..models.rope_magnitude import positions_note
 from ..models.save_model_folder import ModelOrigin
 from ..models.sliding_windows import ignored_window

@@ -26,7 +26,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
-from ..adapters.layers import full_weight, project
+from ..adapters.base_layers import full_weight, project
 from .choices import StepChoices, default_choices
 from .elementwise import exp
 from .head import Head, TrunkAndHead

@@ -20,9 +20,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapters.adapter import base_of
-from ..adapters.layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
-from ..adapters.probe_tokens import probe_tokens
+from ..adapters.base_layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
 from ..adapters.trainable import find_groups
+from ..adapters.trial_tokens import probe_tokens
 from .row_masks import takes_caches
 
 _TRUNKS = ("model", "transformer", "backbone")

@@ -25,8 +25,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import gated_delta
 
 from ..adapters.adapter import base_of
+from ..adapters.base_layers import LINEARS, base_shape, blocks_of
 from ..adapters.dropout import drawing_from
-from ..adapters.layers import LINEARS, base_shape, blocks_of
 from .attention import CausalMask, attention
 from .choices import (
     AttentionKind,

@@ -5,8 +5,8 @@ from typing import Any
 import mlx.nn as nn
 
 from ..adapters.adapter import Adapter
+from ..adapters.base_layers import EMBEDDINGS, LINEARS, blocks_of
 from ..adapters.dropout import Dropout
-from ..adapters.layers import EMBEDDINGS, LINEARS, blocks_of
 from ..models.loading import shared_copy
 
 

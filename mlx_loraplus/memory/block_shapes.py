@@ -11,7 +11,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 from ..adapters.adapter import Adapter
-from ..adapters.layers import EXPERTS, can_adapt, local_shape
+from ..adapters.base_layers import EXPERTS, can_adapt, local_shape
 from ..adapters.trainable import find_adapters
 from ..config import AdapterConfig
 from ..kernels.delta_rule import PIECE

@@ -11,18 +11,18 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.adapter import Adapter
 from ..adapters.attach import check_rank, layer_class
-from ..adapters.full import check_full, trained_modules
-from ..adapters.layers import (
+from ..adapters.base_layers import (
     EMBEDDINGS,
     LINEARS,
     base_shape,
     blocks_of,
 )
+from ..adapters.full import check_full, trained_modules
 from ..adapters.lora import LoRA
 from ..adapters.target_modules import find_targets, find_trained
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
-from ..data.limits import limits_of
+from ..data.model_limits import limits_of
 from ..errors import ModelError
 from .block_shapes import attribute, layers_of, read_block
 from .estimate import Sizes

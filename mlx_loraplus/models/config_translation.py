@@ -10,7 +10,7 @@ from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 from mlx_lm.utils import load_config as mlx_lm_config
 
 from ..errors import ModelError
-from .activation_check import check_activation
+from .activation_note import check_activation
 from .config_numbers import check_numbers
 from .rope_magnitude import check_magnitude
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope

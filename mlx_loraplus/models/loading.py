@@ -18,7 +18,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 from ..device import on_gpu
 from ..errors import ModelError
 from .config_translation import check_config, for_mlx_lm, load_config
-from .registry import missing_file, unreadable_file
+from .find_model import missing_file, unreadable_file
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
 from .weight_files import check_tied_head, index_tensors, one_line

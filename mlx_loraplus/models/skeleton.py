@@ -14,8 +14,8 @@ from ..device import kept_random_state
 from ..errors import ModelError
 from ..files import read_bounded
 from .config_translation import check_config, for_mlx_lm
+from .find_model import find_config
 from .known_models import KNOWN
-from .registry import find_config
 
 VISION_BYTES = 840_000_000
 """Size of the vision tower in repositories of Gemma 3 4B and larger. mlx-lm does not load it."""

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
 from ..errors import ModelError
+from .find_model import find_config
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, sizes
-from .registry import find_config
 from .skeleton import config_of, read_config
 
 _CHECKED_VERSION = "0.32.2"

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, join_problems
 from ..files import LFS_ADVICE, is_lfs_pointer
-from .registry import indexed_shards
+from .find_model import indexed_shards
 
 _HEAD = ("lm_head.weight",)
 _EMBEDDINGS = (

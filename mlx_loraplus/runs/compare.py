@@ -33,7 +33,7 @@ from ..python_messages import speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run
-from .plots import Plot, finish_axes, loss_unit, write_picture
+from .matplotlib_plots import Plot, finish_axes, loss_unit, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 

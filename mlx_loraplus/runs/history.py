@@ -52,7 +52,7 @@ from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import read_bounded
-from ..models.run_paths import read_run_settings
+from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
 from .state import Event, Outcome, Progress
@@ -196,7 +196,7 @@ class Run:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of training and validation loss over steps."""
-        from .plots import Plot, draw_losses
+        from .matplotlib_plots import Plot, draw_losses
 
         figure = Plot(figsize=(7, 4), layout="constrained")
         draw_losses(figure.subplots(), self)

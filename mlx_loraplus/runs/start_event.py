@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from ..adapters.adapter import Adapter
-from ..adapters.layers import weight_norm
+from ..adapters.base_layers import weight_norm
 from ..adapters.trainable import TrainableParams, find_adapters
 from ..config import TrainConfig
 from ..data.batches import Batches

@@ -20,8 +20,8 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..command_config import SweepConfig
-from ..data.limits import check_examples, limits_of
 from ..data.load_data import load_examples
+from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, counted
 from ..files import locked

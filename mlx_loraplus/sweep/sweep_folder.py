@@ -20,8 +20,8 @@ from ..files import (
     read_bounded,
     write_atomically,
 )
-from ..models.run_paths import stored_settings
-from ..runs.plots import write_picture
+from ..models.moved_run_paths import stored_settings
+from ..runs.matplotlib_plots import write_picture
 from .sweep_page import sweep_page
 from .sweep_result import BEST, SETTINGS, Sweep
 from .trial import Trial, run_config_of

@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from ..command_config import SweepConfig
 from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
-from ..runs.plots import Plot
+from ..runs.matplotlib_plots import Plot
 from ..runs.state import Outcome
 from ..userpaths import shell_word
 from .heatmap import Heatmap

@@ -20,15 +20,15 @@ from ..config import TrainConfig
 from ..data.dataset import Examples
 from ..kernels.head import split_model
 from ..memory.plan import resolve_grad_checkpoint
-from ..models.registry import original_of
+from ..models.find_model import original_of
 from ..runs.progress import quiet
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
-from ..training.consistency_checks import resolve_sound_checkpoint
 from ..training.interrupts import explain_failure
 from ..training.optimizer import LoRAPlus
 from ..training.run_batches import make_batches
 from ..training.schedule import schedule_of
+from ..training.self_consistency import resolve_sound_checkpoint
 from ..training.trainer import TrainState, train
 from ..training.validation import score
 

@@ -16,8 +16,8 @@ from ..data.batches import Batches
 from ..data.dataset import Examples
 from ..data.eval_prompts import choose_format, own_eval_prompts
 from ..data.labeled import LabeledExamples
-from ..data.limits import Limits, check_examples, check_prompt, limits_of
 from ..data.load_data import Data, group_problems, load_data
+from ..data.model_limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
@@ -27,8 +27,8 @@ from ..errors import DataError, ModelError, counted
 from ..keyword_types import PreviewOptions, RowsOrNames
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
+from ..models.find_model import find_model
 from ..models.loading import load_folder_tokenizer
-from ..models.registry import find_model
 from ..models.skeleton import make_skeleton, read_config
 from ..models.sliding_windows import ignored_window
 from ..python_messages import in_keywords

@@ -28,16 +28,16 @@ from ..device import gb, on_gpu, this_machine
 from ..files import write_atomically
 from ..inference.generate import load
 from ..memory.plan import memory_plan_of
-from ..models.registry import is_stored
+from ..models.find_model import is_stored
 from ..pages.save_path import check_save_path
 from ..settings import configure
-from .choose_step import machine_facts, ways_to_check
 from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown, tuning_table
+from .fastest_step import Freedom, largest_batch, tune_step, way_of
 from .model_probes import probe_model
 from .optimizer import LoRAPlus
 from .schedule import schedule_of
 from .selfcheck import check_step, refuse_if_wrong
-from .step_timing import Freedom, largest_batch, tune_step, way_of
+from .step_choices import machine_facts, ways_to_check
 from .trainer import TrainState
 
 PACKAGES = ("mlx_loraplus", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "safetensors")

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from ..device import gb
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..userpaths import public_name
+from .fastest_step import TuningResult
 from .model_probes import ModelProbes
 from .selfcheck import STOCK, CheckResult
-from .step_timing import TuningResult
 
 
 @dataclass(frozen=True)

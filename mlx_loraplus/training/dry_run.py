@@ -19,7 +19,7 @@ from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
 from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
-from ..models.registry import original_of
+from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
 from ..runs.state import Event

@@ -27,8 +27,8 @@ from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.labeled import LabeledExamples
-from ..data.limits import check_examples, limits_of
 from ..data.load_data import check_rows, load_data, split_to_evaluate
+from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.sources import SplitName, describe_sources
@@ -38,7 +38,7 @@ from ..kernels.head import split_model
 from ..keyword_types import TrainOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..models.run_paths import read_run_settings
+from ..models.moved_run_paths import read_run_settings
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .kto import share_ranked

@@ -6,8 +6,8 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import TrainConfig
-from ..data.limits import check_examples, limits_of
 from ..data.load_data import load_examples
+from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError
 from ..keyword_types import TrainOptions

@@ -13,15 +13,15 @@ from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
-from ..data.limits import check_examples, limits_of
 from ..data.load_data import load_examples
+from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import DeviceError, OutputError
 from ..files import locked
 from ..keyword_types import TrainOptions
 from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
 from ..migration import translate
-from ..models.registry import original_of
+from ..models.find_model import original_of
 from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
@@ -29,11 +29,9 @@ from ..runs.start_event import versions
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length, with_default_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
-from .choose_step import set_up_step
-from .consistency_checks import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .distributed import World
 from .interrupts import describe_cut
-from .live_files import LiveFiles
+from .live_history import LiveFiles
 from .model_probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .optimizer import LoRAPlus
 from .rate_search import choose_rate
@@ -57,8 +55,10 @@ from .run_fingerprint import (
 )
 from .run_writer import RunWriter, start_folder, with_choices
 from .schedule import Schedule, schedule_of
+from .self_consistency import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .session import Session
 from .starting_adapter import continue_adapters, continues, take_over
+from .step_choices import set_up_step
 from .trainer import TrainState, train
 
 

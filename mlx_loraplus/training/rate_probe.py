@@ -19,10 +19,10 @@ from ..device import bounded_memory
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from ..runs.state import Event
 from .distributed import World
+from .fastest_step import unchanged
 from .interrupts import explain_failure
 from .objectives import make_objective
 from .schedule import seed_of
-from .step_timing import unchanged
 from .trainer import PAIRS, SUPERVISED, TrainLoop, TrainState
 
 FORWARD = 1 / 2

@@ -9,15 +9,15 @@ import mlx.nn as nn
 
 from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
-from ..data.limits import check_prompt, limits_of
+from ..data.model_limits import check_prompt, limits_of
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
 from ..runs.verdict import fall_of_chosen, remedy_for_fall
 from .checkpoint import Checkpoint, restore
+from .fastest_step import way_of
 from .session import Session
-from .step_timing import way_of
 from .trainer import TrainState
 
 OnEvent = Callable[[Event], None]

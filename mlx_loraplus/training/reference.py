@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..adapters.layers import fingerprint
+from ..adapters.base_layers import fingerprint
 from ..adapters.storage import load_adapter
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import TrainConfig

@@ -13,8 +13,8 @@ from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
+from ..models.find_model import original_of
 from ..models.model_name_check import check_model_path
-from ..models.registry import original_of
 from ..models.save_model_folder import origin_of
 from ..models.trainable_families import check_trainable
 from ..runs.progress import Log

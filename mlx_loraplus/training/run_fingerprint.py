@@ -9,12 +9,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapters.layers import fingerprint, whole_lines
+from ..adapters.base_layers import fingerprint, whole_lines
 from ..adapters.trainable import find_adapters
 from ..config import TrainConfig
 from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
-from ..models.run_paths import lasting_name, relocated, stored_settings
+from ..models.moved_run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
 from .model_probes import ModelProbes
 

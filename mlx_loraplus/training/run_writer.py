@@ -19,8 +19,8 @@ from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
 from ..models.save_model_folder import remove_model_files, save_model_folder
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
+from ..runs.matplotlib_plots import write_picture
 from ..runs.next_steps import resume_command
-from ..runs.plots import write_picture
 from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.run_folder import holds_full_run, newest_step
@@ -34,9 +34,9 @@ from .checkpoint import (
     save_checkpoint,
     write_history,
 )
+from .fastest_step import way_of
 from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
-from .step_timing import way_of
 from .trainer import TrainState
 
 _MAX_REASON = 500  # characters of an error in the history

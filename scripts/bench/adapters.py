@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import QUANTIZED, full_weight, plain_layer
+from mlx_loraplus.adapters.base_layers import QUANTIZED, full_weight, plain_layer
 from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.trainable import TrainableParams, find_adapters
 from mlx_loraplus.config import TrainConfig

@@ -14,14 +14,14 @@ from mlx_lm.models import llama
 from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.adapters.target_modules import find_targets
-from mlx_loraplus.adapters.layers import base_shape
+from mlx_loraplus.adapters.base_layers import base_shape
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.kernels.head import split_model
 
 SEED = 0

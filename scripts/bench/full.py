@@ -32,7 +32,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import blocks_of
+from mlx_loraplus.adapters.base_layers import blocks_of
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.head import split_model

@@ -34,7 +34,7 @@ from mlx_lm.tuner import trainer as stock
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus.adapters.attach import adapt, put_adapters
-from mlx_loraplus.adapters.layers import blocks_of
+from mlx_loraplus.adapters.base_layers import blocks_of
 from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import OptimizerConfig

@@ -17,8 +17,8 @@ from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu
 from mlx_loraplus.files import write_atomically
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_base
-from mlx_loraplus.models.registry import find_model
 from scripts.bench.stock import ALPHA, RANK, RATE
 
 MAX_LENGTH = 2048

@@ -23,7 +23,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.load_data import load_examples
 from mlx_loraplus.files import write_atomically
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import CompiledByShape
 from scripts.provenance import provenance

@@ -18,7 +18,7 @@ from mlx_lm.tuner.datasets import CacheDataset
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus.adapters.target_modules import find_targets
-from mlx_loraplus.adapters.layers import blocks_of
+from mlx_loraplus.adapters.base_layers import blocks_of
 from mlx_loraplus.data.tokenize import Example
 from scripts.bench.cases import SEED, TARGETS
 from scripts.bench.rival_trainers.common import start_adapters

@@ -21,7 +21,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model, quantize_model, save_config
 
-from mlx_loraplus.models.registry import find_model, smollm2_file
+from mlx_loraplus.models.find_model import find_model, smollm2_file
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "tests" / "data" / "templates"

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.eval_prompts import _split_last_turn
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.inference.generate import load, system_message
 from mlx_loraplus.models.prompt_format import format_of

@@ -19,7 +19,7 @@ import numpy as np
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
-from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.data.batches import collate
 from mlx_loraplus.data.tokenize import Example

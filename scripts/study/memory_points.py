@@ -23,7 +23,7 @@ from mlx_loraplus.export.fuse import fuse_adapter
 from mlx_loraplus.memory.estimate import Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.kernels.patch import memory_efficient

@@ -36,7 +36,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.runs.verdict import verdict_of

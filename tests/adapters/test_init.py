@@ -10,8 +10,8 @@ import pytest
 
 from mlx_loraplus import ConfigError, fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.init import loftq, low_rank
-from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.adapters.lora import LoRA
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig

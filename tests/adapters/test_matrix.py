@@ -11,8 +11,8 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_loraplus import fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.dora import DoRA
-from mlx_loraplus.adapters.layers import full_weight
 from mlx_loraplus.adapters.trainable import TrainableParams, find_adapters
 from mlx_loraplus.config import AdapterConfig
 from tests.conftest import randomize_adapters, same

@@ -9,7 +9,7 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 
 TEMPLATES = Path(__file__).parent / "templates"
 LetterTokenizer = Callable[..., TokenizerWrapper]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode
 from tests.data.reading import encode_one

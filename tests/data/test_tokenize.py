@@ -5,12 +5,12 @@ import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.errors import DataError
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder_tokenizer
-from mlx_loraplus.models.registry import find_model
 from scripts.tiny_model import write_tiny_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one

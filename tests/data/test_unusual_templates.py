@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
 from mlx_loraplus.data.tokenize import encode
 from mlx_loraplus.errors import ModelError

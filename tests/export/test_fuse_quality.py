@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model
 
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import EXPERTS, QUANTIZED, full_weight
+from mlx_loraplus.adapters.base_layers import EXPERTS, QUANTIZED, full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.command_config import FuseConfig
 from mlx_loraplus.config import AdapterConfig, TrainConfig

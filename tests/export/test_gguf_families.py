@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora

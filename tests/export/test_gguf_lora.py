@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 
 from mlx_loraplus import AdapterError, ModelError
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora

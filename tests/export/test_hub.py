@@ -17,8 +17,8 @@ from huggingface_hub import ModelCard
 from mlx_loraplus import load_adapter
 from mlx_loraplus.export.hub import model_card, write_repository
 from mlx_loraplus.export.written_files import HUB, what_stays
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.registry import find_model
 from tests.export.test_export_command import TOKEN, words
 
 

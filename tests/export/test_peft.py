@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft

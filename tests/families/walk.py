@@ -34,7 +34,7 @@ from mlx_loraplus.kernels.patch import memory_efficient, grad_checkpointing
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.row_masks import takes_caches
-from mlx_loraplus.training.consistency_checks import check_caches, is_checkpoint_sound
+from mlx_loraplus.training.self_consistency import check_caches, is_checkpoint_sound
 from mlx_loraplus.kernels.head import split_model
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(

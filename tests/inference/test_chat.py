@@ -142,7 +142,7 @@ def test_both_share_the_base_and_remember_their_own_words(place: Place, folder: 
 
 def test_a_chat_template_sees_what_was_said():
     _, tokenizer = ml.load("smollm2-135m")
-    from mlx_loraplus.data.generation_prompt import encode_prompt
+    from mlx_loraplus.data.encode_prompt import encode_prompt
 
     earlier = [
         {"role": "user", "content": "My name is Ada."},

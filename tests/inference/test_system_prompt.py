@@ -9,8 +9,8 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.eval_prompts import choose_format
-from mlx_loraplus.data.generation_prompt import encode_prompt
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.export.ollama import modelfile
 from mlx_loraplus.models.loading import load_folder_tokenizer

@@ -23,7 +23,7 @@ from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
 from mlx_loraplus.kernels.window_attention import window_attention
 from tests.conftest import make_model, randomize_adapters
-from tests.training.test_consistency_checks import family
+from tests.training.test_self_consistency import family
 
 GPU = default_choices(gpu=True)
 TINY = 4 * 5 * 23  # bytes: five tokens of the vocabulary for 23 targets

@@ -15,7 +15,7 @@ from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
-from tests.training.test_consistency_checks import family
+from tests.training.test_self_consistency import family
 
 BASES = [
     (None, "affine"),

@@ -17,10 +17,10 @@ import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 from mlx_loraplus.errors import ModelError, OutputError
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.gguf.convert import cached, convert_gguf, write_folder
 from mlx_loraplus.models.gguf.rope_scaling import llama3_divisors
 from mlx_loraplus.models.loading import load_folder
-from mlx_loraplus.models.registry import find_model
 from tests.models.gguf_files import HEAD, LAYERS, PIECES, hub_weights, write_gguf
 
 
@@ -327,7 +327,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(most: int, tmp_path: Path, cache
     path = write_gguf(tmp_path / "tiny.gguf")
     code = f"""
 import mlx_loraplus, resource
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 resource.setrlimit(resource.RLIMIT_FSIZE, ({most}, {most}))  # every file ends there
 try:
     find_model({str(path)!r})
@@ -347,7 +347,7 @@ except mlx_loraplus.OutputError as problem:
 def test_two_processes_at_once_end_with_one_whole_folder(tmp_path: Path, cache: Path):
     path = write_gguf(tmp_path / "tiny.gguf")
     code = (
-        "from mlx_loraplus.models.registry import find_model;"
+        "from mlx_loraplus.models.find_model import find_model;"
         f" print(find_model({str(path)!r}).path)"
     )
     started = [

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.find_model import find_model, smollm2_file
 from mlx_loraplus.models.gguf.convert import convert_gguf, write_folder
-from mlx_loraplus.models.registry import find_model, smollm2_file
 from tests.conftest import cpu_limit
 from tests.models.gguf_files import HIDDEN, PIECES, write_gguf
 

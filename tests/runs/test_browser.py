@@ -22,9 +22,9 @@ from mlx_loraplus.sweep.sweep_result import Sweep
 from mlx_loraplus.sweep.trial import Point, Trial
 from mlx_loraplus.training.doctor import describe_fully
 from mlx_loraplus.training.doctor_page import ModelExamination, doctor_page
+from mlx_loraplus.training.fastest_step import StepTiming, StepWay, TuningResult
 from mlx_loraplus.training.model_probes import ModelProbes
 from mlx_loraplus.training.selfcheck import STOCK, CheckResult, Deviation
-from mlx_loraplus.training.step_timing import StepTiming, StepWay, TuningResult
 from tests.training.tiny_runs import Place, write_pairs
 
 

@@ -19,8 +19,8 @@ from mlx_loraplus.adapters.stored_files import UNKNOWN_MODEL
 from mlx_loraplus.arguments import command
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.runs.command_line import train_command
+from mlx_loraplus.runs.matplotlib_plots import finish_axes
 from mlx_loraplus.runs.next_steps import next_commands
-from mlx_loraplus.runs.plots import finish_axes
 from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.report_headline import headline
 from mlx_loraplus.runs.verdict import advice

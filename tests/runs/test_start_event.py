@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import full_weight
+from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.runs.start_event import measure_norms

@@ -63,7 +63,7 @@ def test_where_the_page_can_t_be_saved(
     assert (tmp_path / "doctor.html").read_text() == "mine"
 
     # With overwrite, the page is replaced.
-    monkeypatch.setattr("mlx_loraplus.training.step_timing.SECONDS", 0.0)
+    monkeypatch.setattr("mlx_loraplus.training.fastest_step.SECONDS", 0.0)
     doctor.main(
         [
             "--model",
@@ -79,7 +79,7 @@ def test_where_the_page_can_t_be_saved(
 def test_wrong_gradients_are_shown_and_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("mlx_loraplus.training.step_timing.SECONDS", 0.0)
+    monkeypatch.setattr("mlx_loraplus.training.fastest_step.SECONDS", 0.0)
     monkeypatch.setattr("mlx_loraplus.kernels.patch._computes", lambda *_: True)
     wrong_gate(monkeypatch, 0.3)
     with pytest.raises(SystemExit, match="2"):
@@ -98,7 +98,7 @@ def test_an_unknown_model_is_told(capsys: pytest.CaptureFixture[str]):
 
 def test_small_random_models_are_used_where_none_is_stored(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checks, "is_stored", lambda _: False)
-    monkeypatch.setattr("mlx_loraplus.training.step_timing.SECONDS", 0.0)
+    monkeypatch.setattr("mlx_loraplus.training.fastest_step.SECONDS", 0.0)
     monkeypatch.setattr("mlx_loraplus.training.selfcheck.LENGTH", 48)
     monkeypatch.setattr("mlx_loraplus.training.selfcheck.TARGETS", 24)
     said: list[str] = []

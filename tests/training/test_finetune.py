@@ -10,9 +10,9 @@ from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.generation_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
 from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
 

@@ -19,7 +19,7 @@ from mlx_loraplus.kernels.row_masks import takes_caches
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint, read_checkpoint
 from mlx_loraplus.training.model_probes import ModelProbes, probe_model
 from tests.conftest import CONFIGS, TinyModel, same
-from tests.training.test_consistency_checks import family
+from tests.training.test_self_consistency import family
 from tests.training.tiny_runs import Place, adapter_of, without_times
 
 PACKED: dict[str, Any] = {"pack": True, "grad_checkpoint": "on", "max_seq_length": 64}
@@ -27,7 +27,7 @@ PROBES = (
     "mlx_loraplus.training.finetune.probe_model",
     "mlx_loraplus.training.finetune.is_checkpoint_sound",
     "mlx_loraplus.training.run_batches.check_packing",
-    "mlx_loraplus.training.consistency_checks.is_checkpoint_sound",
+    "mlx_loraplus.training.self_consistency.is_checkpoint_sound",
     "mlx_loraplus.kernels.patch._computes",
 )
 

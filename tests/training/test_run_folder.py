@@ -12,7 +12,7 @@ import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.adapters.stored_files import model_for
 from mlx_loraplus.errors import AdapterError
-from mlx_loraplus.models.run_paths import present_path
+from mlx_loraplus.models.moved_run_paths import present_path
 from scripts.tiny_model import write_tiny_model
 from tests.training.tiny_runs import Place
 

@@ -25,10 +25,7 @@ from ..memory.plan import MemoryPlan, memory_plan_of
 from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
-from .consistency_checks import is_checkpoint_sound
-from .selfcheck import check_step, refuse_if_wrong
-from .session import Session
-from .step_timing import (
+from .fastest_step import (
     Freedom,
     StepTiming,
     StepWay,
@@ -37,6 +34,9 @@ from .step_timing import (
     tune_step,
     way_of,
 )
+from .self_consistency import is_checkpoint_sound
+from .selfcheck import check_step, refuse_if_wrong
+from .session import Session
 from .trainer import TrainState
 
 FOLDER = "selfcheck"  # in the cache

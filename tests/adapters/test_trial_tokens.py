@@ -4,8 +4,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_loraplus.adapters.probe_tokens import TOKEN_TABLES, probe_tokens, table_rows
-from tests.training.test_consistency_checks import family
+from mlx_loraplus.adapters.trial_tokens import TOKEN_TABLES, probe_tokens, table_rows
+from tests.training.test_self_consistency import family
 
 NAMES = [
     "gpt2",

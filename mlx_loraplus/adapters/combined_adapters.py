@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..errors import AdapterError, ConfigError
 from .adapter import Adapter
 from .attach import put_adapters
-from .layers import EMBEDDINGS, WHOLE
+from .base_layers import EMBEDDINGS, WHOLE
 from .storage import load_adapter
 from .trainable import find_adapters, find_fully_trained
 from .unfreeze import end_training, own_arrays

@@ -12,7 +12,7 @@ from mlx_lm.utils import _get_classes
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.consistency_checks import (
+from mlx_loraplus.training.self_consistency import (
     check_caches,
     is_checkpoint_sound,
     resolve_sound_checkpoint,

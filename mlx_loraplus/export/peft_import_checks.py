@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pydantic
 
-from ..adapters.layers import EMBEDDINGS
+from ..adapters.base_layers import EMBEDDINGS
 from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
 from ..adapters.stored_files import read_adapter_config
 from ..errors import AdapterError

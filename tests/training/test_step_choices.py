@@ -15,8 +15,8 @@ from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.settings import configure, read_settings
 from mlx_loraplus.training import step_setup
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
-from mlx_loraplus.training.choose_step import StoredCheck, key_of, read_stored, write_stored
-from mlx_loraplus.training.step_timing import StepTiming, StepWay
+from mlx_loraplus.training.fastest_step import StepTiming, StepWay
+from mlx_loraplus.training.step_choices import StoredCheck, key_of, read_stored, write_stored
 from tests.conftest import same
 from tests.training.test_model_probes import change_identity, refuse
 from tests.training.test_selfcheck import wrong_gate

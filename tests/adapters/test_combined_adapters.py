@@ -8,8 +8,8 @@ import pytest
 
 from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.adapters.layers import full_weight
-from mlx_loraplus.adapters.merge import load_adapters, parse_adapters
+from mlx_loraplus.adapters.base_layers import full_weight
+from mlx_loraplus.adapters.combined_adapters import load_adapters, parse_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.kernels.head import split_model

@@ -13,7 +13,7 @@ from mlx_lm.models import gpt2, llama
 from transformers import AutoTokenizer
 
 from mlx_loraplus import chat, cli, generate, train
-from mlx_loraplus.data.limits import Limits, limits_of
+from mlx_loraplus.data.model_limits import Limits, limits_of
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
@@ -126,8 +126,8 @@ def test_the_tables_are_found_in_every_family(tiny: TinyModel, kind: str, bits: 
 
 def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
     from mlx_loraplus.config import TrainConfig
-    from mlx_loraplus.data.limits import check_examples
     from mlx_loraplus.data.load_data import load_data
+    from mlx_loraplus.data.model_limits import check_examples
     from mlx_loraplus.settings import configure
 
     add_token(place)

@@ -14,10 +14,7 @@ from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.head import Head, TrunkAndHead
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.model_probes import probe_model
-from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.schedule import schedule_of
-from mlx_loraplus.training.step_timing import (
+from mlx_loraplus.training.fastest_step import (
     SECONDS,
     Freedom,
     StepTiming,
@@ -28,6 +25,9 @@ from mlx_loraplus.training.step_timing import (
     tune_step,
     way_of,
 )
+from mlx_loraplus.training.model_probes import probe_model
+from mlx_loraplus.training.optimizer import LoRAPlus
+from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState
 from tests.conftest import TinyModel, same
 from tests.training.tiny_runs import examples

@@ -17,8 +17,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_loraplus.errors import ModelError
+from mlx_loraplus.models.find_model import ModelSource, find_model, list_models, original_of
 from mlx_loraplus.models.known_models import KNOWN, MODELS, gemma_for
-from mlx_loraplus.models.registry import ModelSource, find_model, list_models, original_of
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -48,7 +48,7 @@ def ask(code: str, home: Path, **environment: str) -> list[str]:
 
 FIND = """
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.registry import find_model
+from mlx_loraplus.models.find_model import find_model
 for name in {names!r}:
     try:
         print(find_model(name).path)
@@ -131,9 +131,7 @@ def test_known_dimensions_have_the_stated_number_of_parameters(name: str):
 
 
 def test_importing_names_imports_nothing_heavy():
-    code = (
-        "import sys, mlx_loraplus.models.registry; print([m for m in {heavy} if m in sys.modules])"
-    )
+    code = "import sys, mlx_loraplus.models.find_model; print([m for m in {heavy} if m in sys.modules])"
     heavy = ["mlx", "mlx_lm", "numpy", "gguf", "transformers", "tokenizers", "huggingface_hub"]
     assert ask(code.format(heavy=heavy), Path()) == ["[]"]
 
@@ -265,7 +263,7 @@ def test_a_download_takes_no_code_and_is_found_again_without_a_network(tmp_path:
 
 
 def test_a_config_that_was_asked_for_alone_is_found_again_without_a_network(tmp_path: Path):
-    code = "from mlx_loraplus.models.registry import find_config; print(find_config('org/model'))"
+    code = "from mlx_loraplus.models.find_model import find_config; print(find_config('org/model'))"
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         found = ask(code, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")

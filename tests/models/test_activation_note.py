@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.models.activation_check import _computed, activation_note
+from mlx_loraplus.models.activation_note import _computed, activation_note
 from mlx_loraplus.models.skeleton import make_skeleton
 from tests.families.walk import CONFIGS
 
