@@ -1,7 +1,8 @@
 """Charts for pages: curves and maps as SVG elements that a page can style.
 
 A live page is rewritten after every report, so its charts must cost milliseconds. matplotlib needs
-about 0.2 s for each picture; it draws the pictures of ``matplotlib_plots.py``, which are saved or shown once.
+about 0.2 s for each picture; it draws those of ``matplotlib_plots.py``, which are saved or shown
+once.
 
 The page's style sheet (``page.html.jinja``) gives the lines their colours. Curves differ in their
 dashes as well.
