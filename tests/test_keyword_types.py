@@ -40,7 +40,7 @@ WRONG = (
 
 
 def test_the_options_are_up_to_date():
-    command = [sys.executable, str(ROOT / "scripts" / "keyword_types.py"), "--check"]
+    command = [sys.executable, str(ROOT / "scripts" / "options.py"), "--check"]
     subprocess.run(command, check=True)
     assert set(keyword_types.TrainOptions.__annotations__) == set(setting_names(TrainConfig))
     assert set(keyword_types.SweepOptions.__annotations__) == set(setting_names(SweepConfig))

@@ -33,13 +33,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
 from ..failures import failure_of
-from .distributed_helpers import (
-    digest_of,
-    limit_blas_threads,
-    open_sockets,
-    shut_down,
-    split_by_size,
-)
+from .rank_helpers import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
 
 BUFFER = 32 << 20  # bytes per collective: few messages, and little extra memory
 GRACE = 20.0  # seconds for a process to end after its connections are closed

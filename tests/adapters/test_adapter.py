@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from .adapter import SavedActivations
-from .layers import LINEARS, WHOLE, base_shape
+from .base_layers import LINEARS, WHOLE, base_shape
 from .lora import LoRALinear
 
 

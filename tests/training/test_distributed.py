@@ -16,7 +16,7 @@ import mlx_loraplus as ml
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.training.distributed import World
-from mlx_loraplus.training.distributed_helpers import split_by_size
+from mlx_loraplus.training.rank_helpers import split_by_size
 from mlx_loraplus.training.schedule import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, Runs, do_jobs, wait_for, world

@@ -13,7 +13,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.settings import configure, read_settings
-from mlx_loraplus.training import step_setup
+from mlx_loraplus.training import step_choices
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
 from mlx_loraplus.training.fastest_step import StepTiming, StepWay
 from mlx_loraplus.training.step_choices import StoredCheck, key_of, read_stored, write_stored
@@ -34,7 +34,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def act_as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ``--selfcheck auto`` check, as on a GPU."""
-    monkeypatch.setattr(step_setup, "on_gpu", lambda: True)
+    monkeypatch.setattr(step_choices, "on_gpu", lambda: True)
 
 
 def identity_of(run: ml.Run, step: int = 6) -> Any:
@@ -50,7 +50,7 @@ def test_auto_checks_nothing_on_a_cpu_and_off_nothing_on_a_gpu(
 ):
     runs = [place.run("auto")]
     act_as_gpu(monkeypatch)
-    monkeypatch.setattr(step_setup, "check_step", refuse)
+    monkeypatch.setattr(step_choices, "check_step", refuse)
     runs.append(place.run("off", selfcheck="off", **EAGER))
     for run in runs:
         assert not told(place, "self-check")
@@ -69,7 +69,7 @@ def test_a_run_is_checked_and_tuned_once(place: Place, monkeypatch: pytest.Monke
 
     # The same choices without the tuning give the same run.
     for name in ("check_step", "tune_step"):
-        monkeypatch.setattr(step_setup, name, refuse)
+        monkeypatch.setattr(step_choices, name, refuse)
     second = place.run("second", **EAGER)
     assert "passed before" in place.told_with("self-check")
     assert place.told_with("tuning: ").endswith("(stored)")
