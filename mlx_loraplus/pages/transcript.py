@@ -90,9 +90,10 @@ def differences(expected: str, answer: str) -> list[tuple[ChangeKind, str]]:
     if max(len(wanted), len(given)) > _MAX_WORDS:
         return [("same" if expected == answer else "extra", answer)]
 
-    # Between two unlike answers, single words that both have say nothing.
+    # Between two unlike answers, single words that both have say nothing, unless they are all of
+    # the expected answer.
     matcher = SequenceMatcher(None, wanted, given, autojunk=False)
-    if matcher.ratio() < _MIN_LIKENESS:
+    if matcher.ratio() < _MIN_LIKENESS and expected not in answer:
         return [("extra", answer)]
 
     pieces: list[tuple[ChangeKind, str]] = []

@@ -33,7 +33,10 @@ def answers_section(run: Run) -> Section | None:
     # Own prompts have no expected answers.
     text = "Long answers are cut."
     if any(prompt["expected"] is not None for prompt in prompts):
-        marks = "Shaded words are not in the expected answer; crossed-out words are missing."
+        marks = (
+            "Shaded words are not in the expected answer; crossed-out words are missing. An answer"
+            " that is quite different is shaded whole."
+        )
         text = f"{marks} {text}"
     return Section("Answers to fixed prompts", text, cards=cards)
 

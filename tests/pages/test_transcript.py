@@ -55,6 +55,7 @@ def test_differences_rebuild_both_answers():
 
 def test_unlike_and_very_long_answers_are_not_compared_by_word():
     assert differences("one two three", "I am sorry, but no") == [("extra", "I am sorry, but no")]
+    assert differences("69", "37 + 32 = 69") == [("extra", "37 + 32 = "), ("same", "69")]
     long = "word " * 5000
     assert differences(long, long) == [("same", long)]
     assert differences(long, long + "x") == [("extra", long + "x")]
