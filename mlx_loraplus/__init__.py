@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 # First, because it handles Ctrl-C while the others are imported.
-from . import interrupted_imports as _interrupted_imports  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from . import interrupted_imports as _early  # noqa: F401  # pyright: ignore[reportUnusedImport]
 from ._runtime import check_backend, prepare
 from .errors import (
     AdapterError,
