@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,20 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.stored_files import read_weights
+from mlx_loraplus.adapters.trainable import trainable_summary
+from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.data.batches import Batch, arrays_of
 from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.kernels.cross_entropy import make_loss
+from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.state import Event
+from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
 from mlx_loraplus.training.compiled import CompiledByShape
+from mlx_loraplus.training.optimizer import LoRAPlus
 
 TIMES = {
     "seconds",
@@ -165,3 +173,24 @@ def compiled_choices(loop: trainer.TrainLoop) -> list[Any]:
         for function in functions
         if isinstance(function, CompiledByShape)
     ]
+
+
+def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
+    """Make a step of plain SGD from each way's batches, summed; all must end at the same weights."""
+    before = dict(tree_flatten(model.trainable_parameters()))
+    results = []
+    for batches in ways:
+        model.load_weights(list(before.items()), strict=False)
+        optimizer = LoRAPlus(configure(TrainConfig, {"optimizer": "sgd"}).optimizer, 10)
+        optimizer.init(model, trainable_summary(model).groups)
+        loss = make_loss(split_model(model))
+        accumulate, update = trainer.make_step(model, loss, optimizer, compiled=False)
+        carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
+        for batch in batches[:-1]:
+            carried = accumulate(arrays_of(batch), carried)
+        update(*accumulate(arrays_of(batches[-1]), carried), tokens)
+        results.append(dict(tree_flatten(model.trainable_parameters())))
+
+    for name, value in results[0].items():
+        assert mx.abs(value - results[1][name]).max() < 1e-7, name
+        assert not mx.array_equal(value, before[name])
