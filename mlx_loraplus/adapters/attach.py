@@ -11,12 +11,11 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
-from .adapter import Adapter, Projections
 from .base_layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .excluded_layers import find_unusable
 from .full import check_full, unfreeze_weights
 from .init import initialize
-from .lora import LoRA
+from .lora import Adapter, LoRA, Projections
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded

@@ -34,10 +34,9 @@ from ..files import check_contents, replacing, write_atomically
 from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..userpaths import path_of
-from .adapter import Adapter
 from .attach_saved import attach_saved
 from .base_layers import blocks_of, quantization
-from .lora import LoRA
+from .lora import Adapter, LoRA
 from .stored_files import (
     CONFIG,
     MODULES,

@@ -41,8 +41,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import LINEARS
+from ..adapters.lora import Adapter
 from ..adapters.trainable import find_adapters
 from ..command_config import FuseConfig
 from ..config import TrainConfig

@@ -9,7 +9,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.adapter import Adapter
 from ..adapters.attach import check_rank, layer_class
 from ..adapters.base_layers import (
     EMBEDDINGS,
@@ -18,7 +17,7 @@ from ..adapters.base_layers import (
     blocks_of,
 )
 from ..adapters.full import check_full, trained_modules
-from ..adapters.lora import LoRA
+from ..adapters.lora import Adapter, LoRA
 from ..adapters.target_modules import find_targets, find_trained
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig

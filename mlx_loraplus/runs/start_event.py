@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import weight_norm
+from ..adapters.lora import Adapter
 from ..adapters.trainable import TrainableParams, find_adapters
 from ..config import TrainConfig
 from ..data.batches import Batches
