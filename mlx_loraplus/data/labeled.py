@@ -15,8 +15,9 @@ import numpy as np
 
 from ..config import ObjectiveConfig
 from .batches import Batch, Batches, lay_out
-from .dataset import KIND_NAMES, Examples, Shard
+from .dataset import Examples, Shard
 from .pairs import ComparedExamples
+from .stored_rows import KIND_NAMES
 from .tokenize import Example
 
 # The largest distance from which a mismatched answer is taken

@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 
 from ..errors import counted
-from .dataset import KIND_NAMES, Examples, Shard
+from .dataset import Examples, Shard
 from .row_problems import MOST_KEPT
+from .stored_rows import KIND_NAMES
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from ..config import TrainConfig
 from ..data.batches import Batches
+from ..data.data_problems import group_problems
 from ..data.dataset import Examples
 from ..data.eval_prompts import choose_format, own_eval_prompts
 from ..data.labeled import LabeledExamples
-from ..data.load_data import Data, group_problems, load_data
+from ..data.load_data import Data, load_data
 from ..data.model_limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs

@@ -10,15 +10,17 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
+from mlx_loraplus.data.dataset import SPAN, Examples, Shard
 from mlx_loraplus.data.fields_setting import parse_names
+from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.data.labeled import LabeledBatches, LabeledExamples
 from mlx_loraplus.data.labeled_rows import make_labeled
-from mlx_loraplus.data.load_data import check_rows, load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import ConfigError, DataError
 from mlx_loraplus.settings import configure

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
+from mlx_loraplus.data.dataset import SPAN, Examples, Shard
 from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.split_report import SplitReport
+from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches

@@ -9,7 +9,8 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.fields_setting import parse_names
-from mlx_loraplus.data.load_data import check_rows, load_data
+from mlx_loraplus.data.first_rows import check_rows
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
