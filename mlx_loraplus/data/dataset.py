@@ -24,7 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
 from .document_tokens import encode_document
-from .encoder import Encoder, digest_of
+from .encoder import Encoder, cache_key
 from .readers import read_text
 from .row_digests import exact_digest, system_of
 from .row_notes import notes_on
@@ -193,7 +193,7 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
                 f"{table.name} changed while it was read: start again once it is complete"
             )
 
-    folder = cached_folder("tokens", digest_of(parts), build)
+    folder = cached_folder("tokens", cache_key(parts), build)
 
     # Mark the shard as used, unless the cache is read-only
     with suppress(OSError):

@@ -51,9 +51,9 @@ class Encoder:
             self.make.__name__,
             sorted(self.names.items()),
         ]
-        return digest_of(parts)
+        return cache_key(parts)
 
 
-def digest_of(parts: Sequence[Any]) -> str:
-    """Return a digest of JSON values."""
+def cache_key(parts: Sequence[Any]) -> str:
+    """Return a digest of JSON values, for the name of a folder in the cache."""
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
