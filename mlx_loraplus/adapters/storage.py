@@ -175,6 +175,7 @@ def _stored(adapter: Adapter) -> dict[str, mx.array]:
     # The keys of ``groups`` are the names of the parameters that train.
     arrays = {name: adapter[name] for name in adapter.groups}
     if isinstance(adapter, LoRA):
+        # With a PiSSA start, the stored A and B include it.
         arrays["lora_a"], arrays["lora_b"] = adapter.lora_matrices()
 
     if adapter.owns_base:

@@ -109,14 +109,14 @@ class Examples(Sequence[Example]):
 
     Attributes:
         lengths: Number of input tokens, which end before the last supervised token, (examples,).
-        targets: Number of supervised tokens, (examples,).
+        target_counts: Number of supervised tokens, (examples,).
     """
 
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         self.shards = shards
         self.spans = spans
         self.lengths = spans["inputs"]
-        self.targets = spans["targets"]
+        self.target_counts = spans["targets"]
 
     def __len__(self) -> int:
         return len(self.spans)

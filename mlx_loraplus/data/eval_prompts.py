@@ -57,7 +57,7 @@ def choose_eval_prompts(
             continue
         eval_prompts.append(
             EvalPrompt(
-                source=example.source,
+                source=example.place,
                 tokens=prompt,
                 prompt=tokenizer.decode(prompt),
                 expected=tokenizer.decode(answer),

@@ -94,7 +94,7 @@ class SplitReport:
         self.rows = len(first)
         self.examples = len(examples)
         self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
-        self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
+        self.supervised_tokens = int(examples.target_counts.sum(dtype=np.int64))
 
         kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
         self.kinds = {}

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.attach import check_rank, layer_class
+from ..adapters.attach import check_rank, required_layer_class
 from ..adapters.base_layers import (
     EMBEDDINGS,
     LINEARS,
@@ -126,7 +126,10 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> _Targets:
     largest = max(found, key=lambda path: min(base_shape(found[path])), default=None)
     if largest is not None:
         check_rank(largest, found[largest], config)
-    return [(module, layer_class(config.adapter, module, path)) for path, module in found.items()]
+    return [
+        (module, required_layer_class(config.adapter, module, path))
+        for path, module in found.items()
+    ]
 
 
 def _count_frozen(targets: _Targets, config: AdapterConfig) -> int:

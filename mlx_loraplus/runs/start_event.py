@@ -83,7 +83,7 @@ def _counts_of(split: Examples) -> dict[str, int]:
         "examples": len(split),
         # lengths counts the model's inputs; the last token of an example is only predicted.
         "tokens": int(split.lengths.sum()) + len(split),
-        "supervised": int(split.targets.sum()),
+        "supervised": int(split.target_counts.sum()),
     }
 
 

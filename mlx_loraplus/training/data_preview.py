@@ -293,7 +293,7 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
     If one kind is longer, objectives that sum over an answer's tokens may learn its length.
     """
     if isinstance(train, Pairs):
-        chosen, rejected = train.chosen.targets.mean(), train.rejected.targets.mean()
+        chosen, rejected = train.chosen.target_counts.mean(), train.rejected.target_counts.mean()
         yield Text(f"  chosen answers have {chosen:.1f} tokens, rejected answers {rejected:.1f}")
     if isinstance(train, LabeledExamples):
         for kind, members in (
@@ -301,7 +301,7 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
             ("undesirable", ~train.is_desirable),
         ):
             if members.any():
-                mean = train.targets[members].mean()
+                mean = train.target_counts[members].mean()
                 yield Text(f"  {members.sum():,} {kind} answers, of {mean:.1f} tokens on average")
 
 

@@ -253,7 +253,7 @@ def _score_split(
     return Evaluation(
         split=split,
         examples=len(examples),
-        tokens=int(learned.targets.sum()),
+        tokens=int(learned.target_counts.sum()),
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,

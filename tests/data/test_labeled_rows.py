@@ -148,7 +148,7 @@ def test_mismatched_answers_are_all_answers_at_other_prompts(folder: Path):
     for index, (prompt, answer) in enumerate(others):
         assert (prompt, answer) not in own
         assert examples.mismatched.lengths[index] == len(prompt) + len(answer) - 1
-        assert examples.mismatched.targets[index] == len(answer)
+        assert examples.mismatched.target_counts[index] == len(answer)
 
 
 def test_mismatched_answers_are_no_longer_than_the_longest_example(folder: Path):
@@ -187,11 +187,11 @@ def check_mismatched(examples: LabeledExamples) -> None:
     """Check the sizes of the mismatched answers, some of which are cut."""
     mismatched = examples.mismatched
     assert mismatched.lengths.max() <= examples.lengths.max()
-    assert (mismatched.targets < np.roll(examples.targets, 1)).any()
+    assert (mismatched.target_counts < np.roll(examples.target_counts, 1)).any()
     for index, example in enumerate(mismatched):
         assert example.supervised.any()
         assert np.flatnonzero(example.supervised)[-1] == mismatched.lengths[index]
-        assert example.supervised.sum() == mismatched.targets[index]
+        assert example.supervised.sum() == mismatched.target_counts[index]
 
 
 def test_batches_hold_answers_labels_and_mismatched_answers(folder: Path):

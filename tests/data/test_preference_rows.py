@@ -154,7 +154,7 @@ def test_pairs_stay_together_in_batches_of_similar_lengths(folder: Path):
     for number in range(batches.per_epoch):
         batch = batches[number]
         assert batch.tokens.shape[0] == 8
-        assert batch.sources[::2] == batch.sources[1::2]
+        assert batch.places[::2] == batch.places[1::2]
         members = np.concatenate(batches.rows_of(number))
         assert batch.pairs == len(members)
         assert batch.reference is not None
