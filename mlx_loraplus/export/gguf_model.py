@@ -196,7 +196,7 @@ def tensor_types(
     """Return the type to store each tensor in."""
     types: dict[str, GGMLQuantizationType] = {}
     for tensor, shape in shapes.items():
-        # The biases of experts also have two axes, but they are no matrices.
+        # The biases of experts also have two axes, but they are not matrices.
         is_matrix = len(shape) >= 2 and tensor.endswith(".weight")
         is_small = any(part in tensor for part in _FULL_PRECISION)
         chosen = GGMLQuantizationType.F32
