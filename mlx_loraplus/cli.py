@@ -99,7 +99,7 @@ def train(arguments: Arguments = None) -> None:
         if switches.launch != 1:
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
-        from .data.load_data import check_rows
+        from .data.first_rows import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
         from .runs.progress import make_view, with_browser
@@ -267,7 +267,7 @@ def sweep(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .data.load_data import check_rows
+        from .data.first_rows import check_rows
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
         from .sweep.sweep_folder import check_sweep_folder

@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import full_weight
+from ..adapters.lora import Adapter
 from ..errors import ModelError, join_problems
 from ..models.gguf.architectures import (
     ARCHITECTURES,

@@ -26,8 +26,9 @@ from ..adapters.storage import load_adapter
 from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
+from ..data.first_rows import check_rows
 from ..data.labeled import LabeledExamples
-from ..data.load_data import check_rows, load_data, split_to_evaluate
+from ..data.load_data import load_data, split_to_evaluate
 from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
@@ -252,7 +253,7 @@ def _score_split(
     return Evaluation(
         split=split,
         examples=len(examples),
-        tokens=int(learned.targets.sum()),
+        tokens=int(learned.target_counts.sum()),
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,

@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters
+from ..adapters.storage import write_trained
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
@@ -53,7 +54,7 @@ from .run_fingerprint import (
     keep_intervals,
     model_fingerprint,
 )
-from .run_writer import RunWriter, start_folder, with_choices
+from .run_writer import RunWriter, restore_best, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .self_consistency import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .session import Session
@@ -225,9 +226,12 @@ def _train(model: nn.Module, session: Session) -> None:
         writer.record_error(error)
         raise
 
-    # Put back the adapter of the best validation, and write it with the report.
+    # If the run is complete, put back the adapter of the best validation, and write it.
     try:
-        writer.finish(outcome)
+        with world.sync_errors(), writer.ending(outcome):
+            if world.is_main and run.finished:
+                restore_best(run, model, session.log)
+                write_trained(model, session.tokenizer, run.folder)
     except OutputError as error:
         writer.record_error(error)
         raise
