@@ -35,7 +35,7 @@ from .special_tokens import fast_tokenizer
 from .tokenize import Encoded, Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 16
+_VERSION = 17
 
 # Limits on the rows that are encoded together
 _MAX_ROWS = 512
