@@ -44,6 +44,7 @@ from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .kto import share_ranked
 from .preferences import share_preferred
+from .run_checks import with_model_name
 from .validation import score
 
 _SHOWN = 160  # characters of a prompt's end
@@ -196,7 +197,8 @@ def evaluate(
             whose answer has up to 64 tokens; 0 for none.
         base: The evaluation of another model on the same split, to show for comparison.
         settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
-            answer.
+            answer. Other settings of ``finetune`` may be given, but have no effect: the model is
+            scored as it is.
 
     Raises:
         DataError: The split is empty or can't be read.
@@ -209,7 +211,8 @@ def evaluate(
     """
     if answers < 0:
         raise ConfigError(f"answers is {answers}; allowed are 0 (for none) or more")
-    config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))
+    given = with_model_name(model, store_data(translate(TrainConfig, dict(settings))))
+    config = configure(TrainConfig, given)
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)
 

@@ -40,7 +40,6 @@ from .recorder import choose_prompts, record_events, resume_history, start_histo
 from .reference import add_reference
 from .run_batches import make_batches
 from .run_checks import (
-    check_fresh,
     check_rates,
     check_validation,
     check_world,
@@ -134,7 +133,6 @@ def finetune(
             if world.is_main:
                 check_trackers(config)
                 check_folder(config)
-            check_fresh(model, config)
 
             # Read the data, and choose the sizes that the settings leave to this machine.
             config = resolve_length(config, model, log)

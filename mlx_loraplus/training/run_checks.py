@@ -73,6 +73,11 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     """
     # Weights that an earlier run trained can't be undone.
     trained_in = getattr(model, "trained_in", None)
+    if trains_weights(model) and trained_in is None:
+        raise ConfigError(
+            "attach_adapters made the model's weights train, and a run does so itself: load the"
+            " model again, and give --adapter full"
+        )
     if trains_weights(model):
         raise ConfigError(
             f"the model's weights were trained by an earlier run ({trained_in}): load the model"

@@ -32,6 +32,7 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
+from .run_checks import check_fresh
 
 _SELECTION = ("target_modules", "num_layers")
 _SCALE = ("alpha", "rslora")
@@ -94,7 +95,8 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
         settings: The settings that are given.
 
     Raises:
-        ConfigError: A setting is not allowed, or differs from the adapters' own.
+        ConfigError: A setting is not allowed, or differs from the adapters' own; or as for
+            ``check_fresh``.
         AdapterError: ``resume_adapter_file`` holds no adapter, or an adapter that does not fit.
     """
     # None for rank or quantize is the same as not giving the setting.
@@ -103,6 +105,7 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
         if given.get(name, 0) is None:
             del given[name]
     asked = configure(TrainConfig, given, whole=False)
+    check_fresh(model, asked)
 
     # A resumed run takes its adapters from its own folder, even if it started from other adapters.
     if asked.resume:
