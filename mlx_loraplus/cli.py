@@ -28,7 +28,7 @@ from .command_config import (
 from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .interrupted_imports import INTERRUPTED
-from .launching import launch
+from .launching import check_batch_size, launch
 from .settings import Config, configure, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
@@ -97,6 +97,8 @@ def train(arguments: Arguments = None) -> None:
             log(list_models())
             return
         if switches.launch != 1:
+            if config.parallel == "data":
+                check_batch_size(config.data.batch_size, switches.launch)
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
         from .data.load_data import check_rows
@@ -319,6 +321,8 @@ _OTHER_NAMES = {
     "version": "--version",
     "models": "train --list-models",
     "--list-models": "train --list-models",
+    "list-models": "train --list-models",
+    "list": "train --list-models",
     "test": "train --test",
     "merge": "fuse",
     "convert": "export",
@@ -344,7 +348,7 @@ def main(arguments: Arguments = None) -> None:
         COMMANDS[name](words[1:])
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
-        hint = hint or nearest(name, COMMANDS)
+        hint = hint or nearest(name, [*COMMANDS, "--version", "--help"])
         sys.stderr.write(f"error: {name!r} is not a command{hint}; give {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
 

@@ -331,6 +331,7 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir"), "data"),
     **dict.fromkeys(("columns", "column_mapping"), "fields"),
     **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "launch"),
+    **dict.fromkeys(("quiet", "silent", "verbose", "debug"), "verbosity"),
     "scheduler": "schedule",
     "epochs": "iters",
     **dict.fromkeys(("quantize", "q_bits"), "bits"),

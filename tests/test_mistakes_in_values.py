@@ -51,6 +51,8 @@ MORE_MISTAKES = [
     ("{T} --deepspeed zero2.json", "--launch and --parallel train in several processes"),
     ("{T} --quantization-bit 4", "give a model of 4 bits"),
     ("version", "did you mean '--version'?"),
+    ("list-models", "did you mean 'train --list-models'?"),
+    ("--versoin", "did you mean '--version'?"),
     ("models", "did you mean 'train --list-models'?"),
     # texts without their flag
     ("generate run 'what is 1 + 1'", "a prompt follows --prompt, as in --prompt 'what is 1 + 1'"),

@@ -71,19 +71,19 @@ def check_rows(config: TrainConfig) -> None:
     # Only to raise an error if valid_split contradicts the files
     _holds_out(config.data, sources)
 
-    bad = 0
+    bad = rows = 0
     places: list[str] = []
     for source in sources:
         for table in chain(*source.values()):
             # Reading the rows collects their problems
             problems = RowProblems()
             for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
-                pass
+                rows += 1
             bad += problems.bad
             places += problems.places(table.name)
 
     if bad and config.data.on_bad == "error":
-        raise DataError(_bad_rows(places, bad, needed))
+        raise DataError(_bad_rows(places, bad, needed, are_all=not rows))
 
 
 def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
@@ -280,7 +280,8 @@ def _find_problems(settings: DataConfig, data: Data, needed: str) -> list[str]:
     bad = sum(report.bad for report in reports)
     if bad and settings.on_bad == "error":
         bad_rows = chain(*(report.bad_rows for report in reports))
-        problems.append(_bad_rows(bad_rows, bad, needed))
+        are_all = not any(len(examples) for examples in data.examples.values())
+        problems.append(_bad_rows(bad_rows, bad, needed, are_all=are_all))
 
     # Long rows
     long = sum(report.long for report in reports)
@@ -329,8 +330,9 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     return grouped
 
 
-def _bad_rows(problems: Iterable[str], count: int, needed: str) -> str:
+def _bad_rows(problems: Iterable[str], count: int, needed: str, *, are_all: bool) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    return f"{number}{found}; a row needs {needed}; --on-bad drop skips bad rows"
+    skip = "" if are_all else "; --on-bad drop skips bad rows"
+    return f"{number}{found}; a row needs {needed}{skip}"
