@@ -348,7 +348,7 @@ def main(arguments: Arguments = None) -> None:
         COMMANDS[name](words[1:])
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
-        hint = hint or nearest(name, [*COMMANDS, "--version", "--help"])
+        hint = hint or nearest(name, COMMANDS)
         sys.stderr.write(f"error: {name!r} is not a command{hint}; give {', '.join(COMMANDS)}\n")
         raise SystemExit(2)
 
