@@ -28,7 +28,7 @@ from .command_config import (
 from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .interrupted_imports import INTERRUPTED
-from .launching import launch
+from .launching import check_batch_size, launch
 from .settings import Config, configure, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
@@ -97,6 +97,8 @@ def train(arguments: Arguments = None) -> None:
             log(list_models())
             return
         if switches.launch != 1:
+            if config.parallel == "data":
+                check_batch_size(config.data.batch_size, switches.launch)
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
         from .data.first_rows import check_rows
@@ -319,6 +321,8 @@ _OTHER_NAMES = {
     "version": "--version",
     "models": "train --list-models",
     "--list-models": "train --list-models",
+    "list-models": "train --list-models",
+    "list": "train --list-models",
     "test": "train --test",
     "merge": "fuse",
     "convert": "export",

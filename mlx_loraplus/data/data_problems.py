@@ -31,7 +31,8 @@ def find_problems(
     bad = sum(report.bad for report in reports.values())
     if bad and settings.on_bad == "error":
         bad_rows = chain(*(report.bad_rows for report in reports.values()))
-        problems.append(describe_bad_rows(bad_rows, bad, needed))
+        are_all = not any(len(found) for found in examples.values())
+        problems.append(describe_bad_rows(bad_rows, bad, needed, are_all=are_all))
 
     # Long rows
     long = sum(report.long for report in reports.values())
@@ -80,8 +81,11 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     return grouped
 
 
-def describe_bad_rows(problems: Iterable[str], count: int, needed: str) -> str:
+def describe_bad_rows(
+    problems: Iterable[str], count: int, needed: str, *, are_all: bool
+) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    return f"{number}{found}; a row needs {needed}; --on-bad drop skips bad rows"
+    skip = "" if are_all else "; --on-bad drop skips bad rows"
+    return f"{number}{found}; a row needs {needed}{skip}"

@@ -31,16 +31,16 @@ def check_rows(config: TrainConfig) -> None:
     # Only to raise an error if valid_split contradicts the files
     has_holdout(config.data, sources)
 
-    bad = 0
+    bad = rows = 0
     places: list[str] = []
     for source in sources:
         for table in chain(*source.values()):
             # Reading the rows collects their problems
             problems = RowProblems()
             for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
-                pass
+                rows += 1
             bad += problems.bad
             places += problems.places(table.name)
 
     if bad and config.data.on_bad == "error":
-        raise DataError(describe_bad_rows(places, bad, needed))
+        raise DataError(describe_bad_rows(places, bad, needed, are_all=not rows))

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
+from ..adapters.stored_files import RUN_SETTINGS, adapter_files, check_not_peft, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.first_rows import check_rows
@@ -287,6 +287,7 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Find the run's adapter, or the model if its weights were trained.
     folder, weights = adapter_files(Path(config.adapter_path))
     is_full = is_model_folder(folder)
+    check_not_peft(folder)
     if not is_full and not (folder / weights).is_file():
         raise AdapterError(
             f"{config.adapter_path} holds no adapter: train one first, without --test"

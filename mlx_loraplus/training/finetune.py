@@ -1,7 +1,9 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Unpack
 
 import mlx.core as mx
@@ -98,7 +100,7 @@ def finetune(
         model: From ``load``.
         tokenizer: From ``load``.
         log: Called with each line that a terminal would show, e.g. ``print``. Without it, a
-            notebook shows a live plot of the losses, and a script shows nothing.
+            notebook shows a live plot of the losses, and a script shows only warnings.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``TrainConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
             ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
@@ -178,13 +180,12 @@ def _choose_outputs(
     if not world.is_main:
         return quiet, callback or Lines(quiet)
 
-    # Without a log, a notebook shows a live plot and warnings, and a script shows nothing.
+    # Without a log, a notebook shows a live plot and warnings, and a script shows warnings.
     if log is not None:
         return log, callback or Lines(log)
-    if in_notebook():
-        shown = Lines(print, "quiet")
-        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
-    return quiet, callback or Lines(quiet)
+    shown = Lines(print if in_notebook() else partial(print, file=sys.stderr), "quiet")
+    plot = LivePlot() if in_notebook() else Lines(quiet)
+    return lambda line: shown.log(in_keywords(line)), callback or plot
 
 
 def _train(model: nn.Module, session: Session) -> None:
