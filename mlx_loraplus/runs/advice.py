@@ -6,11 +6,11 @@ from .history import Run
 from .verdict import (
     Trend,
     Verdict,
-    answers_shortfall,
     diverged_at,
     ends_too_early,
     fall_of_chosen,
     is_all_ranked,
+    ranking_shortfall,
     rose_since,
     shortfall,
     took_effect,
@@ -57,10 +57,11 @@ def _advice_on_answers(run: Run, found: Verdict) -> str | None:
 
 def _remedy_for_shortfall(run: Run, found: Verdict) -> str:
     """Return what to do before a model is used whose loss fell, but whose answers are not right."""
-    look = "check the data and the answers before you fuse"
-    if answers_shortfall(found) is not None:
-        look = "read them before you fuse, and if they are wrong"
-    return f"{look}, {_remedy_by_trend(run, found)}"
+    judged = "pairs" if run.config.objective.is_paired else "labels"
+    condition = f"check that the {judged} are right, and if they are"
+    if ranking_shortfall(run, found) is None:
+        condition = "read them before you use the model, and if they are wrong"
+    return f"{condition}, {_remedy_by_trend(run, found)}"
 
 
 def _remedy_by_trend(run: Run, found: Verdict) -> str:

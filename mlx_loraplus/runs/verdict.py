@@ -30,7 +30,7 @@ _FALL = 0.05  # share of the whole fall
 _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
-_FEW = 0.5  # share of right answers, from which on a lower loss is worth a praise
+_FEW = 0.5  # share of right answers; with fewer, a lower loss is not enough
 _CHANCE = 0.5  # share of labeled answers that are ranked right by chance
 _LOSS_OF_LARGE = 20.0  # nats per token, beyond which a perplexity says nothing
 
@@ -289,7 +289,7 @@ def ranking_shortfall(run: "Run", found: Verdict) -> str | None:
         return None
     before, after = found.ranked
     what = "pairs" if run.config.objective.is_paired else "answers"
-    if after < before:
+    if after < before and percent(after) != percent(before):
         change = f"{percent(before)} -> {percent(after)}"
         return f"fewer validation {what} are ranked right than before training ({change})"
     if after <= _FEW:
