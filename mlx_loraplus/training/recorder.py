@@ -10,11 +10,12 @@ import mlx.nn as nn
 from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.model_limits import check_prompt, limits_of
-from ..inference.generate import answer_questions
+from ..inference.generate import answer_length, answer_questions
 from ..memory.plan import compare_with_plan
+from ..runs.advice import remedy_for_fall
 from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
-from ..runs.verdict import fall_of_chosen, remedy_for_fall
+from ..runs.verdict import fall_of_chosen
 from .checkpoint import Checkpoint, restore
 from .fastest_step import way_of
 from .session import Session
@@ -63,6 +64,8 @@ def start_history(
         grad_checkpoint=state.grad_checkpoint,
     )
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
+    if eval_prompts:
+        event["answer_tokens"] = answer_length(eval_prompts)
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
 
@@ -91,8 +94,10 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     run.history = checkpoint.history
     session.log(f"resume: from step {run.progress.step} of {steps}")
 
-    # The number of steps may have changed.
-    run.planned = run.history[0]["steps"] = steps
+    # The number of steps may have changed. The page says where the run was resumed.
+    start = run.history[0]
+    run.planned = start["steps"] = steps
+    start["resumed"] = sorted({*start.get("resumed", []), run.progress.step})
 
 
 def record_events(
