@@ -308,4 +308,5 @@ def answers_shortfall(found: Verdict) -> str | None:
         return None
     if count == 1:
         return "the sample answer still differs from the expected one"
-    return f"{count - after} of {count} sample answers still differ from the expected ones"
+    wrong = f"{count - after} of {count}" if after else f"all {count}"
+    return f"{wrong} sample answers still differ from the expected ones"
