@@ -19,6 +19,7 @@ from .errors import LoRAPlusError
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
 _END = re.compile(r"[;:,.)]+$")
+_RUN_FILE = re.compile(r"\(-c (\S[^()]*run\.yaml)\)")
 
 # Pairs as a shell takes them; an apostrophe in quotes is written '"'"'.
 _PAIRS = re.compile(r"""--fields((?: (?='?\w+=)(?:'[^']*'|"[^"]*"|[^\s;,)'"])+)+)""")
@@ -63,6 +64,7 @@ def in_keywords(message: str) -> str:
     """
     before, command, rest = message.partition(_COMMAND)
     before = _PAIRS.sub(_write_fields, before)
+    before = _RUN_FILE.sub(r"(see \1)", before)
     before = _FLAG.sub(_write_keyword, before)
     before = _OR_VALUES.sub(_quote_others, before)
     return _NEIGHBOURS.sub(r"\1, ", before) + command + rest

@@ -1,5 +1,6 @@
 """The types of settings: what values they accept, and the forms that they convert."""
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping
@@ -32,6 +33,22 @@ def number_hint(written: str, *, whole: bool) -> str:
     if whole and not value.is_integer():
         return ""
     return f" (write {value:.0f})" if value.is_integer() else f" (write {value:g})"
+
+
+def find_booleans(values: Mapping[str, Any], config: Any) -> list[str]:
+    """Return one line for each number that is given as True or False, which pydantic accepts."""
+    problems: list[str] = []
+    for name, value in values.items():
+        found = getattr(config, name)
+        if isinstance(value, Mapping) and dataclasses.is_dataclass(found):
+            problems += find_booleans(value, found)
+            continue
+
+        given = value if isinstance(value, list | tuple) else [value]
+        made = found if isinstance(found, tuple) else [found]
+        if any(type(item) is bool for item in given) and type(made[0]) in (int, float):
+            problems.append(f"{name} must be a number, not {value!r:.80}")
+    return problems
 
 
 def _as_names(value: Any) -> Any:

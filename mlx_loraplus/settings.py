@@ -29,7 +29,7 @@ from .conflicts import adapter_conflicts, find_conflicts
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
 from .foreign_names import NESTED, foreign_hint, meant_setting
-from .setting_types import number_hint
+from .setting_types import find_booleans, number_hint
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -168,9 +168,14 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
     """
     try:
-        return _validator(kind).validate_python(values)
+        config = _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
+
+    booleans = find_booleans(values, config)
+    if booleans:
+        raise ConfigError(join_problems([*problems, *booleans]))
+    return config
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
@@ -363,7 +368,7 @@ def _describe(details: Iterable[Any]) -> list[str]:
         if detail["type"] == "too_short" and detail["input"]:
             continue  # a value in the list was refused, which is reported itself
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
-        message = message.partition(" after ")[0].replace("Tuple should", "must")
+        message = re.sub("^(Tuple|Value) should", "must", message.partition(" after ")[0])
         message = message.replace("should be", "must be").replace("valid tuple", "list of values")
         message = message.partition(", got ")[0]
 

@@ -66,6 +66,13 @@ PYTHON = [
     ("Run.load('tiny')", "give the folder of a run"),
     # values as people write them
     ("finetune(model, tokenizer, data='sums', batch_size=2.5)", "a valid integer or 'auto', not 2.5"),
+    ("finetune(model, tokenizer, data='sums', rank=True)", "rank must be a number, not True"),
+    ("finetune(model, tokenizer, data=['sums'], data_weights=[True])", "data_weights must be a number, not [True]"),
+    ("finetune(model, tokenizer, data='sums', target_modules=[])", "target_modules must have at least 1 item"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True)", "take them from the run (see run/run.yaml)"),
+    ("find_rate(model, tokenizer, data='sums', resume=True)", "leave out resume"),
+    ("evaluate(model, tokenizer, data='sums', model='other')", "is not the model given"),
+    ("LoRAPlus(ml.OptimizerConfig(), 10).init(model.freeze(), {})", "call attach_adapters first"),
     ("finetune(model, tokenizer, data='sums', iters='ten')", "iters must be a valid integer, not 'ten'"),
     ("finetune(model, tokenizer, data='sums', valid_split='10%')", "not '10%' (write 0.1)"),
     ("finetune(model, tokenizer, data='sums', adapter='LoRA')", "(did you mean 'lora'?)"),

@@ -1,4 +1,4 @@
-"""Find duplicate training rows, and validation and test rows that are also in train."""
+"""Find duplicate training rows, and validation and test rows that are also in another split."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Overlap:
     Attributes:
         what: Description of the rows.
         count: Number of rows.
-        pairs: Locations of the first rows, each with that of the training row that it repeats.
+        pairs: Locations of the first rows, each with that of the row that it repeats.
         leak: Whether the rows make a validation or test loss too optimistic.
     """
 
@@ -45,12 +45,23 @@ class Overlap:
 
 
 def find_overlaps(splits: Mapping[SplitName, Examples]) -> Iterator[Overlap]:
-    """Yield the overlaps of each kind, including those with a count of 0."""
+    """Yield the overlaps of each kind with train, including those with a count of 0.
+
+    Overlaps of test with valid, by which the best adapter is chosen, follow if there are some.
+    """
     train = _first_examples(splits["train"])
     yield _duplicates(train)
+
+    evaluated: dict[SplitName, Examples] = {}
     for split in ("valid", "test"):
         if len(splits.get(split, ())):
-            yield from _leaks(split, _first_examples(splits[split]), train)
+            evaluated[split] = _first_examples(splits[split])
+            yield from _leaks(split, evaluated[split], "train", train)
+
+    if len(evaluated) == 2:
+        for overlap in _leaks("test", evaluated["test"], "valid", evaluated["valid"]):
+            if overlap.count:
+                yield overlap
 
 
 def _first_examples(examples: Examples) -> Examples:
@@ -69,18 +80,18 @@ def _duplicates(train: Examples) -> Overlap:
     return Overlap("duplicates in train", len(repeated), pairs, leak=False)
 
 
-def _leaks(split: str, examples: Examples, train: Examples) -> Iterator[Overlap]:
-    """Yield the rows of a split that are in train: whole, by prompt, and by conversation."""
-    found = find_conversations([*train.shards, *examples.shards])
-    in_train = train.pick(found[: len(train.shards)])
-    in_split = examples.pick(found[len(train.shards) :])
+def _leaks(split: str, examples: Examples, other: str, others: Examples) -> Iterator[Overlap]:
+    """Yield the rows of a split that are in another: whole, by prompt, and by conversation."""
+    found = find_conversations([*others.shards, *examples.shards])
+    in_other = others.pick(found[: len(others.shards)])
+    in_split = examples.pick(found[len(others.shards) :])
     kinds = {
-        f"{split} rows that are in train": (train.of_rows("whole"), examples.of_rows("whole")),
-        f"{split} rows whose prompt is in train, with another answer": (
-            train.of_rows("asked"),
+        f"{split} rows that are in {other}": (others.of_rows("whole"), examples.of_rows("whole")),
+        f"{split} rows whose prompt is in {other}, with another answer": (
+            others.of_rows("asked"),
             examples.of_rows("asked"),
         ),
-        f"{split} rows whose conversation or text begins like one in train": (in_train, in_split),
+        f"{split} rows whose conversation or text begins like one in {other}": (in_other, in_split),
     }
 
     # Count each row only for the first kind of overlap that it has
@@ -91,15 +102,15 @@ def _leaks(split: str, examples: Examples, train: Examples) -> Iterator[Overlap]
 
         values, first = np.unique(known, return_index=True)
         rows = np.flatnonzero(is_leak)
-        train_rows = first[np.searchsorted(values, digests[rows])]
-        yield Overlap(what, len(rows), _pairs(examples, rows, train, train_rows), leak=True)
+        other_rows = first[np.searchsorted(values, digests[rows])]
+        yield Overlap(what, len(rows), _pairs(examples, rows, others, other_rows), leak=True)
 
 
 def _pairs(
-    split: Examples, rows: np.ndarray, train: Examples, train_rows: np.ndarray
+    split: Examples, rows: np.ndarray, others: Examples, other_rows: np.ndarray
 ) -> list[tuple[str, str]]:
-    """Return the locations of the first rows and of the training rows that they repeat."""
+    """Return the locations of the first rows and of the rows that they repeat."""
     pairs: list[tuple[str, str]] = []
-    for row, train_row in zip(rows[:_MAX_PAIRS], train_rows[:_MAX_PAIRS], strict=True):
-        pairs.append((split.place(int(row)), train.place(int(train_row))))
+    for row, other_row in zip(rows[:_MAX_PAIRS], other_rows[:_MAX_PAIRS], strict=True):
+        pairs.append((split.place(int(row)), others.place(int(other_row))))
     return pairs

@@ -5,7 +5,8 @@ the next row's prompt. Plain text has no messages to compare. The text of all me
 compared, ignoring white space, case and Unicode forms. A beginning counts if it
 
 - has at least ``SHORTEST`` characters, and
-- ends where one of the first ``_WORD_ENDS`` words ends, or a line ends or a tag begins.
+- ends where one of the first ``_WORD_ENDS`` words ends, or a sentence or a line ends, or a tag
+  begins.
 
 At most ``_MOST`` beginnings of a row are compared.
 
@@ -28,6 +29,7 @@ LONGEST = 2**16  # characters of a text that are compared
 _WORD_ENDS = 64  # beginnings of a text that may end at any word
 _MOST = 1024  # beginnings of a text
 _TAGS = "<[#"  # characters that often begin a turn
+_SENTENCE_ENDS = ".!?:"  # followed by white space
 
 
 class TextDigests(NamedTuple):
@@ -98,7 +100,7 @@ def _characters(text: str) -> np.ndarray:
 
 
 def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """Return the lengths of the beginnings that end at a word, a line or a tag, in order.
+    """Return the lengths of the beginnings that end at a word, sentence, line or tag, in order.
 
     Args:
         characters: All characters.
@@ -108,11 +110,17 @@ def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
     letters = np.strings.isalnum(characters[kept])
     starts_tag = np.isin(characters[kept[1:]], list(_TAGS))
 
+    # A full stop of Chinese or Japanese needs no white space after it
+    before = characters[kept[:-1]]
+    is_before_space = np.diff(kept) > 1
+    ends_sentence = np.isin(before, list(_SENTENCE_ENDS)) & is_before_space
+    ends_sentence |= before == "。"
+
     # Compare each character with the next one
     ends_line = (lines[1:] != lines[:-1]) | starts_tag
-    ends_word = ends_line | (np.diff(kept) > 1) | ~letters[1:] | ~letters[:-1]
+    ends_word = ends_line | is_before_space | ~letters[1:] | ~letters[:-1]
     ends_word &= np.cumsum(ends_word) <= _WORD_ENDS
-    return np.flatnonzero(ends_line | ends_word) + 1
+    return np.flatnonzero(ends_line | ends_sentence | ends_word) + 1
 
 
 @cache

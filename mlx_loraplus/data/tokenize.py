@@ -71,12 +71,12 @@ class Example:
         tokens: Token ids, int32, shape (length,).
         supervised: Whether each token is a training target, bool, shape (length,). It is predicted
             from the tokens before it. The first token is never a target.
-        source: Location of the row, such as "train.jsonl:17".
+        place: Location of the row, such as "train.jsonl:17".
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
-    source: str = ""
+    place: str = ""
 
 
 @dataclass

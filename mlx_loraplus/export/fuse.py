@@ -113,6 +113,11 @@ def fuse_adapter(
         _dequantize_all(model, dtype, dtypes)
     elif bits != "auto" and not was_quantized:
         quantize_plain(model, bits)
+
+    # A run on the fused model must not name the model that was loaded, whose weights differ.
+    for name in ("loaded_as", "exact_name"):
+        if hasattr(model, name):
+            delattr(model, name)
     return changes
 
 

@@ -57,7 +57,7 @@ from ..files import read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
-from .state import Event, Outcome, Progress
+from .state import COMPLETE, Event, Outcome, Progress
 from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
@@ -173,7 +173,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether training is complete, so that there is nothing to resume."""
-        return self.outcome in ("finished", "stopped early")
+        return self.outcome in COMPLETE
 
     @property
     def verdict(self) -> Verdict:

@@ -23,11 +23,12 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
+from ..adapters.stored_files import RUN_SETTINGS, adapter_files, check_not_peft, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
+from ..data.first_rows import check_rows
 from ..data.labeled import LabeledExamples
-from ..data.load_data import check_rows, load_data, split_to_evaluate
+from ..data.load_data import load_data, split_to_evaluate
 from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
@@ -43,6 +44,7 @@ from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .kto import share_ranked
 from .preferences import share_preferred
+from .run_checks import with_model_name
 from .validation import score
 
 _SHOWN = 160  # characters of a prompt's end
@@ -195,7 +197,8 @@ def evaluate(
             whose answer has up to 64 tokens; 0 for none.
         base: The evaluation of another model on the same split, to show for comparison.
         settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
-            answer.
+            answer. Other settings of ``finetune`` may be given, but have no effect: the model is
+            scored as it is.
 
     Raises:
         DataError: The split is empty or can't be read.
@@ -208,7 +211,8 @@ def evaluate(
     """
     if answers < 0:
         raise ConfigError(f"answers is {answers}; allowed are 0 (for none) or more")
-    config = configure(TrainConfig, store_data(translate(TrainConfig, dict(settings))))
+    given = with_model_name(model, store_data(translate(TrainConfig, dict(settings))))
+    config = configure(TrainConfig, given)
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)
 
@@ -252,7 +256,7 @@ def _score_split(
     return Evaluation(
         split=split,
         examples=len(examples),
-        tokens=int(learned.targets.sum()),
+        tokens=int(learned.target_counts.sum()),
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,
@@ -283,6 +287,7 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Find the run's adapter, or the model if its weights were trained.
     folder, weights = adapter_files(Path(config.adapter_path))
     is_full = is_model_folder(folder)
+    check_not_peft(folder)
     if not is_full and not (folder / weights).is_file():
         raise AdapterError(
             f"{config.adapter_path} holds no adapter: train one first, without --test"

@@ -19,7 +19,7 @@ from ..runs.progress import quiet
 from .distributed import World
 from .finetune import start_state
 from .rate_search import RateSearch, search_rate
-from .run_checks import check_fresh, check_world, with_model_name
+from .run_checks import check_world, with_model_name
 from .session import Session
 from .starting_adapter import take_over
 
@@ -35,7 +35,7 @@ def find_rate(
     Args:
         model: From ``load``, with or without an adapter.
         tokenizer: From ``load``.
-        settings: The settings of ``finetune``, without ``learning_rate``.
+        settings: The settings of ``finetune``, without ``learning_rate`` and ``resume``.
 
     Returns:
         The search, with its ``rate`` and the rates that were tried.
@@ -54,12 +54,13 @@ def find_rate(
     given = translate(TrainConfig, dict(settings))
     if given.get("learning_rate") not in (None, "auto"):
         raise ConfigError("find_rate finds the learning_rate: leave it out")
+    if given.get("resume"):
+        raise ConfigError("find_rate finds the rate of a new run: leave out resume")
     config = take_over(model, with_model_name(model, store_data(given | {"learning_rate": "auto"})))
 
     # Read the data, and choose the sizes that the settings leave to this machine.
     world = World.join(config.parallel)
     with world.sync_errors():
-        check_fresh(model, config)
         config = resolve_length(config, model)
         examples = load_examples(config, tokenizer, quiet)
         check_examples(limits_of(model), examples, tokenizer, quiet)

@@ -342,8 +342,11 @@ def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str])
     """Check that each parameter that trains has a group with a rate.
 
     Raises:
-        ConfigError: A parameter has no group, or a group has no parameter or no rate.
+        ConfigError: Nothing trains, a parameter has no group, or a group has no parameter or no
+            rate.
     """
+    if not parameters:
+        raise ConfigError("the model has nothing to train: call attach_adapters first")
     if parameters.keys() != groups.keys():
         raise ConfigError(
             "the groups must cover what trains:"

@@ -15,9 +15,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..adapters.adapter import Adapter
 from ..adapters.dropout import Dropout
-from ..adapters.lora import LoRA
+from ..adapters.lora import Adapter, LoRA
 from ..adapters.storage import adapter_folder, load_adapter
 from ..adapters.target_modules import find_targets, find_trained
 from ..adapters.trainable import (
@@ -33,6 +32,7 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
+from .run_checks import check_fresh
 
 _SELECTION = ("target_modules", "num_layers")
 _SCALE = ("alpha", "rslora")
@@ -95,7 +95,8 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
         settings: The settings that are given.
 
     Raises:
-        ConfigError: A setting is not allowed, or differs from the adapters' own.
+        ConfigError: A setting is not allowed, or differs from the adapters' own; or as for
+            ``check_fresh``.
         AdapterError: ``resume_adapter_file`` holds no adapter, or an adapter that does not fit.
     """
     # None for rank or quantize is the same as not giving the setting.
@@ -104,6 +105,7 @@ def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
         if given.get(name, 0) is None:
             del given[name]
     asked = configure(TrainConfig, given, whole=False)
+    check_fresh(model, asked)
 
     # A resumed run takes its adapters from its own folder, even if it started from other adapters.
     if asked.resume:

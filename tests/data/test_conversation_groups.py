@@ -32,6 +32,11 @@ def tags(number: int, turns: int) -> str:
     return "".join(f"<s>[INST]is it {number}.{turn}?[/INST]yes</s>" for turn in range(turns))
 
 
+def sentences(number: int, turns: int) -> str:
+    """Return turns that are longer than the beginnings that may end at any word."""
+    return " ".join(f"Fact {number}.{turn}: " + "so it is " * 30 + "." for turn in range(turns))
+
+
 def chinese(number: int, turns: int) -> str:
     return "".join(f"第{number}个城市在哪里。它在{turn}号地图的上面。" for turn in range(turns))
 
@@ -61,6 +66,7 @@ FORMS = {
     "lines": lambda number, turns: {"text": lines(number, turns + 1)},
     "words": lambda number, turns: {"text": words(number, turns + 1)},
     "tags": lambda number, turns: {"text": tags(number, turns + 1)},
+    "sentences": lambda number, turns: {"text": sentences(number, turns + 1)},
     "chinese": lambda number, turns: {"text": chinese(number, turns + 1)},
     "prompts": prompt_row,
     "chats of one turn": chat_row,

@@ -49,6 +49,16 @@ def test_a_conversation_that_begins_in_train_is_reported(tmp_path: Path, letters
     ]
 
 
+def test_a_test_row_that_chose_the_best_adapter_is_reported(tmp_path: Path, letters):
+    train, other = (
+        '{"prompt": "first", "completion": "b"}',
+        '{"prompt": "next", "completion": "b"}',
+    )
+    folder = write(tmp_path / "data", train=train, valid=other, test=other)
+    told = [str(each) for each in find_overlaps(load(letters(), folder).examples) if each.count]
+    assert told == ["1 test row that is in valid (test.jsonl:1 = valid.jsonl:1)"]
+
+
 def test_a_message_of_weight_0_is_not_learned(tmp_path: Path, letters):
     messages = conversation(0, 2)
     messages[2]["weight"] = 0  # type: ignore[assignment]

@@ -233,7 +233,7 @@ def test_the_command_says_what_is_wrong(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     for words, told in (
-        ([str(runs / "nowhere")], "is no folder"),
+        ([str(runs / "nowhere")], "is not a folder"),
         ([str(runs), "--port", "70000"], "port"),
         ([str(runs), "--host", "203.0.113.7"], "can't be used"),
     ):

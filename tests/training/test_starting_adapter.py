@@ -100,6 +100,8 @@ def test_a_second_run_on_one_model_does_not_continue_the_first(place: Place):
         ml.ConfigError, match=r"still has the adapters of an earlier run .* load the model again"
     ):
         finetune(place, start, lr_ratio=1)
+    with pytest.raises(ml.ConfigError, match="still has the adapters of an earlier run"):
+        finetune(place, start, adapter="dora")
     on = ml.load(str(place.folder / "model"), str(first.folder)), {}
     assert finetune(place, on).losses("valid_loss")[0][1] == first.losses("valid_loss")[-1][1]
 
@@ -110,6 +112,22 @@ def test_a_model_of_another_name_is_refused(place: Place):
         finetune(place, start, model="gemma-3")
     start[0][0].loaded_as = None
     assert finetune(place, start).config.model == "a llama model loaded elsewhere"
+
+
+def test_a_run_on_a_model_that_was_fused_in_memory_does_not_name_the_loaded_model(place: Place):
+    (model, tokenizer), _ = begin(place, "model")
+    ml.fuse_adapter(model)
+    run = finetune(place, ((model, tokenizer), {}))
+    assert run.config.model == "a llama model loaded elsewhere"
+    with pytest.raises(ml.AdapterError, match="does not say which model it belongs to"):
+        ml.load(str(run.folder))
+
+
+def test_a_model_whose_weights_were_made_to_train_is_refused(place: Place):
+    start: Any = (ml.load(str(place.folder / "model")), {})
+    ml.attach_adapters(start[0][0], AdapterConfig(adapter="full"))
+    with pytest.raises(ml.ConfigError, match="load the model again, and give adapter="):
+        finetune(place, start)
 
 
 def test_the_command_knows_which_settings_were_given(
