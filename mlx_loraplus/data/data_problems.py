@@ -81,9 +81,7 @@ def group_problems(problems: Iterable[str]) -> list[str]:
     return grouped
 
 
-def describe_bad_rows(
-    problems: Iterable[str], count: int, needed: str, *, are_all: bool
-) -> str:
+def describe_bad_rows(problems: Iterable[str], count: int, needed: str, *, are_all: bool) -> str:
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
