@@ -1,6 +1,7 @@
-"""The verdict on a run: what training changed, how long it took, and what to do next.
+"""The verdict on a run: what training changed, how long it took, and what is not right yet.
 
-Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
+Validation losses decide the trend; ``advice.py`` says what to do next. With the best loss b,
+reached at step n, and the loss before training f:
 
 - diverged: the last loss is not a finite number, or b ≥ f and skipped steps have ended the run
 - not better: b ≥ f
@@ -11,6 +12,10 @@ Validation losses decide. With the best loss b, reached at step n, and the loss 
 
 Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
 validations after the first: so little can be chance.
+
+A lower loss is not all that matters. What falls short, although the loss fell, are the answers, if
+fewer than half of the sample answers are exact, and the ranking of preferences, if at most half of
+the validation answers are ranked right; and each, if it was better before training.
 """
 
 import math
@@ -308,4 +313,5 @@ def answers_shortfall(found: Verdict) -> str | None:
         return None
     if count == 1:
         return "the sample answer still differs from the expected one"
-    return f"{count - after} of {count} sample answers still differ from the expected ones"
+    wrong = f"{count - after} of {count}" if after else f"all {count}"
+    return f"{wrong} sample answers still differ from the expected ones"

@@ -132,7 +132,7 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
 @pytest.mark.parametrize(
     ("right", "lead", "advised"),
     [
-        ({0: 0, 6: 0}, "but the answers still differ from the expected ones. 0 of 6 sample answers are exact, as before", "6 of 6 sample answers still differ from the expected ones: read them before you use the model, and if they are wrong, train longer"),
+        ({0: 0, 6: 0}, "but the answers still differ from the expected ones. 0 of 6 sample answers are exact, as before", "all 6 sample answers still differ from the expected ones: read them before you use the model, and if they are wrong, train longer"),
         ({0: 0, 6: 2}, "but the answers still differ from the expected ones. 2 of 6 sample answers are exact; before", "4 of 6 sample answers still differ"),
         ({0: 5, 6: 3}, "but the answers still differ", "fewer sample answers are exact than before training (5 -> 3)"),
         ({0: 2, 6: 3}, "Better than the base model: the validation loss is 70% lower. 3 of 6", ""),
