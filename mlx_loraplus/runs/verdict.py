@@ -1,6 +1,7 @@
 """The verdict on a run: what training changed, how long it took, and what is not right yet.
 
-Validation losses decide the trend; ``advice.py`` says what to do next. With the best loss b, reached at step n, and the loss before training f:
+Validation losses decide the trend; ``advice.py`` says what to do next. With the best loss b,
+reached at step n, and the loss before training f:
 
 - diverged: the last loss is not a finite number, or b ≥ f and skipped steps have ended the run
 - not better: b ≥ f
