@@ -35,7 +35,7 @@ class SavedActivations(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """A frozen base layer and a change s L R of its weight W.
+    """A frozen base layer and a change s L R of its weight W; for LoRA, L is B and R is A.
 
     The constructor of a layer takes (base, rank, scale, dropout), or (base, projections, dropout)
     if the kind sets ``make_projections``. A layer class defines ``groups``, ``shapes``,

@@ -2,9 +2,9 @@
 
 The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
-The rows are shuffled and divided into sections, and each section is sorted by length. The sections
-are divided into batches, and the order of the batches is shuffled. An epoch uses every example
-once and includes the last, partial batch. Batches are padded to the few shapes of a
+The examples are shuffled and divided into sections, and each section is sorted by length. The
+sections are divided into batches, and the order of the batches is shuffled. An epoch uses every
+example once and includes the last, partial batch. Batches are padded to the few shapes of a
 ``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
 their batch is read.
 """

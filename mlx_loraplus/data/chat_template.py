@@ -241,6 +241,7 @@ class ChatTemplate:
 
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
+            # Without thoughts, only the end of the turn is cut off its answer.
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
             return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block), rest)

@@ -109,6 +109,7 @@ class ChatWriter:
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
+        # A chat without tool calls and thoughts has one form: its messages as they are.
         template = self.template
         for form in chat_forms(chat.messages, template.thought_key, template.thought_block):
             # Thoughts can be put before an answer only where its prompt ends.

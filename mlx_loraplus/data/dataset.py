@@ -3,10 +3,11 @@
 ``open_shard`` encodes a table once, and keeps its tokens in a ``Shard`` in the cache. ``Examples``
 reads the examples of some shards when they are indexed.
 
-The cache key is a digest of the file's contents, the tokenizer, its chat template and the choice of
-supervised tokens. A change to any of them creates a new shard; a change to ``max_seq_length`` or
-``on_long`` does not. A shard is written under a temporary name and renamed once it is complete.
-During writing, only a few hundred rows are in memory. Afterwards, the arrays are memory-mapped.
+The cache key is a digest of the file's contents and of what encodes it (``Encoder``), such as the
+tokenizer, its chat template and the choice of supervised tokens. A change to any of them creates a
+new shard; a change to ``max_seq_length`` or ``on_long`` does not. A shard is written under a
+temporary name and renamed once it is complete. During writing, only a few hundred rows are in
+memory. Afterwards, the arrays are memory-mapped.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 17
+_VERSION = 18
 
 # The files of a shard; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")

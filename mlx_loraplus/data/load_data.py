@@ -90,7 +90,7 @@ def load_data(
     """Return the examples of the named splits, or of all splits if none is named.
 
     Args:
-        config: Settings of the run. Only the data settings and the seed are used.
+        config: Settings of the run. Only the data settings, the objective and the seed are used.
         tokenizer: From ``load``.
         splits: Splits to read.
         strict: Raise an error for data that can't be trained on, instead of returning the problems.

@@ -20,7 +20,7 @@ KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except those of ``growing_prefixes.text_digests``.
+    The digests ignore white space and case, except those of ``prefix_digests.text_digests``.
     """
 
     line: int  # line or row number

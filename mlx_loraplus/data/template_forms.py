@@ -95,8 +95,11 @@ def chat_forms(
 
     # Skip forms that are equal for this chat.
     seen: list[ChatForm] = []
-    for chat, *choice in product(chats, json_arguments, empty_contents, thought_forms):
-        form = MessageForm(*choice, thought_key or THOUGHT_KEYS[0], thought_block)
+    key = thought_key or THOUGHT_KEYS[0]
+    for chat, as_json, empty, thoughts_form in product(
+        chats, json_arguments, empty_contents, thought_forms
+    ):
+        form = MessageForm(as_json, empty, thoughts_form, key, thought_block)
         thoughts = _thoughts_by_turn(chat) if form.thoughts == "before" else {}
         written = ChatForm([form.write(message) for message in chat], thoughts)
         if written not in seen:

@@ -28,7 +28,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ..models.prompt_format import RAW_FORMS, with_system
 from .chat_template import DAY, ChatTemplate
-from .chat_writer import ChatWriter, TrainOn, WrittenRow
+from .chat_writer import ChatWriter, TrainOn
 from .lost_content import call_values
 from .messages import BadRowError
 from .rows import Row
@@ -42,6 +42,7 @@ from .special_tokens import (
 )
 from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
+from .written_chat import WrittenRow
 
 _TAIL = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""

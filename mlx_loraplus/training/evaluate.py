@@ -32,7 +32,7 @@ from ..data.load_data import load_data, split_to_evaluate
 from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
-from ..data.sources import SplitName, describe_sources
+from ..data.sources import SPLITS, SplitName, describe_sources
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
@@ -229,9 +229,10 @@ def _score_split(
     config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
+        others = " or ".join(other for other in SPLITS if other != split)
         raise DataError(
             f"{describe_sources(config.data.data)} has no {split} rows: add a {split} file, or"
-            " evaluate on train, valid or test (rows from Python without a split are train)"
+            f" evaluate on {others} (rows from Python without a split are train)"
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))

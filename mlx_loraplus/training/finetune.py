@@ -225,7 +225,8 @@ def _train(model: nn.Module, session: Session) -> None:
         writer.record_error(error)
         raise
 
-    # If the run is complete, put back the adapter of the best validation, and write it.
+    # If the run is complete, put back the adapter of the best validation, and write it. The plot
+    # and the report follow.
     try:
         with world.sync_errors(), writer.ending(outcome):
             if world.is_main and run.finished:

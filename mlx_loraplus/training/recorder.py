@@ -8,6 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapters.trainable import TrainableParams
+from ..data.batches import trimmed
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.model_limits import check_prompt, limits_of
 from ..inference.generate import answer_length, answer_questions
@@ -17,6 +18,7 @@ from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
 from ..runs.verdict import fall_of_chosen
 from .checkpoint import Checkpoint, restore
+from .compiled import should_compile
 from .fastest_step import way_of
 from .session import Session
 from .trainer import TrainState
@@ -194,14 +196,14 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     return check_memory
 
 
-def _trained_shapes(
-    session: Session, state: TrainState, *, steps: int
-) -> set[tuple[int, int, int]]:
-    """Return the shapes (rows, length) of this process's batches up to a step."""
-    shapes: set[tuple[int, int, int]] = set()
+def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[tuple[int, ...]]:
+    """Return the shapes (rows, length) of this process's batches up to a step, as it runs them."""
+    compiled = should_compile(session.config) if state.compiled is None else state.compiled
+    shapes: set[tuple[int, ...]] = set()
     for number in range(steps * session.config.grad_accumulation_steps):
         # An uneven batch leaves some processes without rows.
         rows = state.batches.rows_of(number)[session.world.share]
         if rows:
-            shapes.add(state.batches.shape_of(rows))
+            batch = state.batches.collate(rows)
+            shapes.add((batch if compiled else trimmed(batch)).tokens.shape)
     return shapes

@@ -185,7 +185,7 @@ class TrainLoop:
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
         """Make steps until the run ends, and return why it ended."""
-        session = time.perf_counter()
+        started = time.perf_counter()
         mx.reset_peak_memory()
         progress, config, steps = self.progress, self.config, self.state.schedule.steps
         if progress.step == 0:
@@ -216,7 +216,7 @@ class TrainLoop:
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
-            stopped, late, save_due = self._agree(stop_requested(), session, compare=report_due)
+            stopped, late, save_due = self._agree(stop_requested(), started, compare=report_due)
             if ended is None and (stopped or late):
                 ended = "interrupted" if stopped else "out of time"
             if is_best or ended or save_due or progress.step % config.steps_per_save == 0:
@@ -356,13 +356,13 @@ class TrainLoop:
         batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []
         raise too_many_skipped(self.config, progress.step, reason, batches)
 
-    def _agree(self, stopped: bool, session: float, *, compare: bool) -> list[bool]:
+    def _agree(self, stopped: bool, started: float, *, compare: bool) -> list[bool]:
         """Return whether any process was asked to stop, is out of time, or has to save.
 
         With ``compare``, the processes also check that their trained parameters are equal.
         """
         minutes = self.config.max_minutes
-        late = minutes is not None and time.perf_counter() - session > 60 * minutes
+        late = minutes is not None and time.perf_counter() - started > 60 * minutes
         trained = dict(tree_flatten(self.state.model.trainable_parameters())) if compare else None
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)
