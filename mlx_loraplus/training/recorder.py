@@ -10,6 +10,7 @@ import mlx.nn as nn
 from ..adapters.trainable import TrainableParams
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.model_limits import check_prompt, limits_of
+from ..errors import counted
 from ..inference.generate import answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.start_event import measure_norms, start_event
@@ -89,7 +90,13 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     run, steps = session.run, state.schedule.steps
     restore(checkpoint, state.model, state.optimizer)
     run.history = checkpoint.history
-    session.log(f"resume: from step {run.progress.step} of {steps}")
+    if run.progress.step < steps:
+        session.log(f"resume: from step {run.progress.step} of {steps}")
+    else:
+        session.log(
+            f"resume: nothing is left to train, because the run has made {run.progress.step} of"
+            f" {counted(steps, 'step')}: raise --iters or --epochs"
+        )
 
     # The number of steps may have changed.
     run.planned = run.history[0]["steps"] = steps
