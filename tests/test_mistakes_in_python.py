@@ -69,7 +69,7 @@ PYTHON = [
     ("finetune(model, tokenizer, data='sums', rank=True)", "rank must be a number, not True"),
     ("finetune(model, tokenizer, data=['sums'], data_weights=[True])", "data_weights must be a number, not [True]"),
     ("finetune(model, tokenizer, data='sums', target_modules=[])", "target_modules must have at least 1 item"),
-    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True)", "take them from the run (see run/run.yaml)"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True, rank=3)", "take them from the run (see run/run.yaml)"),
     ("find_rate(model, tokenizer, data='sums', resume=True)", "leave out resume"),
     ("evaluate(model, tokenizer, data='sums', model='other')", "is not the model given"),
     ("LoRAPlus(ml.OptimizerConfig(), 10).init(model.freeze(), {})", "call attach_adapters first"),

@@ -10,6 +10,28 @@ from ..userpaths import similar_paths
 _MOST_SHOWN = 3
 _PATTERN = "*?["
 
+# Suffixes of files that are not read → what to do with such a file
+_CONVERT = {
+    ".gz .zst .bz2 .xz .zip": "decompress it first",
+    ".ndjson": "rename it to .jsonl",
+    ".xlsx .xls .ods": "save its sheet as .csv",
+    ".arrow .feather .orc": "save it as Parquet",
+    ".md .rst .tex": "rename it to .txt",
+}
+
+
+def type_hint(path: Path) -> str:
+    """Return a hint for a file whose type is not read, or ""."""
+    for suffixes, advice in _CONVERT.items():
+        if path.suffix.lower() in suffixes.split():
+            return f" ({advice})"
+    return ""
+
+
+def show_name(path: Path) -> str:
+    """Return the name of a file for a message of one line."""
+    return path.name if path.name.isprintable() else repr(path.name)
+
 
 def check_spaces(names: Sequence[str]) -> None:
     """Check that several names are not one path with spaces, which a shell has divided.

@@ -30,7 +30,7 @@ _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _SEPARATORS = re.compile(f"[{BLANKS},]*")
 _LAST_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _LAST_SPACE = re.compile(r".*\S(?= \S)", re.DOTALL)
-
+_MANY_DIGITS = "a number has thousands of digits"
 RawRow = tuple[int, Any]
 
 
@@ -165,7 +165,7 @@ def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
         except ValueError as error:
             if array.read_more(longest):
                 continue
-            reason = getattr(error, "msg", str(error))
+            reason = getattr(error, "msg", _MANY_DIGITS)
             if not array.text[start:]:
                 reason = "the array is not closed"
             yield array.line, _unreadable_rest("JSON", reason)
@@ -386,6 +386,5 @@ def _parse(line: bytes) -> Any:
         return BadRowError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:
         return BadRowError(explain_line(line, error))
-    except ValueError as error:
-        # The error for a number with too many digits
-        return BadRowError(f"not JSON ({error})")
+    except ValueError:
+        return BadRowError(f"not JSON ({_MANY_DIGITS})")

@@ -24,7 +24,7 @@ from ..files import describe_entry, is_no_file
 from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .hub_rows import dataset_rows
-from .missing_data import check_spaces, missing_hint
+from .missing_data import check_spaces, missing_hint, show_name, type_hint
 from .readers import READERS, RawRow
 from .shard_files import check_shards, find_unused, stem_of
 
@@ -195,7 +195,8 @@ def _find_local(name: str) -> Source | None:
 
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"unsupported file type: {name!r}; give one of {', '.join(SUFFIXES)}, or a folder"
+            f"unsupported file type: {name!r}{type_hint(path)}; give one of"
+            f" {', '.join(SUFFIXES)}, or a folder"
         )
     (table,) = _tables_of([path])
     return {"train": [replace(table, notes=_unused_siblings(path))]}
@@ -260,7 +261,7 @@ def _folder_source(folder: Path) -> Source:
         source[split] = _tables_of(paths)
 
     if not source.get("train"):
-        entries = sorted(entry.name for entry in folder.iterdir())
+        entries = [show_name(entry) for entry in sorted(folder.iterdir())]
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
             f" {', '.join(entries[:8]) or 'nothing'}; {_advise_train_file(entries)}"

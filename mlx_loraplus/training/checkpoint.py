@@ -36,7 +36,7 @@ from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
-from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, read_weights
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, is_model_folder, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError
 from ..files import (
@@ -196,7 +196,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
         OutputError: ``adapter_path`` is a file; it holds a model, a sweep or data, or is read by
             the run; it holds a run, and neither ``overwrite`` nor ``resume`` is on; or it holds no
             run, and ``resume`` is on.
-        AdapterError: All checkpoints are damaged.
+        AdapterError: All checkpoints are damaged, or a run that has trained has none.
         ConfigError: Settings that decide what is learned have changed.
     """
     folder = Path(config.adapter_path)
@@ -212,6 +212,12 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
     if not is_run(folder):
         raise no_run(folder)
     checkpoint = find_checkpoint(folder, log, whole=whole)
+    if checkpoint is None and (is_model_folder(folder) or (folder / WEIGHTS).exists()):
+        raise AdapterError(
+            f"{folder} holds what a run has trained, but no checkpoint to resume from:"
+            f" {_advise_continuing(folder)} with another --adapter-path trains it further, and"
+            " --overwrite starts again"
+        )
     if checkpoint is None:
         log("resume: the run has no checkpoint yet, so it starts from the beginning")
         return None
@@ -219,6 +225,11 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
     for line in compare_settings(checkpoint.identity, config):
         log(f"resume: {line}")
     return checkpoint
+
+
+def _advise_continuing(folder: Path) -> str:
+    """Return the setting that starts a run from what another has trained."""
+    return f"--{'model' if is_model_folder(folder) else 'resume-adapter-file'} {folder}"
 
 
 def find_checkpoint(run: Path, log: Log, *, whole: bool = True) -> Checkpoint | None:

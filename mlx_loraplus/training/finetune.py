@@ -53,6 +53,7 @@ from .run_fingerprint import (
     compare_content,
     identifying_settings,
     keep_intervals,
+    model_config,
     model_fingerprint,
 )
 from .run_writer import RunWriter, restore_best, start_folder, with_choices
@@ -303,7 +304,8 @@ def _identify(model: nn.Module, session: Session) -> RunFingerprint:
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
     settings = identifying_settings(model, session.config)
-    identity = RunFingerprint(settings, fingerprint, rows, versions())
+    config = model_config(model)
+    identity = RunFingerprint(settings, fingerprint, rows, versions(), base_config=config)
 
     # Compare the processes with each other, then with the checkpoint.
     world.check_same(identity.comparable())

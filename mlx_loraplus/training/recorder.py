@@ -11,6 +11,7 @@ from ..adapters.trainable import TrainableParams
 from ..data.batches import trimmed
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.model_limits import check_prompt, limits_of
+from ..errors import counted
 from ..inference.generate import answer_length, answer_questions
 from ..memory.plan import compare_with_plan
 from ..runs.advice import remedy_for_fall
@@ -94,7 +95,13 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     run, steps = session.run, state.schedule.steps
     restore(checkpoint, state.model, state.optimizer)
     run.history = checkpoint.history
-    session.log(f"resume: from step {run.progress.step} of {steps}")
+    if run.progress.step < steps:
+        session.log(f"resume: from step {run.progress.step} of {steps}")
+    else:
+        session.log(
+            f"resume: nothing is left to train, because the run has made {run.progress.step} of"
+            f" {counted(steps, 'step')}: raise --iters or --epochs"
+        )
 
     # The number of steps may have changed. The page says where the run was resumed.
     start = run.history[0]

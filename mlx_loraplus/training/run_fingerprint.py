@@ -1,7 +1,7 @@
 """What identifies a run: it can be resumed only with the same model, data and settings."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class RunFingerprint:
         choices: How a step is computed; a resumed run keeps this. None in checkpoints of version
             0.1.0, like ``compiled``.
         compiled: Whether the step is compiled; a resumed run with ``auto`` keeps this.
+        base_config: The config of the base model, from ``model_config``; None in older checkpoints.
     """
 
     settings: dict[str, Any]
@@ -62,6 +63,7 @@ class RunFingerprint:
     probes: ModelProbes | None = None
     choices: StepChoices | None = None
     compiled: bool | None = None
+    base_config: dict[str, Any] | None = None
 
     def comparable(self) -> dict[str, Any]:
         """Return what must be equal on all processes of a run, by name."""
@@ -108,6 +110,18 @@ def model_fingerprint(model: nn.Module) -> str:
     arrays = (array for array in parameters.values() if id(array) not in own)
     described = whole_lines(module for _, module in model.named_modules())
     return fingerprint(arrays, described)
+
+
+def model_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the numbers that a model computes with beside its weights, such as RoPE's base.
+
+    Returns:
+        The arguments of mlx-lm's model, as JSON has them, or None if they are unknown.
+    """
+    arguments: Any = getattr(model, "args", None)
+    if not is_dataclass(arguments) or isinstance(arguments, type):
+        return None
+    return json.loads(json.dumps(asdict(arguments), default=str))
 
 
 def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
@@ -167,6 +181,11 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
         problems.append(
             f"the weights of --model {present.settings['model']} are not those it was trained on"
         )
+    elif changed := _changed_config(stored, present):
+        problems.append(
+            f"the config of --model {present.settings['model']} is not the one it was trained with"
+            f" ({', '.join(changed):.300})"
+        )
     if stored.rows != present.rows:
         problems.append("the rows of --data, or their tokens, are not those it was trained on")
     if problems:
@@ -182,3 +201,13 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
         if then != now:
             changed.append(f"{library} {then} -> {now} (may round differently)")
     return changed
+
+
+def _changed_config(stored: RunFingerprint, present: RunFingerprint) -> list[str]:
+    """Return the differences between the configs of two base models.
+
+    An entry that only one of them has, such as one that a new version of mlx-lm adds, is ignored.
+    """
+    then, now = stored.base_config or {}, present.base_config or {}
+    names = [name for name in then if name in now and then[name] != now[name]]
+    return [f"{name} {then[name]!s:.80} -> {now[name]!s:.80}" for name in names]

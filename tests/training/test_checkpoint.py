@@ -175,6 +175,7 @@ def test_finetune_resumes_and_reports_changed_settings(place: Place):
     again = yaml.safe_load((resumed.folder / "run.yaml").read_text())
     assert (again["resume"], again["overwrite"], again["steps_per_save"]) == (False, False, 3)
     assert place.run("two", resume=True).history == resumed.history, "nothing is left to do"
+    assert place.told_with("nothing is left").endswith("6 of 6 steps: raise iters or epochs")
 
 
 def test_more_steps_continue_from_the_last_step_not_from_the_best(place: Place):
@@ -236,6 +237,9 @@ def test_a_run_without_a_checkpoint_starts_again_and_a_folder_without_a_run_is_r
     shutil.copy(place.folder / "one" / "run.yaml", place.folder / "two")
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
     assert "resume: the run has no checkpoint yet, so it starts from the beginning" in place.told
+    shutil.rmtree(place.folder / "one" / "checkpoints")
+    with pytest.raises(ml.AdapterError, match="no checkpoint to resume from: resume_adapter_file="):
+        place.run("one", resume=True)
 
 
 def test_overwriting_leaves_no_checkpoint_of_the_earlier_run(place: Place):

@@ -1,5 +1,6 @@
 """A run resumes with the settings, the model and the data it was trained with, and with no others."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,10 @@ def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     write_tiny_model(place.folder / "model", hidden=48)
     with pytest.raises(ml.ConfigError, match="the weights of model="):
         place.run(resume=True)
+    config = json.loads((write_tiny_model(place.folder / "elsewhere") / "config.json").read_text())
+    (place.folder / "elsewhere" / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
+    with pytest.raises(ml.ConfigError, match=r"the config of model=.* \(rope_theta 10000.* -> 5\)"):
+        place.run(resume=True, model=str(place.folder / "elsewhere"))
     write_tiny_model(place.folder / "elsewhere")
     shutil.copytree(place.folder / "data", place.folder / "copy")
     place.run(
