@@ -28,7 +28,7 @@ from .command_config import (
 from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .interrupted_imports import INTERRUPTED
-from .launching import launch
+from .launching import check_batch_size, launch
 from .settings import Config, configure, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
@@ -97,9 +97,11 @@ def train(arguments: Arguments = None) -> None:
             log(list_models())
             return
         if switches.launch != 1:
+            if config.parallel == "data":
+                check_batch_size(config.data.batch_size, switches.launch)
             raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
-        from .data.load_data import check_rows
+        from .data.first_rows import check_rows
         from .inference.generate import load
         from .memory.plan import check_fit
         from .runs.progress import make_view, with_browser
@@ -267,7 +269,7 @@ def sweep(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .data.load_data import check_rows
+        from .data.first_rows import check_rows
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
         from .sweep.sweep_folder import check_sweep_folder
@@ -319,6 +321,8 @@ _OTHER_NAMES = {
     "version": "--version",
     "models": "train --list-models",
     "--list-models": "train --list-models",
+    "list-models": "train --list-models",
+    "list": "train --list-models",
     "test": "train --test",
     "merge": "fuse",
     "convert": "export",

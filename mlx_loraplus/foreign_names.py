@@ -45,13 +45,10 @@ def _refused(note: str) -> ForeignSetting:
     return ForeignSetting(values=(), note=note)
 
 
-_LAST_BLOCKS = "--num-layers N adapts the last N blocks"
-_ALL_ROWS = "all of the rows are used"
 _NO_REMOTE_CODE = "code from a model's repository is never run: use a model that mlx-lm knows"
 _PRECISION = "the base keeps its type, and adapters train in float32"
 _SWITCH = {True: True, False: None}
 _NONE = (None, {}, [], False)
-_CONFIG_SAYS = "the model's config says it"
 
 _OPTIMIZERS = {
     "adamw": "adamw",
@@ -91,11 +88,11 @@ MLX_LM: Mapping[str, ForeignSetting] = {
         " zero at the last step"
     ),
     "save_every": ForeignSetting("steps_per_save"),
-    "val_batches": _left_out(_ALL_ROWS),
-    "test_batches": _left_out(_ALL_ROWS),
+    **dict.fromkeys(("val_batches", "test_batches"), _left_out("all of the rows are used")),
     "clear_cache_threshold": _left_out("memory is managed by the plan"),
-    "project_name": _refused(
-        "set the project by the tracker's own variable, such as WANDB_PROJECT or MLFLOW_EXPERIMENT"
+    **dict.fromkeys(
+        ("wandb", "project_name"),
+        _refused("--report-to names the tracker, and WANDB_PROJECT or its like the project"),
     ),
     "trust_remote_code": _only(False, note=_NO_REMOTE_CODE),
     "hf_dataset": _refused("--data org/name, with --fields for its columns"),
@@ -133,11 +130,11 @@ PEFT: Mapping[str, ForeignSetting] = {
     ),
     "loftq_config": ForeignSetting(note="quantize and loftq_iters"),
     "modules_to_save": ForeignSetting("train_modules"),
-    "layers_to_transform": _only(*_NONE, note=_LAST_BLOCKS),
-    "layers_pattern": _only(*_NONE, note=_LAST_BLOCKS),
+    "layers_to_transform": _only(*_NONE, note="--num-layers N adapts the last N blocks"),
+    "layers_pattern": _only(*_NONE, note="--num-layers N adapts the last N blocks"),
     "exclude_modules": _only(*_NONE, note="name the modules that get one: --target-modules"),
-    "rank_pattern": _only(*_NONE, note="every adapter of a run has one --rank"),
-    "alpha_pattern": _only(*_NONE, note="every adapter of a run has one --alpha"),
+    "rank_pattern": _only(*_NONE, note="all adapters of a run have one --rank and one --alpha"),
+    "alpha_pattern": _only(*_NONE, note="all adapters of a run have one --rank and one --alpha"),
     "bias": _only("none", note="biases don't train"),
     "lora_bias": _only(False, note="adapters have no bias"),
     "fan_in_fan_out": _only(False, note="mlx-lm stores all weights alike"),
@@ -202,36 +199,46 @@ TRL: Mapping[str, ForeignSetting] = {
     "torch_compile": ForeignSetting("compile", {True: "on", False: "off"}),
     "do_train": _only(True, note="to evaluate without training, use --test"),
     "do_eval": _left_out("validation follows from the data"),
-    "desirable_weight": _only(1, note="--kto-weights takes both weights, such as 1.5 1"),
-    "undesirable_weight": _only(1, note="--kto-weights takes both weights, such as 1 1.5"),
+    "loss_type": ForeignSetting(
+        "objective",
+        {"nll": None, "sigmoid": "dpo", "ipo": "ipo", "simpo": "simpo", "kto": "kto"},
+        "--objective takes sft, dpo, ipo, orpo, simpo and kto",
+    ),
+    "ref_model": _refused("--reference base or start names the reference"),
+    "precompute_ref_log_probs": _left_out("the reference is always computed before training"),
+    "max_prompt_length": _refused("--max-seq-length limits the prompt and the answer together"),
+    "max_completion_length": _refused("--max-seq-length limits the prompt and the answer together"),
+    "desirable_weight": _only(1, note="--kto-weights takes both, the desirable one first"),
+    "undesirable_weight": _only(1, note="--kto-weights takes both, the desirable one first"),
     "padding_free": _only(False, note="--pack packs short rows"),
     "eval_packing": _left_out("validation rows are not packed"),
     "gradient_checkpointing_kwargs": _left_out("checkpointing has no options here"),
-    "dataloader_pin_memory": _left_out("memory is unified"),
     "logging_dir": _left_out("history.jsonl is in --adapter-path; see --report-to"),
-    "bf16": _left_out(_PRECISION),
-    "fp16": _left_out(_PRECISION),
-    "tf32": _left_out(_PRECISION),
-    "use_liger_kernel": _left_out("the loss never stores all logits"),
+    **dict.fromkeys(("bf16", "fp16", "tf32", "torch_dtype"), _left_out(_PRECISION)),
+    "attn_implementation": _left_out("the kernels are chosen here"),
+    "use_liger_kernel": _left_out("the kernels are chosen here"),
     "group_by_length": _left_out("batches are of similar length"),
     "remove_unused_columns": _left_out("columns without a use are reported"),
-    "dataloader_num_workers": _left_out("rows are read while the model trains"),
-    "dataset_num_proc": _left_out("tokens are kept on disk"),
-    "logging_first_step": _left_out("the first validation is before the first step"),
+    **dict.fromkeys(
+        ("dataset_num_proc", "dataloader_num_workers", "dataloader_pin_memory"),
+        _left_out("rows are encoded once, and read while the model trains"),
+    ),
     "disable_tqdm": _left_out("--log-format plain has no live display"),
+    "logging_first_step": _left_out("the first validation is before the first step"),
     "eval_on_start": _left_out("the first validation is before the first step"),
     "neftune_noise_alpha": _only(None, 0, note="noise on embeddings does not exist here"),
     "label_smoothing_factor": _only(0, note="labels are not smoothed"),
     "group_by_prompt": _refused("--valid-split keeps rows with one prompt together"),
     "push_to_hub": _only(False, note="upload afterwards: mlx_loraplus export --to hub"),
+    "hub_model_id": _refused("upload afterwards: mlx_loraplus export --to hub"),
     "run_name": _refused("a run has the name of its folder, --adapter-path"),
     "loraplus_weight_decay": ForeignSetting("weight_decay"),
 }
 
 UNSLOTH: Mapping[str, ForeignSetting] = {
     "model_name": ForeignSetting("model"),
-    "load_in_4bit": _only(False, note="give a model of 4 bits: --list-models, or a hub id"),
-    "load_in_8bit": _only(False, note="give a model of 8 bits: a hub id"),
+    "load_in_4bit": _only(False, note="give a quantized model: --list-models, or a hub id"),
+    "load_in_8bit": _only(False, note="give a quantized model: --list-models, or a hub id"),
     "full_finetuning": ForeignSetting("adapter", {True: "full", False: None}),
     "dtype": _only(None, "None", note=_PRECISION),
     "use_gradient_checkpointing": ForeignSetting(
@@ -275,10 +282,11 @@ AXOLOTL: Mapping[str, ForeignSetting] = {
         {"dpo": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo", "kto": "kto"},
         "--objective takes dpo, ipo, orpo, simpo and kto",
     ),
+    "rl_beta": ForeignSetting("beta"),
+    "orpo_alpha": ForeignSetting("orpo_lambda"),
     "chat_template": _only(None, "tokenizer_default", note="the model's own template is used"),
     "special_tokens": _only(*_NONE, note="the tokenizer of the model is used as it is"),
-    "model_type": _left_out(_CONFIG_SAYS),
-    "tokenizer_type": _left_out(_CONFIG_SAYS),
+    **dict.fromkeys(("model_type", "tokenizer_type"), _left_out("the model's config says it")),
     "dataset_prepared_path": _left_out("tokens are kept on disk"),
     "flash_attention": _left_out("MLX chooses the attention"),
     "wandb_project": _left_out("--report-to wandb reads WANDB_PROJECT"),
@@ -302,6 +310,11 @@ LLAMA_FACTORY: Mapping[str, ForeignSetting] = {
     "cutoff_len": ForeignSetting("max_seq_length"),
     "val_size": ForeignSetting("valid_split"),
     "pref_beta": ForeignSetting("beta"),
+    "pref_loss": ForeignSetting(
+        "objective",
+        {"sigmoid": "dpo", "ipo": "ipo", "orpo": "orpo", "simpo": "simpo"},
+        "--objective takes dpo, ipo, orpo, simpo and kto",
+    ),
     "template": _refused("the model's own chat template is used"),
     "quantization_bit": _refused("give a model of 4 bits: --list-models, or a hub id"),
     "preprocessing_num_workers": _left_out("tokens are kept on disk"),
@@ -317,6 +330,8 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
     **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir"), "data"),
     **dict.fromkeys(("columns", "column_mapping"), "fields"),
+    **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "launch"),
+    **dict.fromkeys(("quiet", "silent", "verbose", "debug"), "verbosity"),
     "scheduler": "schedule",
     "epochs": "iters",
     **dict.fromkeys(("quantize", "q_bits"), "bits"),

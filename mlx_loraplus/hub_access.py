@@ -6,7 +6,7 @@ import re
 
 _TIMEOUT = 4.0  # seconds
 _DEFAULT_ENDPOINT = "https://huggingface.co"
-_HUB_PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
+_HUB_PAGE = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 
 
 @functools.cache

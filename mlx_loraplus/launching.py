@@ -63,6 +63,20 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             send(processes, signal.SIGKILL)
 
 
+def check_batch_size(batch_size: int | str, processes: int) -> None:
+    """Check that every process that shares the batches has an example of each.
+
+    Raises:
+        ConfigError: A batch has fewer examples than there are processes.
+    """
+    if isinstance(batch_size, int) and batch_size < processes:
+        raise ConfigError(
+            f"batch_size {batch_size} leaves some of {processes} processes without an example: give"
+            f" --batch-size {processes} or more (it counts the examples of all processes together),"
+            " or start fewer processes"
+        )
+
+
 def ring_environments(count: int, hosts: str) -> list[dict[str, str]]:
     """Return the variables from which MLX's ring learns each process's rank and the host file."""
     return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": hosts} for rank in range(count)]

@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import LR_RATIO
 from .errors import ConfigError, join_problems
-from .foreign_names import MLX_LM, PROGRAMS, TRL, ForeignSetting, find_foreign
+from .foreign_names import LLAMA_FACTORY, MLX_LM, PROGRAMS, TRL, ForeignSetting, find_foreign
 from .settings import current_names, setting_names
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
@@ -178,8 +178,7 @@ def _unpack(work: _Translation) -> None:
         work.problems.append(f"loftq_config: {', '.join(loftq)} is unknown")
 
     # mlx-lm's settings of the chosen optimizer.
-    optimizers = _pop_mapping(work, "optimizer_config")
-    chosen = optimizers.get(work.get("optimizer", "adamw"), {})
+    chosen = _pop_mapping(work, "optimizer_config").get(work.get("optimizer", "adamw"), {})
     for name, value in chosen.items() if isinstance(chosen, Mapping) else ():
         if name == "weight_decay":
             work.ours[name] = value
@@ -270,8 +269,7 @@ def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
 
 def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
     """Translate steps or, in Transformers 5, a share of the run."""
-    is_share = isinstance(value, float) and 0 < value < 1
-    if is_share:
+    if isinstance(value, float) and 0 < value < 1:
         _translate_warmup_ratio(work, name, value)
     else:
         work.put(name, value, {"warmup": value})
@@ -330,6 +328,17 @@ def _translate_epochs(work: _Translation, name: str, value: Any) -> None:
         work.put(name, value, {"epochs": value})
 
 
+def _translate_stage(work: _Translation, name: str, value: Any) -> None:
+    """Translate LLaMA-Factory's stage; with dpo, pref_loss names the objective."""
+    if value != "dpo" or "pref_loss" not in work.foreign:
+        _translate_by_table(work, name, value, LLAMA_FACTORY[name])
+
+
+def _translate_target(work: _Translation, name: str, value: Any) -> None:
+    """Translate LLaMA-Factory's modules; its all is all-linear here."""
+    work.put(name, value, {"target_modules": "all-linear" if value == "all" else value})
+
+
 def _translate_test(work: _Translation, name: str, value: Any) -> None:
     """Report that ``test`` has to be given as an option of its own."""
     if value:
@@ -344,6 +353,8 @@ _SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
     "lr_schedule": _translate_lr_schedule,
     "max_steps": _translate_max_steps,
     "num_train_epochs": _translate_epochs,
+    "lora_target": _translate_target,
+    "stage": _translate_stage,
     "test": _translate_test,
     **dict.fromkeys(_FIELDS, _translate_field),
 }

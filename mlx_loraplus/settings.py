@@ -168,7 +168,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
         ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
     """
     try:
-        config = _validator(kind).validate_python(values)
+        config: Config = _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
 

@@ -12,6 +12,7 @@ from .errors import nearest_names
 LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
 _TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
 _SHELL_VARIABLE = re.compile(r"(^|/)\$\w|\$\{\w+\}")
+_SIMILAR = 0.6  # the least similarity of a name that may be meant
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
@@ -87,7 +88,7 @@ def similar_paths(path: Path, suffixes: Collection[str] | None = None) -> str:
     for entry in path.parent.glob("*"):
         if suffixes is None or entry.suffix.lower() in suffixes or entry.is_dir():
             beside[entry.name] = str(entry)
-    matches = [beside[name] for name in nearest_names(path.name, beside)]
+    matches = [beside[name] for name in nearest_names(path.name, beside, _SIMILAR)]
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
 
 

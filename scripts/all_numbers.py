@@ -69,6 +69,7 @@ PARTS = (
         2,
         ("bench/results/shapes.json",),
     ),
+    Part("demo", "scripts/demo --publish", 6, ("study/results/demo.json",)),
     # Judged by other programs
     Part("families", "scripts/judges/families", 3, ("judges/results/families.json",)),
     Part(

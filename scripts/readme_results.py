@@ -16,6 +16,27 @@ SPEED_CASES = {
 }
 
 
+def demo_part() -> str:
+    """Return what the demo did, from scripts/demo --publish: its picture, its time and its answers."""
+    result = _result("study", "demo")
+    (first, last), (before, after) = result["losses"], result["exact"]
+    rows, example = result["rows"], result["example"]
+    return f"""\
+![Loss of the demo run: it falls from {first:.2f} to {last:.2f} in {result["steps"]} steps](.github/images/demo-loss.png)
+
+This is the demo, on two CPU cores in {result["seconds"] / 60:.1f} minutes. It teaches Gemma 3 270M to turn requests into
+JSON:
+
+```text
+{example["prompt"].splitlines()[0]}
+  before: {example["before"][:70]!r}
+  after:  {example["after"]!r}
+
+exact answers: {before} of {rows} before ({before / rows:.0%}), {after} of {rows} after ({after / rows:.0%})
+```
+"""
+
+
 def fuse_table() -> str:
     """Return how much of a change stock's rounding and ours keep, from scripts/study/fuse_rounding."""
     result = _result("study", "rounding")

@@ -13,7 +13,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from coverage import Coverage
 from hypothesis import settings
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
@@ -96,40 +95,6 @@ def make_model(
     return model
 
 
-WALKS = (
-    "tests/data/test_any_text.py",
-    "tests/data/test_dataset.py::test_memory_does_not_grow_with_the_file",
-    "tests/data/test_readers.py::test_ten_thousand_corrupt_files",
-    "tests/data/test_template_kinds.py",
-    "tests/data/test_unusual_templates.py",
-    "tests/families/test_families.py::test_a_family_is_as_recorded_or_better",
-    "tests/fuzz/",
-    "tests/inference/test_tool_calls.py",
-    "tests/memory/test_estimate.py",
-    "tests/memory/test_plan.py",
-    "tests/models/test_gguf_convert.py",
-    "tests/runs/test_browser.py",
-    "tests/runs/test_trackers.py",
-    "tests/scripts/",
-    "tests/test_device.py",
-    "tests/test_mistakes",
-    "tests/test_readme.py",
-    "tests/test_settings_act.py",
-    "tests/test_wheel.py",
-    "tests/training/test_damaged_checkpoints.py",
-    "tests/training/test_finetune.py",
-)
-"""Tests that run whole commands or models again and again, or what is in scripts/."""
-
-
-STARTED = (
-    "tests/test_launching",
-    "tests/training/test_distributed.py",
-    "tests/training/test_tensor.py",
-)
-"""Tests that measure the coverage of the processes that they start."""
-
-
 LONGEST = (
     "tests/training/test_distributed.py",
     "tests/training/test_finetune.py",
@@ -144,31 +109,6 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the longest files, so that none is left for one process alone at the end."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Measure no coverage in walks and tests of properties, nor in most processes that tests start.
-
-    With coverage, tests that are mostly Python take 1.7 times as long. The lines that these tests
-    pass are measured where the tests of their own modules pass them.
-    """
-    is_property = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-    is_walk = is_property or item.nodeid.startswith(WALKS)
-    measured = Coverage.current()
-    if measured is None or item.nodeid.startswith(STARTED):
-        return (yield)
-
-    settings = os.environ.pop("COVERAGE_PROCESS_CONFIG", None)  # for the processes that it starts
-    if is_walk:
-        measured.stop()
-    try:
-        return (yield)
-    finally:
-        if is_walk:
-            measured.start()
-        if settings is not None:
-            os.environ["COVERAGE_PROCESS_CONFIG"] = settings
 
 
 @pytest.fixture(scope="session", autouse=True)

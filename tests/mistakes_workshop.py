@@ -36,6 +36,7 @@ YAML = {
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"
 PAIR = '{"prompt": "1 + 1 =", "completion": " 2"}\n'
 ROWS = {
+    "commas.jsonl": f"{PAIR.strip()},\n{PAIR}".encode(),
     "utf16.jsonl": PAIR.encode("utf-16"),
     "utf16.yaml": "model: tiny\n".encode("utf-16"),
     "latin.csv": "prompt,completion\ncafé,thé\n".encode("latin-1"),

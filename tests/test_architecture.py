@@ -114,6 +114,18 @@ def test_a_file_imports_only_rooms_below_its_own():
             assert floor_of[other] < floor_of[room], f"{path.relative_to(PACKAGE)} imports {other}"
 
 
+def test_the_page_names_files_that_exist():
+    """The way of one example has twelve steps, and every file on the page is there."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    way = page.split("## The way of one example")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\d+\. `\w+/\w+\.py`", way, flags=re.MULTILINE)) == 12
+
+    # Paths are relative to the package, or to the repository
+    named = re.findall(r"`((?:\w+/)*\w+\.(?:py|toml))`", page)
+    missing = [n for n in named if not (PACKAGE / n).exists() and not (ROOT / n).exists()]
+    assert not missing
+
+
 @pytest.mark.parametrize("folder", ["mlx_loraplus", "tests", "scripts"])
 def test_files_are_short(folder: str):
     for path in (ROOT / folder).rglob("*.py"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_loraplus
 from mlx_loraplus import OutputError
 from mlx_loraplus.data.sources import SUFFIXES
 from mlx_loraplus.files import (
@@ -130,6 +131,38 @@ def test_an_empty_folder_and_one_inside_what_is_read_are_free(
     (tmp_path / "org").mkdir()
     check_free(tmp_path / "run" / "fused", ["run"], overwrite=False)
     check_free(tmp_path / "org", ["org/model"], overwrite=False)  # a hub id
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("/", "the root of the file system"),
+        ("~", "your home folder"),
+        ("~/..", "your home folder, or contains it"),
+        ("/usr", "a folder of the system"),
+        ("/etc/../usr", "a folder of the system"),
+        (str(Path(mlx_loraplus.__file__).parent / "data"), "inside the folder of mlx_loraplus"),
+        (".", r"the current folder, which holds other files \(letter\)"),
+    ],
+)
+def test_a_folder_that_belongs_to_other_files_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, what: str
+):
+    monkeypatch.setenv("HOME", str(tmp_path / "people" / "me"))
+    (tmp_path / "people" / "me").mkdir(parents=True)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    check_contents(Path(), (), "--adapter-path")  # an empty folder is free
+    (work / "letter").touch()
+    with pytest.raises(OutputError, match=what) as raised:
+        check_contents(Path(path).expanduser(), (), "--adapter-path")
+    assert str(raised.value).endswith("such as runs/first")
+
+    # What the message advises is accepted, and so is a run in the current folder
+    check_contents(Path("runs/first"), (), "--adapter-path")
+    (work / HISTORY).touch()
+    check_contents(Path(), (), "--adapter-path")
 
 
 @pytest.mark.parametrize("name", ["x.gguf", "out/model.safetensors", "adapter.v2.GGUF"])

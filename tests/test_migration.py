@@ -146,6 +146,12 @@ def test_batches_become_steps_with_accumulation():
         ("--load-in-4bit False --random-state 7 --model-name m", {"seed": 7, "model": "m"}),
         ("--use-gradient-checkpointing unsloth", {"grad_checkpoint": "on"}),
         ("--init-lora-weights pissa", {"init": "pissa"}),
+        ("--lora-target all", {"target_modules": ["all-linear"]}),
+        ("--lora-target q_proj,v_proj", {"target_modules": ["q_proj", "v_proj"]}),
+        ("--loss-type ipo --torch-dtype bfloat16", {"objective": "ipo"}),
+        ("--stage dpo --pref-loss orpo", {"objective": "orpo"}),
+        ("--stage dpo --pref-beta 0.2", {"objective": "dpo", "beta": 0.2}),
+        ("--rl dpo --rl-beta 0.2", {"objective": "dpo", "beta": 0.2}),
     ],
 )
 def test_flags_of_other_programs(words: str, settings: dict[str, Any]):
@@ -167,13 +173,16 @@ def test_keywords_of_other_programs(capsys: pytest.CaptureFixture[str]):
     ("words", "told"),
     [
         ("--trust-remote-code", "code from a model's repository is never run"),
-        ("--load-in-4bit", "give a model of 4 bits: --list-models"),
+        ("--load-in-4bit", "give a quantized model: --list-models"),
         ("--lr-scheduler-type polynomial", "--schedule takes cosine, linear and constant"),
         ("--warmup-ratio 0.1", "give --warmup in steps, or --iters"),
         ("--layers-to-transform 1 2", "--num-layers N adapts the last N blocks"),
         ("--r 8 --rank 16", "r 8 is rank 8 here, but rank is also 16: give one of them"),
         ("--r 8 --lora-r 4", "lora_r 4 is rank 4 here, but rank is also 8"),
         ("--neftune-noise-alpha 5", "noise on embeddings does not exist here"),
+        ("--ref-model base", "--reference base or start"),
+        ("--wandb my-project", "--report-to names the tracker"),
+        ("--loss-type hinge", "--objective takes sft, dpo, ipo, orpo, simpo and kto"),
         ("--eval-strategy epoch --bias all", "give --steps-per-eval; PEFT's bias all can't"),
     ],
 )  # fmt: skip

@@ -47,10 +47,11 @@ MORE_MISTAKES = [
     ("fuse run --export-gguf", "mlx_loraplus.export RUN --to gguf --merged f16"),
     ("fuse run --upload-repo me/x", "mlx_loraplus.export RUN --to hub"),
     ("generate run --prompt hi --top-p 0.9", "--temperature alone sets the sampling"),
-    ("{T} --load-in-4bit", "give a model of 4 bits"),
+    ("{T} --load-in-4bit", "give a quantized model"),
     ("{T} --deepspeed zero2.json", "--launch and --parallel train in several processes"),
     ("{T} --quantization-bit 4", "give a model of 4 bits"),
     ("version", "did you mean '--version'?"),
+    ("list-models", "did you mean 'train --list-models'?"),
     ("models", "did you mean 'train --list-models'?"),
     # texts without their flag
     ("generate run 'what is 1 + 1'", "a prompt follows --prompt, as in --prompt 'what is 1 + 1'"),

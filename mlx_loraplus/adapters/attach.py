@@ -11,12 +11,11 @@ from ..config import AdapterConfig
 from ..errors import AdapterError, ConfigError
 from ..settings import checked
 from . import dora, lora, vera
-from .adapter import Adapter, Projections
 from .base_layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
 from .excluded_layers import find_unusable
 from .full import check_full, unfreeze_weights
 from .init import initialize
-from .lora import LoRA
+from .lora import Adapter, LoRA, Projections
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded
@@ -126,10 +125,10 @@ def check_targets(
 def _make_projections(config: AdapterConfig, modules: Iterable[nn.Module]) -> Projections | None:
     """Return the projections that the adapters over ``modules`` share, if their kind has any."""
     assert config.rank is not None
-    for layer in layer_classes(config.adapter).values():
-        if layer.make_projections is not None:
+    for layer_class in layer_classes(config.adapter).values():
+        if layer_class.make_projections is not None:
             shapes = [base_shape(module) for module in modules]
-            return layer.make_projections(shapes, config.rank)
+            return layer_class.make_projections(shapes, config.rank)
     return None
 
 
@@ -140,7 +139,7 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
         ConfigError: The rank is larger.
     """
     # Shared projections may have any rank.
-    is_limited = layer_class(config.adapter, module, path).make_projections is None
+    is_limited = required_layer_class(config.adapter, module, path).make_projections is None
     smaller = min(base_shape(module))
     if is_limited and config.rank is not None and config.rank > smaller:
         raise ConfigError(
@@ -156,8 +155,8 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     """
     check_rank(path, module, config)
     _, columns = base_shape(module)
-    layer = layer_class(config.adapter, module, path)
-    if config.init != "init1" and not issubclass(layer, LoRA):
+    layer_class = required_layer_class(config.adapter, module, path)
+    if config.init != "init1" and not issubclass(layer_class, LoRA):
         raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
 
     # Quantization needs an unquantized weight whose columns divide into whole groups.
@@ -188,34 +187,34 @@ def adapt(
 
     If ``projections`` are given, they determine the rank, and ``rank`` and ``scale`` are not used.
     """
-    layer: Any = find_layer_class(kind, module)
+    layer_class: Any = find_layer_class(kind, module)
     if projections is not None:
-        return layer(module, projections, dropout)
-    return layer(module, rank, scale, dropout)
+        return layer_class(module, projections, dropout)
+    return layer_class(module, rank, scale, dropout)
 
 
 def find_layer_class(kind: str, module: nn.Module) -> type[Adapter] | None:
     """Return the kind's layer class over ``module``, or None if the kind does not support it."""
-    for bases, layer in layer_classes(kind).items():
+    for bases, layer_class in layer_classes(kind).items():
         if type(module) in bases:
-            return layer
+            return layer_class
     return None
 
 
-def layer_class(kind: str, module: nn.Module, path: str) -> type[Adapter]:
+def required_layer_class(kind: str, module: nn.Module, path: str) -> type[Adapter]:
     """Return the kind's layer class over ``module``.
 
     Raises:
         ConfigError: The kind does not support this module.
     """
-    layer = find_layer_class(kind, module)
-    if layer is None:
+    layer_class = find_layer_class(kind, module)
+    if layer_class is None:
         what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
         raise ConfigError(
             f"{kind} can't adapt the {what} {path}: leave it out of target_modules, or use adapter"
             " lora"
         )
-    return layer
+    return layer_class
 
 
 def layer_classes(kind: str) -> Mapping[tuple[type[nn.Module], ...], type[Adapter]]:

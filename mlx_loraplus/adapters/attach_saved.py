@@ -10,10 +10,9 @@ import mlx.nn as nn
 from ..errors import AdapterError, join_problems
 from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
-from .adapter import Adapter, Projections
 from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, packed_layer
-from .lora import LoRA
+from .lora import Adapter, LoRA, Projections
 from .stored_files import StoredConfig, recorded_model
 from .stored_tensors import (
     MISSING,

@@ -10,9 +10,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import AdapterError, ConfigError
-from .adapter import Adapter
 from .attach import put_adapters
 from .base_layers import EMBEDDINGS, WHOLE
+from .lora import Adapter
 from .storage import load_adapter
 from .trainable import find_adapters, find_fully_trained
 from .unfreeze import end_training, own_arrays

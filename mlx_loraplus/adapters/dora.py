@@ -17,7 +17,6 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import SavedActivations
 from .base_layers import (
     EMBEDDINGS,
     EXPERTS,
@@ -33,6 +32,7 @@ from .lora import (
     LoRAEmbedding,
     LoRALinear,
     LoRASwitchLinear,
+    SavedActivations,
 )
 
 # Lower limit of a squared norm. A row of zeros (padding of the vocabulary) has no direction, and

@@ -50,8 +50,10 @@ def find_routers(model: nn.Module) -> set[str]:
     module, a router may have more outputs than there are experts; the extra outputs select experts
     that do nothing.
     """
-    modules = dict(model.named_modules())
     experts = _count_experts(model)
+    if not experts:
+        return set()
+    modules = dict(model.named_modules())
     blocks = {id(block) for block in blocks_of(model)}
 
     routers: set[str] = set()

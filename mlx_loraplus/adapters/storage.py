@@ -28,16 +28,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AdapterError, OutputError
 from ..files import check_contents, replacing, write_atomically
 from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
+from ..models.save_model_folder import save_model_folder
 from ..userpaths import path_of
-from .adapter import Adapter
 from .attach_saved import attach_saved
 from .base_layers import blocks_of, quantization
-from .lora import LoRA
+from .full import trains_weights
+from .lora import Adapter, LoRA
 from .stored_files import (
     CONFIG,
     MODULES,
@@ -82,6 +84,19 @@ def save_adapter(
             " --overwrite"
         )
     return write_adapter(model, folder)
+
+
+def write_trained(model: nn.Module, tokenizer: TokenizerWrapper, folder: Path) -> None:
+    """Write the adapters of ``model`` to a folder, or the whole model if its weights train.
+
+    Raises:
+        AdapterError: The model has neither.
+        OutputError: The folder cannot be written. Existing files are not changed.
+    """
+    if trains_weights(model):
+        save_model_folder(model, tokenizer, folder)
+    else:
+        write_adapter(model, folder)
 
 
 def write_adapter(model: nn.Module, folder: Path) -> Path:
@@ -160,6 +175,7 @@ def _stored(adapter: Adapter) -> dict[str, mx.array]:
     # The keys of ``groups`` are the names of the parameters that train.
     arrays = {name: adapter[name] for name in adapter.groups}
     if isinstance(adapter, LoRA):
+        # With a PiSSA start, the stored A and B include it.
         arrays["lora_a"], arrays["lora_b"] = adapter.lora_matrices()
 
     if adapter.owns_base:

@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import AdapterError
-from .adapter import Adapter, Projections
 from .attach import layer_classes
 from .base_layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
+from .lora import Adapter, Projections
 from .stored_files import BaseFingerprint, StoredConfig
 from .unfreeze import own_arrays
 

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from ..errors import AdapterError
-from .adapter import Adapter
 from .full import weight_groups
+from .lora import Adapter
 from .unfreeze import FullyTrained, own_arrays
 
 

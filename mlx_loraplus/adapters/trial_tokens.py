@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
-from .adapter import base_of
+from .lora import base_of
 
 TOKEN_TABLES = (
     "embed_tokens", "wte", "word_embeddings", "embeddings", "embedding", "embed_in",

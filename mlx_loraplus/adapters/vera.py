@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import Adapter, Projections, SavedActivations
 from .base_layers import EXPERTS, LINEARS, base_shape
-from .lora import LoRASwitchLinear
+from .lora import Adapter, LoRASwitchLinear, Projections, SavedActivations
 
 D_START = 0.1
 

@@ -2,9 +2,9 @@
 
 The order is a pure function of the examples' lengths and of (seed, epoch, index).
 
-The rows are shuffled and divided into sections, and each section is sorted by length. The sections
-are divided into batches, and the order of the batches is shuffled. An epoch uses every example
-once and includes the last, partial batch. Batches are padded to the few shapes of a
+The examples are shuffled and divided into sections, and each section is sorted by length. The
+sections are divided into batches, and the order of the batches is shuffled. An epoch uses every
+example once and includes the last, partial batch. Batches are padded to the few shapes of a
 ``ShapeLadder``, so that a compiled step is traced only a few times. Examples stay on disk until
 their batch is read.
 """
@@ -49,7 +49,7 @@ class Batch:
     reference: np.ndarray | None = None  # log pi_ref of the answer in each row: (rows,) float32
     labels: np.ndarray | None = None  # 1 for a desirable answer, else 0: (rows,) float32
     mismatched: "Batch | None" = None  # the prompts of labeled answers with other answers
-    sources: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
+    places: tuple[str, ...] = ()  # location of each example's row, such as "train.jsonl:17"
 
 
 class Batches:
@@ -76,7 +76,7 @@ class Batches:
         self.shares = shares
         self.seed = seed
         self.lengths = lengths_of(examples)
-        self.targets = targets_of(examples)
+        self.target_counts = target_counts_of(examples)
 
         # With weights, an epoch uses a part of the examples, or some of them several times.
         self.epoch_size = len(examples)
@@ -108,7 +108,7 @@ class Batches:
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
         """Return the (rows, length, targets) of a batch, padding included."""
         length = max(int(self.lengths[row].sum()) for row in rows)
-        targets = sum(int(self.targets[row].sum()) for row in rows)
+        targets = sum(int(self.target_counts[row].sum()) for row in rows)
         return self.most_rows, *self.ladder.shape(length, targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
@@ -131,7 +131,7 @@ class Batches:
         sizes: list[np.ndarray] = []
         for epoch in range(epochs):
             rows, _ = self._shuffle(epoch)
-            lengths, targets = self.lengths[rows], self.targets[rows]
+            lengths, targets = self.lengths[rows], self.target_counts[rows]
             sizes.append(batch_sizes(lengths, targets, self.batch_size, self.shares))
         return ShapeLadder.fit(*np.concatenate(sizes, axis=1), longest=int(self.lengths.max()))
 
@@ -184,7 +184,7 @@ def ordered_rows(
     examples: Sequence[Example], batch_size: int, share: slice = slice(None)
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yield the examples of each batch, the longest first, with the batch's length and targets."""
-    lengths, targets = lengths_of(examples), targets_of(examples)
+    lengths, targets = lengths_of(examples), target_counts_of(examples)
     rows = np.argsort(-lengths, kind="stable")[share]
     if not len(rows):
         return
@@ -196,7 +196,7 @@ def ordered_rows(
         yield members, *ladder.shape(int(lengths[members].max()), int(targets[members].sum()))
 
 
-def collate(examples: Sequence[Example]) -> Batch:
+def one_per_row(examples: Sequence[Example]) -> Batch:
     """Put each example in its own row, pad the rows, and list the supervised tokens."""
     return lay_out([[example] for example in examples])
 
@@ -253,7 +253,7 @@ def lay_out(
         useful=int(np.count_nonzero(segments)),
         used=np.count_nonzero(segments, axis=1),
         segments=segments if packed else None,
-        sources=tuple(example.source for examples in rows for example in examples),
+        places=tuple(example.place for examples in rows for example in examples),
     )
 
 
@@ -270,10 +270,10 @@ def lengths_of(examples: Sequence[Example]) -> np.ndarray:
     return np.array([inputs_of(example) for example in examples], np.int64)
 
 
-def targets_of(examples: Sequence[Example]) -> np.ndarray:
+def target_counts_of(examples: Sequence[Example]) -> np.ndarray:
     """Return the number of supervised tokens of every example, (examples,)."""
     if isinstance(examples, Examples):
-        return examples.targets
+        return examples.target_counts
     return np.array([np.count_nonzero(example.supervised) for example in examples], np.int64)
 
 

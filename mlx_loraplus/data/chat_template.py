@@ -18,13 +18,15 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..failures import reason_text
 from .messages import BadRowError
 from .template_check import ANSWER, QUESTION, TEMPLATE_ERRORS
+from .template_forms import ChatForm
 from .thoughts import (
     THOUGHT_KEYS,
-    THOUGHT_TAGS,
     Message,
+    ThoughtBlock,
     answer_of,
     fill_empty_block,
     find_open_tags,
+    put_before,
     thoughts_of,
 )
 from .turn_start import (
@@ -56,6 +58,13 @@ _THOUGHT_OPTIONS: tuple[tuple[str, Any], ...] = (
     ("thinking_budget", 0),
 )
 """Template variables that control thoughts, and the value of each that turns thoughts off."""
+
+
+_CALL: dict[str, Any] = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "look_up", "arguments": {"word": ANSWER}},
+}
 
 
 class RefusedError(BadRowError):
@@ -194,20 +203,17 @@ class ChatTemplate:
         return None
 
     @cached_property
-    def thought_tags(self) -> tuple[str, str] | None:
-        """The tags that the template itself writes around thoughts, if it has any."""
-        template = str(self.tokenizer.chat_template)
-        return next((tags for tags in THOUGHT_TAGS if tags[1] in template), None)
+    def thought_block(self) -> ThoughtBlock:
+        """How the template writes thoughts."""
+        return ThoughtBlock.of(str(self.tokenizer.chat_template))
 
     # --- turns ----------------------------------------------------------------------------------
 
-    def write_turn(
-        self, messages: Sequence[Message], turn: int, tools: Sequence[Any] | None
-    ) -> Turn:
+    def write_turn(self, chat: ChatForm, turn: int, tools: Sequence[Any] | None) -> Turn:
         """Return an assistant turn together with the prompt that asks for it.
 
         Args:
-            messages: The messages in the form that the template expects.
+            chat: The messages in the form that the template expects.
             turn: The index of the assistant message.
             tools: The tools that the model may call.
 
@@ -215,25 +221,30 @@ class ChatTemplate:
             BadRowError: The template refuses the chat, or the turn's prompt can't be found.
         """
         # Render the chat with the turn, and the prompt that asks for it.
-        thinking = bool(thoughts_of(messages[turn]))
+        messages = chat.messages
+        thoughts = chat.thoughts.get(turn, "")
+        message = {**messages[turn], THOUGHT_KEYS[0]: thoughts} if thoughts else messages[turn]
+        thinking = bool(thoughts_of(message))
         whole = self.render(messages[: turn + 1], ask=False, thinking=thinking, tools=tools)
         if turn == 0:
             prompt = self._first_header(messages[0], whole, tools)
         else:
             prompt = self.render(messages[:turn], ask=True, thinking=thinking, tools=tools)
             # After another assistant turn, some templates write no header in the prompt.
-            if messages[turn - 1]["role"] == "assistant" and whole.startswith(
-                prompt + self._header
-            ):
-                prompt += self._header
+            header = self._header(thinking) if messages[turn - 1]["role"] == "assistant" else ""
+            if whole.startswith(prompt + header):
+                prompt += header
+
+        # A prompt that opens a block has a place for thoughts: other forms of the chat use it.
+        if thoughts and find_open_tags(prompt) is not None:
+            raise UnsupervisableError("the prompt opens a block of thoughts")
 
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
-            answer, rest = self._split_turn(whole[len(prompt) :], messages[turn])
-            answer = fill_empty_block(
-                without_second_opening(answer, prompt), prompt, messages[turn]
-            )
-            return Turn(prompt, answer, rest)
+            # Without thoughts, only the end of the turn is cut off its answer.
+            answer, rest = self._split_turn(whole[len(prompt) :], message)
+            answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
+            return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block), rest)
 
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
@@ -245,9 +256,9 @@ class ChatTemplate:
                 "this chat template can't be supervised by turn: the text before"
                 f" messages[{turn}] differs from the prompt that asks for it"
             )
-        answer, _ = self._split_turn(whole[seam:], messages[turn])
-        answer = fill_empty_block(answer, prompt, messages[turn])
-        return Turn(prompt, fit_to_prompt(answer, prompt, messages[turn]))
+        answer, _ = self._split_turn(whole[seam:], message)
+        answer = fit_to_prompt(fill_empty_block(answer, prompt, message), prompt, message)
+        return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block))
 
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
         """Return the text before the content, for a chat that begins with an assistant message."""
@@ -286,38 +297,39 @@ class ChatTemplate:
             return answer + self._ends_before[follower], ""
         return answer, text[len(answer) :]
 
-    @cached_property
-    def _header(self) -> str:
-        """The text that a prompt adds after an ordinary question."""
+    def _header(self, thinking: bool) -> str:
+        """Return the text that a prompt adds after an ordinary question."""
         question = {"role": "user", "content": QUESTION}
         try:
-            asked = self._apply([question], False, {})
-            return self._apply([question], True, {}).removeprefix(asked)
+            asked = self.render([question], ask=False, thinking=thinking)
+            return self.render([question], ask=True, thinking=thinking).removeprefix(asked)
         except BadRowError:
             return ""
 
     @cached_property
     def _ends_before(self) -> dict[str, str]:
-        """The token that begins the next message and ends generation, for the next one's role.
+        """The token that ends a turn only if another turn follows, for the next one's role.
 
         In GLM's templates, a turn has no end token of its own: the model ends it with the token of
         the role that follows.
         """
         question = {"role": "user", "content": QUESTION}
         answer = {"role": "assistant", "content": ANSWER}
+        call = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        result = {"role": "tool", "content": QUESTION, "tool_call_id": _CALL["id"]}
         found: dict[str, str] = {}
-        for role in ("user", "tool"):
-            follower = {"role": role, "content": QUESTION}
+        for turn, follower in ((answer, question), (call, result)):
             try:
-                text = self._apply([question, answer, follower], False, {})
+                alone = self._apply([question, turn], False, {}).rstrip()
+                text = self._apply([question, turn, follower], False, {})
             except BadRowError:
                 continue
 
-            after = text.partition(ANSWER)[2]
+            after = text.removeprefix(alone) if text.startswith(alone) else ""
             space = after[: len(after) - len(after.lstrip())]
             ends = [end for end in self.ends if after.lstrip().startswith(end)]
             if ends:
-                found[role] = space + max(ends, key=len)
+                found[follower["role"]] = space + max(ends, key=len)
         return found
 
 

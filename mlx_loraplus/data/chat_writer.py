@@ -10,45 +10,41 @@ turn when other turns follow; Qwen 3's template, for example, removes earlier th
 becomes a separate example, which ends with the turn.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jinja2.exceptions import SecurityError
+
+from .chat_notes import note_left_out, split_by_message
 from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
-from .messages import NEEDED_FIELDS, ROLES, BadRowError, assistant_turns
-from .template_forms import chat_forms
-from .thoughts import THOUGHT_TAGS, Message, answer_of, has_block_after_empty_block, thoughts_of
+from .messages import BadRowError, assistant_turns
+from .simpler_chats import simpler_chats
+from .template_forms import ChatForm, chat_forms
+from .thoughts import (
+    THOUGHT_TAGS,
+    Message,
+    ThoughtBlock,
+    answer_of,
+    find_open_tags,
+    has_block_after_empty_block,
+    thoughts_of,
+)
+from .written_chat import SupervisedChat, WrittenChat, WrittenRow
 
 TrainOn = Literal["turns", "last", "everything"]
 
-
-@dataclass(frozen=True)
-class WrittenRow:
-    """A row as text, and the characters to train on."""
-
-    text: str
-    spans: list[tuple[int, int]]  # start and stop of the characters to train on
-    add_special_tokens: bool = False  # whether BOS and EOS have to be added
-    thinking: bool = False  # whether the last turn's prompt allows thoughts
+_SPECIAL_TOKENS = re.compile(r"(\s|<[^<>\s]+>|\[[A-Z_/]+\])*")
 
 
-@dataclass(frozen=True)
-class SupervisedChat:
-    """A chat, and which of its turns to train on."""
+class LostError(BadRowError):
+    """The chat template leaves out content or tool calls; with advice for this case."""
 
-    messages: Sequence[Message]
-    turns: Sequence[int]  # indices of the assistant messages to train on
-    tools: Sequence[Any] | None
-
-
-@dataclass(frozen=True)
-class WrittenChat:
-    """A chat as text: one row, or several if the template rewrites earlier turns."""
-
-    form: Sequence[Message]  # the messages in the form that was passed to the template
-    rows: list[WrittenRow]
-    notes: list[str]  # notes on content of supervised turns that the template leaves out
+    def __init__(self, problem: str, advice: str):
+        super().__init__(problem)
+        self.advice = advice
 
 
 @dataclass(frozen=True)
@@ -84,7 +80,7 @@ class ChatWriter:
         chat = SupervisedChat(messages, turns, tools)
         written = self._write_in_best_form(chat)
         notes += written.notes
-        notes += self._note_left_out(chat, written)
+        notes += note_left_out(self.template, chat, written)
         return written.rows
 
     def _choose_turns(self, messages: Sequence[Message], untrained: Sequence[int]) -> list[int]:
@@ -101,9 +97,7 @@ class ChatWriter:
         try:
             return self._try_forms(chat)
         except BadRowError as problem:
-            remedy = self._suggest_field_to_remove(chat)
-            if not remedy and isinstance(problem, UnsupervisableError):
-                remedy = self._suggest_remedy(chat)
+            remedy = self._suggest_remedy(chat, problem)
             raise BadRowError(f"{problem}; {remedy}" if remedy else str(problem)) from problem
 
     def _try_forms(self, chat: SupervisedChat) -> WrittenChat:
@@ -115,8 +109,12 @@ class ChatWriter:
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None
 
+        # A chat without tool calls and thoughts has one form: its messages as they are.
         template = self.template
-        for form in chat_forms(chat.messages, template.thought_key, template.thought_tags):
+        for form in chat_forms(chat.messages, template.thought_key, template.thought_block):
+            # Thoughts can be put before an answer only where its prompt ends.
+            if form.thoughts and self.train_on == "everything":
+                continue
             try:
                 if self.train_on == "everything":
                     written = self._write_everything(chat, form)
@@ -135,45 +133,71 @@ class ChatWriter:
         assert first_problem is not None  # there is at least one form
         raise first_problem
 
-    def _suggest_field_to_remove(self, chat: SupervisedChat) -> str:
-        """Return the message field without which the chat can be written, as a suggestion."""
-        fields = {field for message in chat.messages for field in message}
-        for field in sorted(fields - NEEDED_FIELDS):
-            for roles in (("assistant",), ROLES):
-                try:
-                    self._try_forms(replace(chat, messages=_without(field, chat.messages, roles)))
-                except BadRowError:
-                    continue
-                whose = "assistant" if len(roles) == 1 else "all"
-                return f"remove the field {field!r:.40} from {whose} messages"
-        return ""
+    def _suggest_remedy(self, chat: SupervisedChat, problem: BadRowError) -> str:
+        """Return what to do about a chat that can't be written, tried before it is suggested."""
+        for messages, remedy in simpler_chats(chat.messages):
+            turns = assistant_turns(messages)
+            if self.train_on == "last":
+                turns = turns[-1:]
+            try:
+                self._try_forms(replace(chat, messages=messages, turns=turns))
+            except BadRowError:
+                continue
+            return remedy
 
-    def _suggest_remedy(self, chat: SupervisedChat) -> str:
-        """Return a suggestion for a chat whose turns can't be found."""
+        if isinstance(problem, LostError):
+            return problem.advice
+        if isinstance(problem.__cause__, SecurityError):
+            return (
+                "this model's template does what transformers and mlx-lm do not allow in a template"
+                "; use the current template of the model's publisher, or another model"
+            )
+        return self._suggest_everything(chat) if isinstance(problem, UnsupervisableError) else ""
+
+    def _suggest_everything(self, chat: SupervisedChat) -> str:
+        """Return what to do about a chat whose turns can't be found."""
+        other = "use a model with another chat template"
+
+        # Results of tools may be anywhere in a turn, and must not be learned as a part of it.
+        if any(message["role"] == "tool" for message in chat.messages):
+            return other
         try:
-            written = self._write_everything(chat, chat.messages)
+            written = self._write_everything(chat, ChatForm(chat.messages, {}))
         except BadRowError:
-            return "use a model with another chat template"
-        if written.notes:
-            return "use a model with another chat template"
-        return "use --train-on everything"
+            return other
+        return other if written.notes else "use --train-on everything"
 
-    def _write_everything(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
+    def _write_everything(self, chat: SupervisedChat, form: ChatForm) -> WrittenChat:
         """Return the whole chat as one row in which every token is supervised."""
         thinking = any(thoughts_of(message) for message in chat.messages)
-        text = self.template.render(form, ask=False, thinking=thinking, tools=chat.tools)
+        text = self.template.render(form.messages, ask=False, thinking=thinking, tools=chat.tools)
         if has_block_after_empty_block(text):
             raise BadRowError("the chat template writes two blocks of thoughts for one turn")
 
         notes: list[str] = []
-        parts = _split_by_message(chat.messages, text)
+        parts = split_by_message(chat.messages, text)
         for turn in assistant_turns(chat.messages):
             notes += _check_turn(chat.messages[turn], turn, parts[turn])
+            notes += self._note_inside(chat, form, turn)
 
         row = WrittenRow(text, [], thinking=thinking)
         return WrittenChat(form, [row], list(dict.fromkeys(notes)))
 
-    def _write_turns(self, chat: SupervisedChat, form: Sequence[Message]) -> WrittenChat:
+    def _note_inside(self, chat: SupervisedChat, form: ChatForm, turn: int) -> list[str]:
+        """Return a note if the template writes the thoughts of a turn inside the answer.
+
+        Raises:
+            BadRowError: The template refuses a part of the chat.
+        """
+        if not thoughts_of(chat.messages[turn]):
+            return []
+        try:
+            written = self.template.write_turn(form, turn, chat.tools)
+        except UnsupervisableError:
+            return []
+        return _check_place(written, self.template.thought_block)
+
+    def _write_turns(self, chat: SupervisedChat, form: ChatForm) -> WrittenChat:
         """Return the chat as one row that marks as many turns as possible, and rows for the others.
 
         A row can mark a turn if it begins with the turn's prompt and answer, as in generation. The
@@ -186,6 +210,8 @@ class ChatWriter:
         for turn in chat.turns:
             rendered[turn] = self.template.write_turn(form, turn, chat.tools)
             notes += _check_turn(chat.messages[turn], turn, rendered[turn].answer)
+            if thoughts_of(chat.messages[turn]):
+                notes += _check_place(rendered[turn], self.template.thought_block)
 
         # Begin with the last turn, because its prompt contains most of the other turns.
         rows: list[WrittenRow] = []
@@ -201,87 +227,6 @@ class ChatWriter:
 
         return WrittenChat(form, rows, list(dict.fromkeys(notes)))
 
-    def _note_left_out(self, chat: SupervisedChat, written: WrittenChat) -> list[str]:
-        """Return notes on the unsupervised content that the template leaves out."""
-        lost: set[str] = set()
-
-        # Search for messages without supervision outside the supervised text. Otherwise the words
-        # of an answer would count as those of a question.
-        text = _unsupervised_text(written.rows[0])
-        others = [message for turn, message in enumerate(written.form) if turn not in chat.turns]
-        for message, part in zip(others, _split_by_message(others, text), strict=True):
-            missing = find_lost(message, part)
-            if "content" in missing:
-                lost.add(f"{message['role']} messages")
-            if "tool calls" in missing:
-                lost.add("tool calls")
-
-        # A tool's name is part of its call, which is checked there.
-        if self._ignores("name", ("system", "user", "assistant"), chat, written):
-            lost.add("names of speakers ('name')")
-        if chat.tools and not self._shows_tools(written.form, chat.tools):
-            lost.add("tools")
-        notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
-
-        # Without ids, the first result is that of the first call.
-        is_swapped = _has_swapped_results(written.form)
-        if is_swapped and self._ignores("tool_call_id", ("tool",), chat, written):
-            notes.append(
-                "the chat template leaves out 'tool_call_id', and results of tools are in another"
-                " order than their calls; write them in the same order"
-            )
-        return notes
-
-    def _ignores(
-        self, field: str, roles: Sequence[str], chat: SupervisedChat, written: WrittenChat
-    ) -> bool:
-        """Return whether messages of some roles have a field that the text does not depend on."""
-        without = _without(field, written.form, roles)
-        if without == list(written.form):
-            return False
-        try:
-            text = self.template.render(written.form, ask=False, tools=chat.tools)
-            return self.template.render(without, ask=False, tools=chat.tools) == text
-        except BadRowError:
-            return False
-
-    def _shows_tools(self, form: Sequence[Message], tools: Sequence[Any]) -> bool:
-        """Return whether the rendered chat depends on the tools."""
-        thinking = bool(thoughts_of(form[-1]))
-        try:
-            without_tools = self.template.render(form, ask=False, thinking=thinking)
-        except BadRowError:  # a template for chats with tools only
-            return True
-        with_tools = self.template.render(form, ask=False, thinking=thinking, tools=tools)
-        return with_tools != without_tools
-
-
-def _without(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
-    """Return messages of which those of some roles lack a field."""
-    return [
-        {name: value for name, value in message.items() if name != field}
-        if message["role"] in roles
-        else message
-        for message in messages
-    ]
-
-
-def _has_swapped_results(messages: Sequence[Message]) -> bool:
-    """Return whether results of tools are in another order than the calls before them."""
-    places: dict[Any, int] = {}
-    last = -1
-    for message in messages:
-        if message["role"] == "tool":
-            place = places.get(message.get("tool_call_id"), last)
-            if place < last:
-                return True
-            last = place
-        else:
-            calls = message.get("tool_calls") or ()
-            places = {call.get("id"): number for number, call in enumerate(calls)}
-            last = -1
-    return False
-
 
 def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     """Check that the text of a supervised turn holds the whole message.
@@ -295,9 +240,10 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     lost = find_lost(message, text)
     unusable = [part for part in lost if part != "thoughts"]
     if unusable:
-        raise BadRowError(
+        raise LostError(
             f"the chat template leaves out the {' and '.join(unusable)} of messages[{turn}]"
-            f" (assistant); {_advise_lost(message, unusable)}"
+            " (assistant)",
+            _advise_lost(message, unusable),
         )
 
     # Training is still useful without the thoughts.
@@ -315,6 +261,20 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     return notes
 
 
+def _check_place(turn: Turn, block: ThoughtBlock) -> list[str]:
+    """Return a note if a turn with thoughts has special tokens before the block of thoughts."""
+    text = turn.answer.lstrip()
+    if find_open_tags(turn.prompt) is not None or text.startswith(block.opening):
+        return []
+
+    # Words before the block are a header, which belongs there.
+    before, found, _ = text.partition(block.opening)
+    is_inside = _SPECIAL_TOKENS.fullmatch(before) is not None if found else block.is_own
+    if not is_inside:
+        return []
+    return [f"the chat template writes thoughts inside the answer, not in {block.opening}"]
+
+
 def _advise_lost(message: Mapping[str, Any], lost: Sequence[str]) -> str:
     """Return what to do about a turn whose content or tool calls the template leaves out."""
     if "tool calls" in lost:
@@ -323,40 +283,8 @@ def _advise_lost(message: Mapping[str, Any], lost: Sequence[str]) -> str:
             " model writes it, or skip such rows with --on-bad drop"
         )
     if message.get("tool_calls"):
-        return (
-            "it may write no content beside tool calls: remove the content, or skip such rows with"
-            " --on-bad drop"
-        )
+        return "skip such rows with --on-bad drop"
     return (
         "check whether the content holds text that the template removes, such as an end-of-turn"
         " token"
     )
-
-
-def _split_by_message(messages: Sequence[Message], text: str) -> list[str]:
-    """Return, for each message, the text that follows the content of the previous message."""
-    parts: list[str] = []
-    start = 0
-
-    for message in messages:
-        parts.append(text[start:])
-
-        # Templates may move the system message, so the next message may come before it.
-        if message["role"] == "system":
-            continue
-        content = answer_of(message).strip()
-        place = text.find(content, start)
-        if content and place >= 0:
-            start = place + len(content)
-
-    return parts
-
-
-def _unsupervised_text(row: WrittenRow) -> str:
-    """Return a row's text without the spans to train on."""
-    text = ""
-    start = 0
-    for first, last in sorted(row.spans):
-        text += row.text[start:first]
-        start = last
-    return text + row.text[start:]

@@ -1,40 +1,58 @@
-"""The examples of a split: a sequence whose tokens stay on disk.
+"""The examples of a split, whose tokens stay on disk.
 
-A ``Shard`` holds the tokens of one table, which ``token_cache`` writes. ``Examples`` are parts of
-shards.
+``open_shard`` encodes a table once, and keeps its tokens in a ``Shard`` in the cache. ``Examples``
+reads the examples of some shards when they are indexed.
+
+The cache key is a digest of the file's contents and of what encodes it (``Encoder``), such as the
+tokenizer, its chat template and the choice of supervised tokens. A change to any of them creates a
+new shard; a change to ``max_seq_length`` or ``on_long`` does not. A shard is written under a
+temporary name and renamed once it is complete. During writing, only a few hundred rows are in
+memory. Afterwards, the arrays are memory-mapped.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .row_kinds import KINDS
+from ..errors import DataError
+from ..files import cached_folder, remove_unused
+from .document_tokens import encode_document
+from .encoder import Encoder, cache_key
+from .readers import read_text
+from .row_digests import exact_digest, system_of
+from .row_notes import notes_on
 from .row_problems import RowProblems
-from .tokenize import Example
+from .rows import Row, make_rows
+from .sources import Table
+from .stored_rows import ROW, StoredRow, store_document, store_row
+from .tokenize import Example, encode
 
-KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
+# Version of the shard format, including its notes; a new number invalidates all cached shards
+_VERSION = 18
 
+# The files of a shard; the arrays are those of a ``Chunk``
+ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
+PROBLEMS = "problems.json"
+LARGEST = "largest_id"
+SYSTEMS = "systems.json"
 
-class StoredRow(NamedTuple):
-    """One row of a table.
+# Maximum number of system messages that a shard keeps
+_MOST_SYSTEMS = 100
 
-    The digests ignore white space and case, except those of ``growing_prefixes.text_digests``.
-    """
+# Limits on the rows that are encoded together
+_MAX_ROWS = 512
+_MAX_CHARACTERS = 2**19
 
-    line: int  # line or row number
-    kind: int  # index into KIND_NAMES
-    thinking: bool  # whether the row's prompt allows thoughts
-    whole: int  # digest of the whole row
-    asked: int  # digest of its prompt
-    begins: int  # digest of the beginning of its conversation
-    system: int = 0  # digest of its system message, or 0
-    text: int = 0  # from ``text_digests``
-    prompt: int = 0  # from ``text_digests``
-    beginnings: int = 0  # number of digests in the file of beginnings
+# Number of rows between two progress reports
+_PROGRESS_ROWS = 100_000
 
 
 class Span(NamedTuple):
@@ -49,8 +67,6 @@ class Span(NamedTuple):
     shard: int = 0  # index of its shard, set when shards are combined
 
 
-_ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "i4")
-ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 _SPAN_TYPES = ("i8", "i8", "i8", "i4", "i4", "i4", "i4")
 SPAN = np.dtype(list(zip(Span._fields, _SPAN_TYPES, strict=True)))
 
@@ -94,14 +110,14 @@ class Examples(Sequence[Example]):
 
     Attributes:
         lengths: Number of input tokens, which end before the last supervised token, (examples,).
-        targets: Number of supervised tokens, (examples,).
+        target_counts: Number of supervised tokens, (examples,).
     """
 
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         self.shards = shards
         self.spans = spans
         self.lengths = spans["inputs"]
-        self.targets = spans["targets"]
+        self.target_counts = spans["targets"]
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -157,3 +173,201 @@ class Examples(Sequence[Example]):
             in_shard = self.spans["shard"] == number
             picked[in_shard] = of_shard[self.spans["row"][in_shard]]
         return picked
+
+
+def open_shard(table: Table, encoder: Encoder) -> Shard:
+    """Return a table's shard from the cache; encode the table first if it is not cached.
+
+    Raises:
+        DataError: The table can't be read, or its file changed during reading.
+        OutputError: The cache can't be written.
+    """
+    identity = table.identity()
+    parts = [identity, bool(table.documents), encoder.digest, ROW.descr, SPAN.descr, _VERSION]
+
+    # The file may change while it is read.
+    def build(folder: Path) -> None:
+        remove_unused("tokens")
+        write_shard(folder, table, encoder)
+        if table.identity() != identity:
+            raise DataError(
+                f"{table.name} changed while it was read: start again once it is complete"
+            )
+
+    folder = cached_folder("tokens", cache_key(parts), build)
+
+    # Mark the shard as used, unless the cache is read-only
+    with suppress(OSError):
+        os.utime(folder)
+
+    # Map the arrays, and read the rest
+    problems = json.loads((folder / PROBLEMS).read_text(encoding="utf-8"))
+    systems = json.loads((folder / SYSTEMS).read_text(encoding="utf-8"))
+    return Shard(
+        name=table.name,
+        documents=bool(table.documents),
+        tokens=_map_array(folder / "tokens", np.int32),
+        supervised=_map_array(folder / "supervised", np.bool_),
+        rows=_map_array(folder / "rows", ROW),
+        spans=_map_array(folder / "spans", SPAN),
+        beginnings=folder / "beginnings",
+        problems=RowProblems(**problems),
+        largest=int((folder / LARGEST).read_text(encoding="utf-8")),
+        systems={int(digest): text for digest, text in systems.items()},
+    )
+
+
+class Chunk(NamedTuple):
+    """Arrays to append to the files of a shard; their indices are relative to the chunk's start."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    rows: np.ndarray
+    spans: np.ndarray
+    beginnings: np.ndarray = np.zeros(0, np.uint64)
+
+
+def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
+    """Encode a table and write its shard into a folder."""
+    problems = RowProblems()
+    systems: dict[int, str] = {}
+    if table.documents:
+        chunks = _document_chunks(table.documents, encoder.tokenizer)
+    else:
+        chunks = _row_chunks(table, encoder, problems, systems)
+
+    tokens_written = rows_written = 0
+    largest = -1
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
+        for chunk in chunks:
+            # Make the indices relative to the start of the shard
+            chunk.spans["start"] += tokens_written
+            chunk.spans["stop"] += tokens_written
+            chunk.spans["row"] += rows_written
+            for name, file in files.items():
+                getattr(chunk, name).tofile(file)
+
+            # Report the progress once for every _PROGRESS_ROWS rows
+            reports = rows_written // _PROGRESS_ROWS
+            tokens_written += len(chunk.tokens)
+            rows_written += len(chunk.rows)
+            largest = max(largest, int(chunk.tokens.max(initial=-1)))
+            if rows_written // _PROGRESS_ROWS > reports:
+                encoder.log(f"{table.name}: {rows_written:,} rows encoded")
+
+    # Write what is known only after all rows
+    (folder / LARGEST).write_text(str(largest), encoding="utf-8")
+    (folder / PROBLEMS).write_text(json.dumps(asdict(problems)), encoding="utf-8")
+    (folder / SYSTEMS).write_text(json.dumps(systems), encoding="utf-8")
+
+
+@dataclass
+class _ChunkBuilder:
+    """Collects encoded rows and joins them into a chunk."""
+
+    tokens: list[np.ndarray] = field(default_factory=list)
+    supervised: list[np.ndarray] = field(default_factory=list)
+    rows: list[StoredRow] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    beginnings: list[np.ndarray] = field(default_factory=list)
+    length: int = 0
+
+    def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
+        """Add a row and its encoded examples."""
+        # The examples, one after another
+        for example in examples:
+            learned = np.flatnonzero(example.supervised)
+            stop = self.length + len(example.tokens)
+            self.spans.append(
+                Span(
+                    row=len(self.rows),
+                    start=self.length,
+                    stop=stop,
+                    # The inputs are the tokens before the last supervised one.
+                    inputs=int(learned[-1]),
+                    targets=len(learned),
+                )
+            )
+            self.tokens.append(example.tokens)
+            self.supervised.append(example.supervised)
+            self.length = stop
+
+        stored, beginnings = store_row(row, thinking=thinking)
+        self.rows.append(stored)
+        self.beginnings.append(beginnings)
+
+    def build(self) -> Chunk:
+        """Return the chunk of all rows that were added."""
+        return Chunk(
+            np.concatenate(self.tokens),
+            np.concatenate(self.supervised),
+            np.array(self.rows, ROW),
+            np.array(self.spans, SPAN),
+            np.concatenate(self.beginnings),
+        )
+
+
+def _row_chunks(
+    table: Table, encoder: Encoder, problems: RowProblems, systems: dict[int, str]
+) -> Iterator[Chunk]:
+    """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
+    for rows in _groups(make_rows(table.rows(), encoder.names, problems, encoder.make)):
+        chunk = _ChunkBuilder()
+        encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
+        for row, encoded in zip(rows, encoded_rows, strict=True):
+            examples = [example for example in encoded.examples if example.supervised.any()]
+            answers = 1 if row.rejected is None else 2
+            if len(examples) < answers:
+                problems.add_problem(row.line, encoded.problem or "no token to train on")
+                continue
+
+            chunk.add(row, examples, thinking=encoded.thinking)
+            system = system_of(row)
+            if system and len(systems) < _MOST_SYSTEMS:
+                systems[exact_digest(system)] = system
+            for note in notes_on(row, encoded, examples, encoder):
+                problems.add_note(row.line, note)
+        if chunk.rows:
+            yield chunk.build()
+
+
+def _groups(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Yield lists of a few hundred rows, or of fewer rows if these are long."""
+    group: list[Row] = []
+    characters = 0
+    for row in rows:
+        group.append(row)
+        characters += sum(len(str(value)) for value in row.fields.values())
+        if len(group) == _MAX_ROWS or characters >= _MAX_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iterator[Chunk]:
+    """Yield the chunks of encoded documents; the last one of a document has its row and span."""
+    no_rows, no_spans = np.zeros(0, ROW), np.zeros(0, SPAN)
+    for number, path in enumerate(paths, start=1):
+        # Encode the text in pieces
+        length = targets = 0
+        for ids, supervised in encode_document(read_text(path), tokenizer):
+            length += len(ids)
+            targets += sum(supervised)
+            yield Chunk(np.array(ids, np.int32), np.array(supervised, bool), no_rows, no_spans)
+
+        # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
+        row = store_document(path, number)
+        span = Span(row=0, start=-length, stop=0, inputs=length - 1, targets=targets)
+        yield Chunk(
+            np.zeros(0, np.int32),
+            np.zeros(0, bool),
+            np.array([row], ROW),
+            np.array([span], SPAN),
+        )
+
+
+def _map_array(path: Path, dtype: Any) -> np.ndarray:
+    """Map a file as an array; an empty file can't be mapped."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

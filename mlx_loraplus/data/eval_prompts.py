@@ -7,8 +7,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import TrainConfig
 from ..models.prompt_format import RAW_FORMS, PromptFormat
-from .dataset import KIND_NAMES, Examples
+from .dataset import Examples
 from .encode_prompt import encode_prompt
+from .stored_rows import KIND_NAMES
 from .tokenize import Example
 
 _LONGEST_ANSWER = 64
@@ -56,7 +57,7 @@ def choose_eval_prompts(
             continue
         eval_prompts.append(
             EvalPrompt(
-                source=example.source,
+                source=example.place,
                 tokens=prompt,
                 prompt=tokenizer.decode(prompt),
                 expected=tokenizer.decode(answer),

@@ -1,13 +1,59 @@
 """Hold validation examples out of the training examples."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from ..config import DataConfig, TrainConfig
 from ..errors import DataError
 from .conversation_groups import find_conversations
 from .dataset import Examples
+from .sources import Source
+from .split_report import SplitReport
+
+# Without validation rows, this share of the training examples is held out
+_HELD_OUT = 0.1
+# With fewer training examples, none are held out
+_FEWEST = 10
 
 # Makes this choice independent of other random choices with the same seed
 _VALID_STREAM = 1
+
+
+def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
+    """Return whether validation examples are held out of the training examples.
+
+    Raises:
+        DataError: ``valid_split`` is set although there are validation files.
+    """
+    has_valid = any(source.get("valid") for source in sources)
+    if has_valid and settings.valid_split:
+        raise DataError(
+            "valid_split holds out training rows, but the data already has validation rows: use"
+            " one of them"
+        )
+    return not has_valid and settings.valid_split != 0
+
+
+def hold_out(
+    train: Examples, config: TrainConfig, report: SplitReport
+) -> tuple[Examples, Examples]:
+    """Divide the training examples into training and validation examples, and report it.
+
+    Without ``valid_split``, data with few examples is not divided.
+    """
+    share = config.data.valid_split
+    conversations = group_conversations(train)
+    if share is not None:
+        return split_holdout(train, conversations, share, config.seed)
+
+    if len(train) < _FEWEST or len(np.unique(conversations)) < 2:
+        return train, train.take(np.arange(0))
+    report.notes.append(
+        f"held out of the {len(train):,} training examples, because there is no validation file"
+        " (--valid-split 0 trains on all of them)"
+    )
+    return split_holdout(train, conversations, _HELD_OUT, config.seed)
 
 
 def group_conversations(examples: Examples) -> np.ndarray:

@@ -55,7 +55,7 @@ def check_switches(
             raise BadRowError(
                 f"its {name} is {row[name]!r:.40}, which excludes it from training; use --on-bad"
                 " drop to skip such rows, or name the columns to train on with --fields if"
-                f" {name!r} is no weight"
+                f" {name!r} is not a weight"
             )
         if value not in (None, 0, 1):
             weighted.append(name)

@@ -15,8 +15,9 @@ import numpy as np
 
 from ..config import ObjectiveConfig
 from .batches import Batch, Batches, lay_out
-from .dataset import KIND_NAMES, Examples, Shard
+from .dataset import Examples, Shard
 from .pairs import ComparedExamples
+from .stored_rows import KIND_NAMES
 from .tokenize import Example
 
 # The largest distance from which a mismatched answer is taken
@@ -101,7 +102,7 @@ class MismatchedAnswers(Examples):
         supervised = [SupervisedRuns(shard.supervised) for shard in examples.shards]
         prompts = _prompt_lengths(examples, supervised)
         self.lengths[:] = prompts + (examples.lengths - prompts)[others]
-        self.targets[:] = examples.targets[others]
+        self.target_counts[:] = examples.target_counts[others]
 
         # Correct the sizes of those that are cut.
         starts = (examples.spans["start"] + prompts)[others]
@@ -111,7 +112,7 @@ class MismatchedAnswers(Examples):
             cut = np.flatnonzero((self.lengths >= self.longest) & (of_shard == number))
             start, stop = starts[cut], stops[cut]
             self.lengths[cut] = prompts[cut] + runs.last_before(stop) - start
-            self.targets[cut] = runs.count(start, stop)
+            self.target_counts[cut] = runs.count(start, stop)
 
     def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, index: int
@@ -120,7 +121,7 @@ class MismatchedAnswers(Examples):
         end, start = int(own.supervised.argmax()), int(other.supervised.argmax())
         tokens = np.concatenate([own.tokens[:end], other.tokens[start:]])
         supervised = np.concatenate([own.supervised[:end], other.supervised[start:]])
-        return Example(tokens[: self.longest], supervised[: self.longest], own.source)
+        return Example(tokens[: self.longest], supervised[: self.longest], own.place)
 
 
 def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: str) -> list[str]:
@@ -227,7 +228,7 @@ class LabeledBatches(Batches):
         super().__init__(examples, batch_size, seed, shares)
         self.labeled = examples
         self.lengths = np.maximum(examples.lengths, examples.mismatched.lengths)
-        self.targets = np.maximum(examples.targets, examples.mismatched.targets)
+        self.target_counts = np.maximum(examples.target_counts, examples.mismatched.target_counts)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:
         """Read the answers of a batch and lay them out, padded to the shape from ``shape_of``."""

@@ -1,23 +1,23 @@
 """Load a run's data: the examples of each split, and reports on their rows.
 
 ``sources`` finds the files, and ``readers`` reads their rows. ``rows`` and ``tokenize`` convert the
-rows to tokens, which ``token_cache`` stores. ``long_rows`` limits their length, ``dataset`` makes
-examples of them, and ``batches`` puts these together.
+rows to tokens, which ``dataset`` stores and ``long_rows`` limits in length. ``batches`` puts the
+examples together.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import DataConfig, ObjectiveConfig, TrainConfig
-from ..errors import DataError, join_problems
-from .dataset import SPAN, Examples
-from .fields_advice import ADVICE
+from ..config import ObjectiveConfig, TrainConfig
+from ..errors import DataError
+from .data_problems import find_problems
+from .dataset import SPAN, Examples, open_shard
+from .encoder import Encoder
 from .fields_setting import parse_names
-from .holdout import group_conversations, split_holdout
+from .holdout import has_holdout, hold_out
 from .labeled import LabeledExamples, note_labels
 from .labeled_rows import make_labeled
 from .long_rows import truncate_or_split
@@ -25,20 +25,10 @@ from .overlaps import find_overlaps
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
 from .row_kinds import FORMATS, LABELED_FORMAT, PAIR_FORMAT
-from .row_problems import RowProblems
-from .rows import MakeRow, make_row, make_rows
+from .rows import MakeRow, make_row
 from .sampling_weights import WeightedExamples
-from .sources import SPLITS, Source, SplitName, describe_sources, find_sources
+from .sources import SPLITS, Source, SplitName, find_sources
 from .split_report import SplitReport
-from .token_cache import Encoder, open_shard
-
-# Number of rows of each file that are checked before the model is downloaded
-_FIRST_ROWS = 100_000
-
-# Without validation rows, this share of the training examples is held out
-_HELD_OUT = 0.1
-# With fewer training examples, none are held out
-_FEWEST = 10
 
 
 @dataclass
@@ -54,36 +44,6 @@ class Data:
     examples: dict[SplitName, Examples] = field(default_factory=dict)
     reports: dict[SplitName, SplitReport] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-
-
-def check_rows(config: TrainConfig) -> None:
-    """Check the first rows of every file without a tokenizer, before the model is downloaded.
-
-    Raises:
-        DataError: The data can't be found, ``valid_split`` is set although there are validation
-            files, or ``on_bad`` is "error" and there are bad rows. The message reports them
-            together.
-    """
-    names = parse_names(config.data.fields)
-    make, needed = row_format(config.objective)
-    sources = find_sources(config.data.data)
-
-    # Only to raise an error if valid_split contradicts the files
-    _holds_out(config.data, sources)
-
-    bad = 0
-    places: list[str] = []
-    for source in sources:
-        for table in chain(*source.values()):
-            # Reading the rows collects their problems
-            problems = RowProblems()
-            for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
-                pass
-            bad += problems.bad
-            places += problems.places(table.name)
-
-    if bad and config.data.on_bad == "error":
-        raise DataError(_bad_rows(places, bad, needed))
 
 
 def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
@@ -130,7 +90,7 @@ def load_data(
     """Return the examples of the named splits, or of all splits if none is named.
 
     Args:
-        config: Settings of the run. Only the data settings and the seed are used.
+        config: Settings of the run. Only the data settings, the objective and the seed are used.
         tokenizer: From ``load``.
         splits: Splits to read.
         strict: Raise an error for data that can't be trained on, instead of returning the problems.
@@ -143,7 +103,7 @@ def load_data(
     # Holding out needs both splits, even if only one of them is wanted
     settings = config.data
     sources = find_sources(settings.data)
-    holds_out = _holds_out(settings, sources)
+    holds_out = has_holdout(settings, sources)
     wanted: set[SplitName] = set(splits or SPLITS)
     if holds_out and wanted & {"train", "valid"}:
         wanted |= {"train", "valid"}
@@ -159,14 +119,14 @@ def load_data(
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoder, config.objective, report)
 
-    data.problems = _find_problems(settings, data, needed)
+    data.problems = find_problems(settings, data.examples, data.reports, needed)
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
 
     # Hold out validation examples, and apply the sampling weights to the training examples
     train = data.examples.get("train")
     if train and holds_out:
-        train, valid = _hold_out(train, config, data.reports["valid"])
+        train, valid = hold_out(train, config, data.reports["valid"])
         data.examples |= {"train": train, "valid": valid}
     if train and settings.data_weights:
         weighted = WeightedExamples(train, settings.data_weights, config.seed)
@@ -190,42 +150,6 @@ def split_to_evaluate(config: TrainConfig) -> SplitName:
     """
     sources = find_sources(config.data.data)
     return "test" if any(source.get("test") for source in sources) else "valid"
-
-
-def _holds_out(settings: DataConfig, sources: Sequence[Source]) -> bool:
-    """Return whether validation examples are held out of the training examples.
-
-    Raises:
-        DataError: ``valid_split`` is set although there are validation files.
-    """
-    has_valid = any(source.get("valid") for source in sources)
-    if has_valid and settings.valid_split:
-        raise DataError(
-            "valid_split holds out training rows, but the data already has validation rows: use"
-            " one of them"
-        )
-    return not has_valid and settings.valid_split != 0
-
-
-def _hold_out(
-    train: Examples, config: TrainConfig, report: SplitReport
-) -> tuple[Examples, Examples]:
-    """Divide the training examples into training and validation examples, and report it.
-
-    Without ``valid_split``, data with few examples is not divided.
-    """
-    share = config.data.valid_split
-    conversations = group_conversations(train)
-    if share is not None:
-        return split_holdout(train, conversations, share, config.seed)
-
-    if len(train) < _FEWEST or len(np.unique(conversations)) < 2:
-        return train, train.take(np.arange(0))
-    report.notes.append(
-        f"held out of the {len(train):,} training examples, because there is no validation file"
-        " (--valid-split 0 trains on all of them)"
-    )
-    return split_holdout(train, conversations, _HELD_OUT, config.seed)
 
 
 def _load_split(
@@ -269,68 +193,3 @@ def _load_split(
     if len(spans) == 1:
         return Examples(shards, spans[0])
     return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
-
-
-def _find_problems(settings: DataConfig, data: Data, needed: str) -> list[str]:
-    """Return the reasons why the data can't be trained on."""
-    problems: list[str] = []
-    reports = list(data.reports.values())
-
-    # Bad rows
-    bad = sum(report.bad for report in reports)
-    if bad and settings.on_bad == "error":
-        bad_rows = chain(*(report.bad_rows for report in reports))
-        problems.append(_bad_rows(bad_rows, bad, needed))
-
-    # Long rows
-    long = sum(report.long for report in reports)
-    if long and settings.on_long == "error":
-        places = list(chain(*(report.long_rows for report in reports)))
-        problems.append(
-            f"rows longer than max_seq_length {settings.max_seq_length:,}:"
-            f" {join_problems(places, count=long)}; raise it, or choose --on-long truncate, drop or"
-            " split"
-        )
-
-    # No rows
-    has_nothing = "train" in data.examples and not len(data.examples["train"])
-    if has_nothing and not problems:
-        report = data.reports["train"]
-        why = "no training rows"
-        advice = f"a row needs {needed}"
-        if report.dropped + report.bad:
-            reasons = "; ".join(report.dropped_rows())
-            why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
-        if report.dropped:
-            advice = f"raise max_seq_length {settings.max_seq_length:,}"
-        problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")
-    return problems
-
-
-def group_problems(problems: Iterable[str]) -> list[str]:
-    """Return each problem once, with the place of the first row that has it.
-
-    Args:
-        problems: Problems of rows, in the form "place: problem".
-    """
-    # Problems that differ only in their advice, which depends on a row's values, are the same
-    places: dict[str, list[str]] = {}
-    shown: dict[str, str] = {}
-    for line in problems:
-        place, _, problem = line.partition(": ")
-        same = problem.partition(ADVICE)[0]
-        places.setdefault(same, []).append(place)
-        shown.setdefault(same, problem)
-
-    grouped: list[str] = []
-    for same, found in places.items():
-        others = " and others" if len(found) > 1 else ""
-        grouped.append(f"{found[0]}{others}: {shown[same]}")
-    return grouped
-
-
-def _bad_rows(problems: Iterable[str], count: int, needed: str) -> str:
-    """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
-    number = f"{count:,} bad rows: " if count > 1 else ""
-    found = join_problems(group_problems(problems))
-    return f"{number}{found}; a row needs {needed}; --on-bad drop skips bad rows"

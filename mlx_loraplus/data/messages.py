@@ -318,7 +318,7 @@ def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
     arguments = parse_json(function.get("arguments") or {})
     if not isinstance(arguments, dict):
         raise BadRowError(
-            f"{place} calls {name:.40} with arguments that are no JSON object: {arguments!r:.80}"
+            f"{place} calls {name:.40} with arguments that are not a JSON object: {arguments!r:.80}"
         )
     function = function | {"arguments": arguments}
     return call | {"function": function} if "function" in call else function

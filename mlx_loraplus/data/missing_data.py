@@ -46,10 +46,9 @@ def check_spaces(names: Sequence[str]) -> None:
 
 def missing_hint(name: str) -> str:
     """Return a hint for a name that is neither a path nor a hub id; "" if nothing is similar."""
+    if hub_id := hub_id_in(name):
+        return f" (its hub id is {hub_id})"
     if name.startswith(("https://", "http://")):
-        hub_id = hub_id_in(name)
-        if hub_id:
-            return f" (its hub id is {hub_id})"
         return " (addresses are not read: download the file first)"
 
     # A shell expands a pattern only without quotes.

@@ -74,7 +74,7 @@ class PackedBatches(Batches):
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
         """Return the (rows, length, targets) of a batch; the last of an epoch has empty rows."""
-        targets = sum(int(self.targets[row].sum()) for row in rows)
+        targets = sum(int(self.target_counts[row].sum()) for row in rows)
         return *self.largest(), round_up(targets)
 
     def collate(self, rows: Sequence[np.ndarray]) -> Batch:

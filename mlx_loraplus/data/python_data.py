@@ -206,6 +206,8 @@ def _rows_of(rows: Any, label: str) -> Iterator[Any]:
             reason = ", whose rows have no order"
         if isinstance(rows, str):
             reason = f" ({rows!r:.60}), and a split must hold rows"
+        if callable(rows):
+            reason = ", which must be called to give rows"
         given = "None" if rows is None else f"of the type {type(rows).__name__}"
         raise DataError(f"{label} is {given}{reason}; {ALLOWED}")
     return iter(cast("Iterable[Any]", rows))

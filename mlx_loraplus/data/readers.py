@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError
-from ..files import LFS_ADVICE, is_lfs_pointer
 from .messages import BadRowError, is_chat
+from .row_problems import explain_line
 
 # Maximum number of bytes in a row, so that a file without line ends does not fill the memory
 LONGEST_ROW = 64 * 2**20
@@ -385,15 +385,6 @@ def _parse(line: bytes) -> Any:
     except RecursionError:
         return BadRowError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:
-        return BadRowError(_explain_line(line, error))
+        return BadRowError(explain_line(line, error))
     except ValueError:
         return BadRowError(f"not JSON ({_MANY_DIGITS})")
-
-
-def _explain_line(line: bytes, error: json.JSONDecodeError) -> str:
-    """Return why a line is not JSON, and what to do in the likely cases."""
-    if is_lfs_pointer(line):
-        return f"the file is {LFS_ADVICE}"
-    if line.strip() == b"{":
-        return "not JSON (a row over several lines): write each row on one line"
-    return f"not JSON ({error.msg} at column {error.colno})"

@@ -1,6 +1,9 @@
 """The problems and notes of a table's rows, collected while the rows are read."""
 
+import json
 from dataclasses import dataclass, field
+
+from ..files import LFS_ADVICE, is_lfs_pointer
 
 MOST_KEPT = 100
 """Maximum number of problems, and of different notes, that are kept for each table."""
@@ -31,3 +34,14 @@ class RowProblems:
         if note in self.notes or len(self.notes) < MOST_KEPT:
             count, first = self.notes.get(note, (0, line))
             self.notes[note] = (count + 1, first)
+
+
+def explain_line(line: bytes, error: json.JSONDecodeError) -> str:
+    """Return why a line is not JSON, and what to do in the likely cases."""
+    if is_lfs_pointer(line):
+        return f"the file is {LFS_ADVICE}"
+    if line.strip() == b"{":
+        return "not JSON (a row over several lines): write each row on one line"
+    if line.strip().endswith(b"},"):
+        return "not JSON (a comma after the row): leave the commas between rows out"
+    return f"not JSON ({error.msg} at column {error.colno})"

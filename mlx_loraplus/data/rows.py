@@ -95,7 +95,7 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     if not isinstance(row, dict):
         raise BadRowError(f"{type_name(row)}, not an object")
 
-    # Find the row's kind and its fields.
+    # Find the row's kind and its fields, from the columns that are not null.
     names = names or {}
     values, in_templates = read_columns(row, names)
     found = find_kind(values, names)

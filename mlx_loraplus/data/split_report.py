@@ -6,8 +6,9 @@ from typing import Literal
 import numpy as np
 
 from ..errors import counted
-from .dataset import KIND_NAMES, Examples, Shard
+from .dataset import Examples, Shard
 from .row_problems import MOST_KEPT
+from .stored_rows import KIND_NAMES
 
 OnLong = Literal["truncate", "drop", "split", "error"]
 
@@ -93,7 +94,7 @@ class SplitReport:
         self.rows = len(first)
         self.examples = len(examples)
         self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
-        self.supervised_tokens = int(examples.targets.sum(dtype=np.int64))
+        self.supervised_tokens = int(examples.target_counts.sum(dtype=np.int64))
 
         kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)
         self.kinds = {}

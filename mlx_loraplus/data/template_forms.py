@@ -1,8 +1,9 @@
 """Write a chat in each of the forms that chat templates expect.
 
-Templates expect different forms of three things: the arguments of a tool call (an object or a JSON
-string), the content of a message that has only tool calls (empty or null), and thoughts (under a
-key or inside the content).
+Templates expect different forms of four things: the arguments of a tool call (an object or a JSON
+string), its id, the content of a message that has only tool calls (empty or null), and thoughts
+(under a key or inside the content). Some templates have no place for thoughts: the messages then
+have none, and the thoughts are put before the rendered answer.
 """
 
 import json
@@ -11,9 +12,20 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
-from .thoughts import THOUGHT_KEYS, THOUGHT_TAGS, Message, answer_of, thoughts_of
+from .thoughts import THOUGHT_KEYS, Message, ThoughtBlock, answer_of, thoughts_of
 
-ThoughtForm = Literal["given", "key", "inline"]
+ThoughtForm = Literal["given", "key", "inline", "before"]
+
+CALL_ID = "functions.{name}:{number}"
+"""The id of a tool call in Kimi K2's templates, which write no other name of the function."""
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """A chat in one form that a chat template may expect."""
+
+    messages: Sequence[Message]
+    thoughts: Mapping[int, str]  # to put before the answers: of messages without their thoughts
 
 
 @dataclass(frozen=True)
@@ -22,9 +34,9 @@ class MessageForm:
 
     json_arguments: bool  # whether a call's arguments are a JSON string
     empty_content: str | None  # the content of a message that has only tool calls
-    thoughts: ThoughtForm  # unchanged, under a key, or inside the content
+    thoughts: ThoughtForm  # unchanged, under a key, inside the content, or removed
     thought_key: str
-    thought_tags: tuple[str, str]  # around thoughts inside the content
+    thought_block: ThoughtBlock  # how thoughts are written inside the content
 
     def write(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
@@ -48,60 +60,108 @@ class MessageForm:
         for key in THOUGHT_KEYS:
             written.pop(key, None)
         if self.thoughts == "inline":
-            opening, closing = self.thought_tags
-            written["content"] = f"{opening}\n{thoughts}\n{closing}\n\n{content}"
+            written["content"] = self.thought_block.write(thoughts) + content
             return written
 
         if calls and not content:
             content = self.empty_content
         written["content"] = content
-        written[self.thought_key] = thoughts
+        if self.thoughts == "key":
+            written[self.thought_key] = thoughts
         return written
 
 
 def chat_forms(
-    messages: Sequence[Message],
-    thought_key: str | None,
-    thought_tags: tuple[str, str] | None = None,
-) -> Iterator[list[dict[str, Any]]]:
+    messages: Sequence[Message], thought_key: str | None, thought_block: ThoughtBlock
+) -> Iterator[ChatForm]:
     """Yield a chat in each form that templates expect, beginning with the most common form.
 
     Args:
         messages: The messages in OpenAI's form.
         thought_key: The message key that the template reads thoughts from, if it is known.
-        thought_tags: The tags that the template writes around thoughts, if it has any.
+        thought_block: How thoughts are written inside the content.
     """
-    tags = thought_tags or THOUGHT_TAGS[0]
-
     # Vary only the parts that this chat contains.
     json_arguments: Sequence[bool] = [False]
     empty_contents: Sequence[str | None] = [""]
-    thought_forms: Sequence[ThoughtForm] = ["given"]
+    chats = [messages]
     if any(message.get("tool_calls") for message in messages):
         json_arguments = [False, True]
         empty_contents = ["", None]
+        chats.append(_with_names_as_ids(messages))
+    thought_forms: Sequence[ThoughtForm] = ["given"]
     if any(thoughts_of(message) for message in messages):
-        # A template's own key and tags come first, so that they replace other tags in the content.
-        own_key: Sequence[ThoughtForm] = ["key"] if thought_key is not None else []
-        has_other_tags = any(_has_other_tags(message, thought_tags) for message in messages)
-        is_inline = tags != THOUGHT_TAGS[0] or has_other_tags
-        own_tags: Sequence[ThoughtForm] = ["inline"] if is_inline else []
-        thought_forms = [*own_key, *own_tags, "given", "key", "inline"]
+        thought_forms = _thought_forms(messages, thought_key, thought_block)
 
     # Skip forms that are equal for this chat.
-    seen: list[list[dict[str, Any]]] = []
-    for choice in product(json_arguments, empty_contents, thought_forms):
-        form = MessageForm(*choice, thought_key=thought_key or THOUGHT_KEYS[0], thought_tags=tags)
-        chat = [form.write(message) for message in messages]
-        if chat not in seen:
-            seen.append(chat)
-            yield chat
+    seen: list[ChatForm] = []
+    key = thought_key or THOUGHT_KEYS[0]
+    for chat, as_json, empty, thoughts_form in product(
+        chats, json_arguments, empty_contents, thought_forms
+    ):
+        form = MessageForm(as_json, empty, thoughts_form, key, thought_block)
+        thoughts = _thoughts_by_turn(chat) if form.thoughts == "before" else {}
+        written = ChatForm([form.write(message) for message in chat], thoughts)
+        if written not in seen:
+            seen.append(written)
+            yield written
 
 
-def _has_other_tags(message: Message, tags: tuple[str, str] | None) -> bool:
+def _thought_forms(
+    messages: Sequence[Message], thought_key: str | None, block: ThoughtBlock
+) -> list[ThoughtForm]:
+    """Return the forms of thoughts to try.
+
+    A template's own key and tags come first, so that they replace other tags in the content.
+    """
+    forms: list[ThoughtForm] = []
+    if thought_key is not None:
+        forms.append("key")
+    has_other_tags = any(_has_other_tags(message, block) for message in messages)
+    if block.is_own and (not block.is_usual or has_other_tags):
+        forms.append("inline")
+    return [*forms, "given", "key", "inline", "before"]
+
+
+def _thoughts_by_turn(messages: Sequence[Message]) -> dict[int, str]:
+    """Return the thoughts of the messages that have any, with the messages' indices."""
+    all_thoughts = {number: thoughts_of(message) for number, message in enumerate(messages)}
+    return {number: thoughts for number, thoughts in all_thoughts.items() if thoughts}
+
+
+def _has_other_tags(message: Message, block: ThoughtBlock) -> bool:
     """Return whether a message has thoughts in its content between other tags than these."""
     content = str(message.get("content") or "")
-    return tags is not None and tags[1] not in content and bool(thoughts_of({"content": content}))
+    return block.closing not in content and bool(thoughts_of({"content": content}))
+
+
+def _with_names_as_ids(messages: Sequence[Message]) -> list[Message]:
+    """Return a chat whose tool calls have the functions' names and a number as ids."""
+    written: list[Message] = []
+    waiting: list[tuple[Any, str]] = []  # old and new ids of the calls that have no result yet
+    number = 0
+
+    for message in messages:
+        new_fields: dict[str, Any] = {}
+        calls = message.get("tool_calls")
+        if calls:
+            waiting = []
+            for call in calls:
+                name = call.get("function", call).get("name")
+                waiting.append((call.get("id"), CALL_ID.format(name=name, number=number)))
+                number += 1
+            named = [call | {"id": new} for call, (_, new) in zip(calls, waiting, strict=True)]
+            new_fields["tool_calls"] = named
+
+        # Without an id, results are in the order of their calls.
+        elif message["role"] == "tool" and waiting:
+            old_ids = [old for old, _ in waiting]
+            old_id = message.get("tool_call_id")
+            place = old_ids.index(old_id) if old_id in old_ids else 0
+            new_fields["tool_call_id"] = waiting.pop(place)[1]
+        written.append({**message, **new_fields})
+
+    return written
 
 
 def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ of its content, between tags such as ``<think>`` and ``</think>``.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 Message = Mapping[str, Any]
@@ -24,8 +25,53 @@ THOUGHT_TAGS = (
 )
 """The tags that open and close a block of thoughts, in the templates of public models."""
 
-THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts")
+THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "tool_plan")
 """The keys of a message that may hold its thoughts."""
+
+
+@dataclass(frozen=True)
+class ThoughtBlock:
+    """How a chat template writes thoughts: tags, and the line breaks around them.
+
+    Attributes:
+        opening: The tag that opens the block.
+        closing: The tag that closes the block.
+        is_own: Whether the template itself writes these tags; else they are the usual ones.
+        on_lines: Whether the tags stand on lines of their own.
+        after: The line breaks after the block.
+    """
+
+    opening: str
+    closing: str
+    is_own: bool
+    on_lines: bool
+    after: str
+
+    @classmethod
+    def of(cls, template: str) -> "ThoughtBlock":
+        """Return the block of a chat template; the usual one if it writes no tags."""
+        own_tags = next((tags for tags in THOUGHT_TAGS if tags[1] in template), None)
+        if own_tags is None:
+            opening, closing = THOUGHT_TAGS[0]
+            return cls(opening, closing, is_own=False, on_lines=True, after="\n\n")
+
+        # A line break is written as such, or as \n inside a string of the template.
+        opening, closing = own_tags
+        text = template.replace("\\n", "\n")
+        is_word = opening[-1].isalnum()
+        on_lines = is_word or f"{opening}\n" in text or f"\n{closing}" in text
+        after = next((breaks for breaks in ("\n\n", "\n") if closing + breaks in text), "")
+        return cls(opening, closing, is_own=True, on_lines=on_lines, after=after)
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether the tags are the most common ones."""
+        return (self.opening, self.closing) == THOUGHT_TAGS[0]
+
+    def write(self, thoughts: str) -> str:
+        """Return thoughts as a block."""
+        space = "\n" if self.on_lines else ""
+        return f"{self.opening}{space}{thoughts}{space}{self.closing}{self.after}"
 
 
 def thoughts_of(message: Message) -> str:
@@ -117,6 +163,25 @@ def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     separator = "\n" if has_lines else ""
     filled = f"{thoughts}{separator}{block.closing}{block.rest}"
     return filled if is_open else f"{block.opening}{separator}{filled}"
+
+
+def put_before(answer: str, prompt: str, thoughts: str, block: ThoughtBlock) -> str:
+    """Return an answer that begins with these thoughts.
+
+    Args:
+        answer: The text of the turn after its prompt. It may begin with the thoughts already.
+        prompt: The prompt. If it opens or closes a block of thoughts, nothing is put between.
+        thoughts: The thoughts to write; may be empty.
+        block: How the chat template writes thoughts.
+    """
+    thoughts = thoughts.strip()
+    has_block = prompt.rstrip().endswith((block.opening, block.closing))
+    if not thoughts or has_block:
+        return answer
+    inside = answer.lstrip().removeprefix(block.opening).lstrip()
+    if inside.startswith(thoughts) and block.closing in inside:
+        return answer
+    return block.write(thoughts) + answer
 
 
 class _EmptyBlock(NamedTuple):

@@ -28,7 +28,7 @@ from tokenizers import Encoding, Tokenizer
 
 from ..models.prompt_format import RAW_FORMS, with_system
 from .chat_template import DAY, ChatTemplate
-from .chat_writer import ChatWriter, TrainOn, WrittenRow
+from .chat_writer import ChatWriter, TrainOn
 from .lost_content import call_values
 from .messages import BadRowError
 from .rows import Row
@@ -42,6 +42,7 @@ from .special_tokens import (
 )
 from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
+from .written_chat import WrittenRow
 
 _TAIL = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""
@@ -71,12 +72,12 @@ class Example:
         tokens: Token ids, int32, shape (length,).
         supervised: Whether each token is a training target, bool, shape (length,). It is predicted
             from the tokens before it. The first token is never a target.
-        source: Location of the row, such as "train.jsonl:17".
+        place: Location of the row, such as "train.jsonl:17".
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
-    source: str = ""
+    place: str = ""
 
 
 @dataclass

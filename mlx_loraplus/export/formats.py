@@ -47,9 +47,10 @@ def check(config: ExportConfig) -> None:
     if config.merged is not None and config.to != "gguf":
         problems.append("merged is for --to gguf")
 
-    expected_id = r"[\w.-]+/[\w.-]+" if config.to == "hub" else ""
-    if not re.fullmatch(expected_id, config.repo_id):
-        problems.append("repo_id must be owner/name with --to hub, and left out otherwise")
+    if config.to != "hub" and config.repo_id:
+        problems.append(f"repo_id {config.repo_id!r:.80} is for --to hub: leave it out")
+    if config.to == "hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo_id):
+        problems.append(f"repo_id must be owner/name, not {config.repo_id!r:.80}")
 
     if problems:
         raise ConfigError(join_problems(problems))

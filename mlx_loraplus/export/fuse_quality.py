@@ -41,8 +41,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import LINEARS
+from ..adapters.lora import Adapter
 from ..adapters.trainable import find_adapters
 from ..command_config import FuseConfig
 from ..config import TrainConfig
@@ -257,7 +257,7 @@ def sample_examples(
 
     # Take shuffled examples until sample_tokens is reached.
     order = np.random.default_rng(run.seed).permutation(len(examples))
-    totals = np.cumsum(examples.targets[order])
+    totals = np.cumsum(examples.target_counts[order])
     wanted = SAMPLE_TOKENS if config.sample_tokens is None else config.sample_tokens
     count = max(1, int(np.searchsorted(totals, wanted, side="right")))
 

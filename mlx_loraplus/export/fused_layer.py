@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.mla import MultiLinear
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import (
     QUANTIZED,
     base_shape,
@@ -20,6 +19,7 @@ from ..adapters.base_layers import (
     plain_layer,
     quantization,
 )
+from ..adapters.lora import Adapter
 from ..errors import AdapterError, ModelError
 from .fuse_quality import LayerChange
 from .gptq import inverse_factors, quantize

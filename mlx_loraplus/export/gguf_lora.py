@@ -17,9 +17,9 @@ import mlx.nn as nn
 import numpy as np
 from gguf import GGUFWriter
 
-from ..adapters.adapter import Adapter
 from ..adapters.attach_saved import attach_saved
 from ..adapters.base_layers import EMBEDDINGS, EXPERTS
+from ..adapters.lora import Adapter
 from ..adapters.stored_files import StoredConfig
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..errors import AdapterError, join_problems

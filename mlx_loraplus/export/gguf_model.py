@@ -18,8 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import full_weight
+from ..adapters.lora import Adapter
 from ..errors import ModelError, join_problems
 from ..models.gguf.architectures import (
     ARCHITECTURES,
@@ -196,7 +196,7 @@ def tensor_types(
     """Return the type to store each tensor in."""
     types: dict[str, GGMLQuantizationType] = {}
     for tensor, shape in shapes.items():
-        # The biases of experts also have two axes, but they are no matrices.
+        # The biases of experts also have two axes, but they are not matrices.
         is_matrix = len(shape) >= 2 and tensor.endswith(".weight")
         is_small = any(part in tensor for part in _FULL_PRECISION)
         chosen = GGMLQuantizationType.F32

@@ -18,10 +18,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..adapters.adapter import Adapter, base_of
 from ..adapters.attach_saved import attach_saved
 from ..adapters.base_layers import EMBEDDINGS, EXPERTS, LINEARS
 from ..adapters.dora import DoRA
+from ..adapters.lora import Adapter, base_of
 from ..adapters.stored_files import StoredConfig, read_weights
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import own_arrays

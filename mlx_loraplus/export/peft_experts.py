@@ -17,9 +17,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import EXPERTS
 from ..adapters.dora import DoRA
+from ..adapters.lora import Adapter
 from .transformers_names import (
     alternates_gate_and_up,
     expert_parameters,

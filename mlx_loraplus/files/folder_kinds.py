@@ -1,5 +1,6 @@
 """What a folder holds, so that nothing is written among the files of something else."""
 
+import tempfile
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,9 +26,21 @@ _MARKS: dict[Contents, tuple[str, ...]] = {
     ),
 }
 
+_RESULTS: tuple[Contents, ...] = ("a run", "a sweep", "an adapter", "a model")
+"""What a folder holds that this package has written."""
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+_SYSTEM_FOLDERS = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/opt", "/proc", "/sbin", "/sys", "/usr"),
+    *("/var", "/Applications", "/Library", "/System", "/Volumes", "/private"),
+)
+
+_FREE_NAME = "runs/first"
+
 
 def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None:
-    """Check that a folder holds nothing that must not be mixed with what will be written.
+    """Check that a folder is no place of other files, and holds nothing that must not be mixed.
 
     Args:
         folder: The folder to write; it may not exist.
@@ -35,8 +48,10 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
         flag: The flag that gives the folder, for the error message.
 
     Raises:
-        OutputError: It holds one of these.
+        OutputError: It holds one of these; or it is a folder of the system, the home folder, in
+            the folder of this package, or the current folder with other files.
     """
+    _check_place(folder, flag)
     if not folder.exists():
         _check_name(folder, flag)
     if not folder.is_dir():
@@ -45,8 +60,41 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
     names = sorted(entry.name for entry in folder.iterdir())
     for kind in refused:
         for name in names:
-            if any(fnmatchcase(name.lower(), pattern) for pattern in _MARKS[kind]):
+            if _marks(name, kind):
                 raise OutputError(f"{folder} holds {kind} ({name}): give another {flag}")
+
+
+def _check_place(folder: Path, flag: str) -> None:
+    """Check that a folder is not one that belongs to other files.
+
+    Raises:
+        OutputError: It is.
+    """
+    # The home folder is inside the root, and inside the folder of all home folders.
+    place = folder.resolve()
+    what = ""
+    if place == Path(place.anchor):
+        what = "the root of the file system"
+    elif Path.home().resolve().is_relative_to(place):
+        what = "your home folder, or contains it"
+    elif place.is_relative_to(_PACKAGE):
+        what = "inside the folder of mlx_loraplus itself"
+    elif any(place == Path(name).resolve() for name in (*_SYSTEM_FOLDERS, tempfile.gettempdir())):
+        what = "a folder of the system"
+    elif place == Path.cwd():
+        names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
+        results = [name for name in names for kind in _RESULTS if _marks(name, kind)]
+        if names and not results:
+            what = f"the current folder, which holds other files ({names[0]})"
+    if what:
+        raise OutputError(
+            f"{folder} is {what}: give {flag} a folder of its own, such as {_FREE_NAME}"
+        )
+
+
+def _marks(name: str, kind: Contents) -> bool:
+    """Return whether a file's name marks a folder as one of a kind."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in _MARKS[kind])
 
 
 def _check_name(folder: Path, flag: str) -> None:

@@ -37,6 +37,7 @@ from ..settings import configure
 
 # Number of tokens by which an answer may exceed the longest expected answer.
 _EXTRA_TOKENS = 8
+_CUT_MARK = "…"
 
 
 def load(
@@ -223,7 +224,12 @@ def stream(
 
 
 def answer_all(
-    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], *, max_tokens: int
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompts: Sequence[list[int]],
+    *,
+    max_tokens: int,
+    cut_mark: str = "",
 ) -> list[str]:
     """Return the greedy answers to many prompts.
 
@@ -234,24 +240,39 @@ def answer_all(
         tokenizer: From ``load``.
         prompts: The token ids of each prompt.
         max_tokens: Maximum number of tokens to generate for each prompt.
+        cut_mark: Added to an answer that the model had not ended after ``max_tokens``.
     """
     start_inference(model)
     limits = limits_of(model)
     max_tokens = min(check_prompt(limits, tokens, max_tokens, tokenizer) for tokens in prompts)
     if not all(map(_can_batch, make_prompt_cache(model))):
-        return [_answer_one(model, tokenizer, prompt, max_tokens) for prompt in prompts]
+        answers = [_answer_one(model, tokenizer, prompt, max_tokens) for prompt in prompts]
+    else:
+        answers = _answer_batch(model, tokenizer, prompts, max_tokens)
 
+    texts: list[str] = []
+    for tokens in answers:
+        is_cut = len(tokens) == max_tokens
+        texts.append(tokenizer.decode(tokens) + (cut_mark if is_cut else ""))
+    return texts
+
+
+def _answer_batch(
+    model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], max_tokens: int
+) -> list[list[int]]:
+    """Return the token ids of the greedy answers to prompts, without those that end them."""
     answers = batch_generate(
         model,
         tokenizer,
         list(prompts),
         max_tokens=max_tokens,
+        return_token_ids=True,
         sampler=lambda logits: mx.argmax(logits, axis=-1),
     )
     # The generator has already started to compute a token that is not used. Wait for it, because
     # on several processes its collective operations must not mix with those of the next step.
     mx.synchronize(generation_stream)
-    return answers.texts
+    return answers.token_ids or []
 
 
 def _can_batch(cache: Any) -> bool:
@@ -263,8 +284,8 @@ def _can_batch(cache: Any) -> bool:
 
 def _answer_one(
     model: nn.Module, tokenizer: TokenizerWrapper, prompt: Sequence[int], max_tokens: int
-) -> str:
-    """Return the greedy answer to one prompt, decoded as ``batch_generate`` does."""
+) -> list[int]:
+    """Return the token ids of the greedy answer to one prompt, without the one that ends it."""
     tokens: list[int] = []
     for token, _ in generate_step(mx.array(list(prompt)), model, max_tokens=max_tokens):
         if token in tokenizer.eos_token_ids:
@@ -272,7 +293,7 @@ def _answer_one(
         tokens.append(int(token))
 
     mx.synchronize(generation_stream)
-    return tokenizer.decode(tokens)
+    return tokens
 
 
 def answer_questions(
@@ -280,10 +301,19 @@ def answer_questions(
 ) -> list[str]:
     """Return the greedy answers to evaluation prompts.
 
-    An answer may be a few tokens longer than the longest expected answer.
+    An answer has at most ``answer_length`` tokens; one that was cut there ends with "…".
     """
     if not eval_prompts:
         return []
     prompts = [eval_prompt.tokens for eval_prompt in eval_prompts]
-    longest = max(eval_prompt.length for eval_prompt in eval_prompts)
-    return answer_all(model, tokenizer, prompts, max_tokens=longest + _EXTRA_TOKENS)
+    length = answer_length(eval_prompts)
+    return answer_all(model, tokenizer, prompts, max_tokens=length, cut_mark=_CUT_MARK)
+
+
+def answer_length(eval_prompts: Sequence[EvalPrompt]) -> int:
+    """Return the maximum number of tokens in an answer to evaluation prompts.
+
+    It is a few more than in the longest expected answer.
+    """
+    longest = max((eval_prompt.length for eval_prompt in eval_prompts), default=0)
+    return longest + _EXTRA_TOKENS

@@ -111,10 +111,11 @@ def select_hidden(
 ) -> mx.array:
     """Return the trunk's hidden states that predict a target: (targets, hidden).
 
-    Packed rows need masks, and so does the attention that replaces MLX's while a model trains.
-    mlx-lm's models take masks from their caches, so caches that hold only masks are given to them.
+    Each token attends to itself and to the tokens before it in its example.
     """
-    # A training step also replaces attention for plain rows. Validation may do so.
+    # mlx-lm's models take their attention masks from caches; those of ``row_caches`` hold only
+    # masks. Packed rows need them, and so does the attention that replaces MLX's in training steps,
+    # and sometimes in validation. Otherwise, a model makes causal masks without caches.
     needs_masks = split.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
     if segments is not None or needs_masks:
@@ -277,7 +278,7 @@ def _score_slices(
     # The slice of each target, and its place there. The numbers of the slices are an array,
     # because MLX would compile a kernel for every constant.
     numbers = mx.arange(-(-head.vocabulary // width), dtype=targets.dtype)
-    number_of, place = targets // width, targets % width
+    slice_of, place = targets // width, targets % width
 
     for number, start in enumerate(range(0, head.vocabulary, width)):
         part = slice(start, min(start + width, head.vocabulary))
@@ -288,7 +289,7 @@ def _score_slices(
         # The last slice may be narrower than the places in other slices.
         if scores.shape[1] < width:
             place = mx.minimum(place, scores.shape[1] - 1)
-        inside = number_of == numbers[number : number + 1]
+        inside = slice_of == numbers[number : number + 1]
         found = mx.take_along_axis(scores, place, axis=-1)
         target_score = mx.where(inside, found, target_score.astype(scores.dtype))
 

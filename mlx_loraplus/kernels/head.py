@@ -19,8 +19,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapters.adapter import base_of
 from ..adapters.base_layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
+from ..adapters.lora import base_of
 from ..adapters.trainable import find_groups
 from ..adapters.trial_tokens import probe_tokens
 from .row_masks import takes_caches

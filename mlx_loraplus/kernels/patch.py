@@ -24,9 +24,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import gated_delta
 
-from ..adapters.adapter import base_of
 from ..adapters.base_layers import LINEARS, base_shape, blocks_of
 from ..adapters.dropout import drawing_from
+from ..adapters.lora import base_of
 from .attention import CausalMask, attention
 from .choices import (
     AttentionKind,

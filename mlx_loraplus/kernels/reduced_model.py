@@ -4,9 +4,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import EMBEDDINGS, LINEARS, blocks_of
 from ..adapters.dropout import Dropout
+from ..adapters.lora import Adapter
 from ..models.loading import shared_copy
 
 

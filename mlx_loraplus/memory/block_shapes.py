@@ -10,8 +10,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import EXPERTS, can_adapt, local_shape
+from ..adapters.lora import Adapter
 from ..adapters.trainable import find_adapters
 from ..config import AdapterConfig
 from ..kernels.delta_rule import PIECE

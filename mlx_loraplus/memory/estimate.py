@@ -34,6 +34,11 @@ _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
 """Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
 
+# More arrays of an update that joins the small parameters of adapters: numbers per trainable
+# parameter, and the most bytes.
+_JOINED = {"adamw": 4.6, "adam": 4.6, "sgd": 1.4, "lion": 1.5, "adafactor": 0, "muon": 0}
+_MOST_JOINED = 64 << 20
+
 # On a GPU: bytes at a slice of the head's logits, for each of its float32 bytes and each byte per
 # activation. It was measured on a CPU, with the operations that replace a GPU's kernels there.
 _NATIVE_SLICES = 12.2 / 4
@@ -116,9 +121,13 @@ class Sizes:
     def update(self, optimizer: str) -> int:
         """Return the bytes of the gradients and of the update rule's temporary arrays.
 
-        They are between 4 trained · 1.6 (SGD) and 4 trained · 2.4 (Adam).
+        They are between 4 trained · 1.6 (SGD) and 4 trained · 2.4 (Adam). For adapters, whose small
+        arrays are joined, up to 64 MiB more, between 4 trained · 1.4 and 4 trained · 4.6.
         """
-        return int(_UPDATE[optimizer] * self.gradients())
+        size = int(_UPDATE[optimizer] * self.gradients())
+        if self.adapted:
+            size += min(int(_JOINED[optimizer] * self.gradients()), _MOST_JOINED)
+        return size
 
     def head(self, batch: BatchShape, targets: int, parts: Coefficients) -> int:
         """Return the bytes at the head: slices of float32 logits, and hidden states.

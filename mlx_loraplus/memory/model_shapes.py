@@ -9,8 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.adapter import Adapter
-from ..adapters.attach import check_rank, layer_class
+from ..adapters.attach import check_rank, required_layer_class
 from ..adapters.base_layers import (
     EMBEDDINGS,
     LINEARS,
@@ -18,7 +17,7 @@ from ..adapters.base_layers import (
     blocks_of,
 )
 from ..adapters.full import check_full, trained_modules
-from ..adapters.lora import LoRA
+from ..adapters.lora import Adapter, LoRA
 from ..adapters.target_modules import find_targets, find_trained
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
@@ -127,7 +126,10 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> _Targets:
     largest = max(found, key=lambda path: min(base_shape(found[path])), default=None)
     if largest is not None:
         check_rank(largest, found[largest], config)
-    return [(module, layer_class(config.adapter, module, path)) for path, module in found.items()]
+    return [
+        (module, required_layer_class(config.adapter, module, path))
+        for path, module in found.items()
+    ]
 
 
 def _count_frozen(targets: _Targets, config: AdapterConfig) -> int:

@@ -307,7 +307,7 @@ def resolve_grad_checkpoint(
 def compare_with_plan(
     config: TrainConfig,
     model: nn.Module,
-    shapes: Iterable[tuple[int, int, int]],
+    shapes: Iterable[tuple[int, ...]],
     peaks: Sequence[float],
     log: Callable[[str], None],
     *,
@@ -318,7 +318,7 @@ def compare_with_plan(
     Args:
         config: The run's settings.
         model: The model with its adapters.
-        shapes: The (rows, length, targets) of the batches so far.
+        shapes: The (rows, length) of the batches so far.
         peaks: Peaks in bytes: those of validations first, then that of the steps.
         log: Called with the line to report.
         checkpoint: Whether blocks are checkpointed.
@@ -332,8 +332,9 @@ def compare_with_plan(
     if peaks[-1] <= max(peaks[:-1], default=0):
         return
 
-    sizes = {(rows, length) for rows, length, _ in shapes}
-    predicted = max(plan.memory(*size, checkpoint=checkpoint).arrays for size in sizes)
+    predicted = max(
+        plan.memory(rows, length, checkpoint=checkpoint).arrays for rows, length in shapes
+    )
     if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"

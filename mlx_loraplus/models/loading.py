@@ -21,7 +21,7 @@ from .config_translation import check_config, for_mlx_lm, load_config
 from .find_model import missing_file, unreadable_file
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
-from .weight_files import check_tied_head, index_tensors, one_line
+from .weight_files import check_packed, check_tied_head, find_packed, index_tensors, one_line
 
 _QUANTIZATIONS = (
     "awq",
@@ -76,6 +76,7 @@ def load_base(
     # Make the model without reading its weights.
     try:
         original = load_config(path)
+        check_packed(original, tensors)
         model, config = _load_unread(path, original)
         check_config(model, config)
         check_quantized(model)
@@ -86,6 +87,14 @@ def load_base(
         raise ModelError(f"{path} can't be used: {problem}") from problem
     # mlx-lm's model classes may raise any kind of error for an unexpected config.
     except Exception as problem:
+        has_quantization = stored.get("quantization") or stored.get("quantization_config")
+        packed = None if has_quantization else find_packed(tensors)
+        if packed is not None:
+            raise ModelError(
+                f"{path} can't be loaded by mlx-lm: its weights are quantized ({packed}), but its"
+                " config.json has no quantization_config: get the folder again, or use a version"
+                " of the model in bfloat16"
+            ) from problem
         raise _not_loaded(path, problem) from problem
 
     # Read the weights

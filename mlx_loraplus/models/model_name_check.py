@@ -27,8 +27,8 @@ def check_model_path(name: str) -> None:
         raise ModelError(f"{name!r} is {describe_entry(path)}: correct or remove the link")
 
     # The address of a page, copied from a browser.
-    if name.startswith(("https://", "http://")):
-        hub_id = hub_id_in(name)
+    hub_id = hub_id_in(name)
+    if hub_id or name.startswith(("https://", "http://")):
         hint = f": give its hub id, {hub_id}" if hub_id else ": give a hub id or a folder"
         raise ModelError(f"{name!r:.200} is an address, not a model{hint}")
 

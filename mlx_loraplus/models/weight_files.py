@@ -1,6 +1,6 @@
 """Check the weight files of a model's folder before mlx-lm reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,12 @@ _EMBEDDINGS = (
     "wte.weight",
 )
 """The endings of the names of a head and of token embeddings; the prefix varies by family."""
+
+_PACKED = (
+    *(".qweight", ".qzeros", "scales", ".scale", ".weight_packed", ".weight_scale"),
+    *(".weight_scale_inv", "_blocks", ".absmax"),
+)
+"""The endings of the names of tensors that only quantized weights have, in any program."""
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:
@@ -71,6 +77,31 @@ def index_tensors(folder: Path) -> dict[str, Path]:
     if problems:
         raise ModelError(f"{join_problems(problems)}; get the file again")
     return tensors
+
+
+def check_packed(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
+    """Check that weights are quantized if another program than mlx-lm says so in config.json.
+
+    Raises:
+        ModelError: They are plain. mlx-lm would load them, and call them quantized.
+    """
+    settings = config.get("quantization_config")
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+
+    # mlx-lm writes its own settings too, and bitnet's weights may be plain.
+    if not method or config.get("quantization") or method == "bitnet":
+        return
+    if find_packed(tensors) is None:
+        raise ModelError(
+            f"its config.json has a quantization_config ({method}), but its weights are plain:"
+            " remove quantization_config from config.json if they were dequantized, or get the"
+            " folder again"
+        )
+
+
+def find_packed(tensors: Iterable[str]) -> str | None:
+    """Return the name of a tensor that only quantized weights have, or None."""
+    return next((name for name in sorted(tensors) if name.endswith(_PACKED)), None)
 
 
 def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:

@@ -25,6 +25,7 @@ _WIDTH, _HEIGHT = 400, 240
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 12, 40
 _SCALE_WIDTH = 82  # of a map's colour scale with its numbers, such as 0.00566
 _LETTER = 7.6  # approximate width of a letter
+_LOG = " (log scale)"
 _BAR = 24  # height of a bar with the space around it
 _MAX_MARKERS = 50  # a curve with more points is a plain line
 _MAX_POINTS = 400  # a curve with more points keeps the extremes of each group of points
@@ -107,6 +108,13 @@ def line_chart(
         x_axis = linear_axis(min(xs), max(xs), left, right, tight=True)
     y_axis = fit_y_axis(ys, _HEIGHT - _BOTTOM, _TOP, log=log)
 
+    # Say which axes are logarithmic. The label of the y axis is the caption.
+    described = caption
+    if y_axis.log:
+        caption += _LOG
+    if x_axis.log:
+        x_label += _LOG
+
     # Draw from back to front.
     parts = [_draw_axes(x_axis, y_axis, x_label)]
     for number, curve in enumerate(shown):
@@ -114,7 +122,7 @@ def line_chart(
     drawn = [mark for mark in marks if min(xs) <= mark.x <= max(xs)]
     parts += _draw_marks(drawn, x_axis)
     labels = "".join(f"; {mark.label}" for mark in drawn)
-    svg = _svg(f"{caption}: {_describe(shown)}{labels}", parts)
+    svg = _svg(f"{described}: {_describe(shown)}{labels}", parts)
     return Chart(caption, svg, [curve.label for curve in shown])
 
 

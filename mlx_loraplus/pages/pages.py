@@ -56,6 +56,7 @@ class Section:
     heading: str = ""
     text: str = ""
     table: HTMLTable | None = None
+    commands: Sequence[tuple[str, str]] = ()  # (label, command)
     cards: Sequence[AnswerCard] = ()
     charts: Sequence[Chart] = ()
     folded: Sequence[HTMLTable] = ()

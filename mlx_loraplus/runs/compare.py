@@ -33,7 +33,7 @@ from ..python_messages import speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import settings_of
 from .history import Run
-from .matplotlib_plots import Plot, finish_axes, loss_unit, write_picture
+from .matplotlib_plots import Plot, finish_axes, label_y, loss_unit, write_picture
 from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
@@ -146,7 +146,7 @@ class Comparison(RichDisplay):
                 legend.remove()
         units = {loss_unit(run) for run in self.runs}
         unit = f" {units.pop()}" if len(units) == 1 else ""
-        panels[0].set_ylabel(_CURVES[name] + unit)
+        label_y(panels[0], _CURVES[name] + unit)
         return figure
 
     def _draw(self, axes: Axes, name: str, x_axis: _XAxis) -> None:
@@ -270,13 +270,23 @@ class Comparison(RichDisplay):
         return Headline(" / ".join(self.names), state, text, self._lead())
 
     def _lead(self) -> str:
-        """Return a sentence about the run with the lowest validation loss."""
-        best = sorted(self.best.get("validation loss", set()))
-        if not best:
-            return ""
-        names = " and ".join(self.names[index] for index in best)
-        loss = self.runs[best[0]].verdict.after
-        return f"The lowest validation loss, {loss:.4f}, is that of {names}."
+        """Return which runs have the lowest validation loss and the most exact answers."""
+        sentences: list[str] = []
+        best = self.best
+        if "validation loss" in best:
+            indices = sorted(best["validation loss"])
+            loss = self.runs[indices[0]].verdict.after
+            names = self._join_names(indices)
+            sentences.append(f"The lowest validation loss, {loss:.4f}, is that of {names}.")
+        if "exact answers" in best:
+            indices = sorted(best["exact answers"])
+            _, after, count = self.runs[indices[0]].verdict.exact or (0, 0, 0)
+            names = self._join_names(indices)
+            sentences.append(f"The most sample answers are exact with {names}: {after} of {count}.")
+        return " ".join(sentences)
+
+    def _join_names(self, indices: Sequence[int]) -> str:
+        return " and ".join(self.names[index] for index in indices)
 
     @speak_keywords
     def save(self, save_path: str | PathLike[str], *, overwrite: bool = False) -> None:

@@ -15,8 +15,9 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
               cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
               self_check (what it found, if it was made); found_rate (the search for the learning
               rate, if it was made: rate, default, method, critical, tried [{rate, change}], steps,
-              seconds, reason); reference (a digest, with objective dpo,
-              ipo and kto)
+              seconds, reason); reference (a digest, with objective dpo, ipo and kto);
+              answer_tokens (the maximum in an answer to a prompt); resumed (the steps from which
+              the run was resumed)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
@@ -27,8 +28,9 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with
               pairs preferred (share of pairs whose chosen answer is more likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
-              for each prompt, and answer_seconds; with preferences, those of a report instead
-              of valid_accuracy, with valid_ before their names
+              for each prompt (one that was cut ends with …), and answer_seconds; with
+              preferences, those of a report instead of valid_accuracy, with valid_ before their
+              names
 skipped       skipped (so far), reason
 end, last     outcome, best_step, best_loss, seconds (in steps); valid_before, valid_after (the
               best), trend (diverged, not better, overfitting, still falling, levelled off, or
@@ -55,7 +57,7 @@ from ..files import read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
-from .state import Event, Outcome, Progress
+from .state import COMPLETE, Event, Outcome, Progress
 from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
@@ -171,7 +173,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether training is complete, so that there is nothing to resume."""
-        return self.outcome in ("finished", "stopped early")
+        return self.outcome in COMPLETE
 
     @property
     def verdict(self) -> Verdict:

@@ -36,7 +36,13 @@ def write_picture(figure: Figure, path: Path) -> None:
 def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss over steps."""
     _draw_series(axes, run, _LOSSES, log=True)
-    axes.set_ylabel(f"loss {loss_unit(run)}")
+    label_y(axes, f"loss {loss_unit(run)}")
+
+
+def label_y(axes: Axes, label: str) -> None:
+    """Label the y axis, and say whether it is logarithmic."""
+    is_log = axes.get_yscale() == "log"
+    axes.set_ylabel(f"{label}, log scale" if is_log else label)
 
 
 def loss_unit(run: Run) -> str:

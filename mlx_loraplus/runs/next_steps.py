@@ -2,8 +2,9 @@
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..userpaths import shell_word
+from .advice import advice, longer, should_be_longer
 from .history import SETTINGS, Run
-from .verdict import advice, ends_too_early, is_all_ranked, longer, took_effect
+from .verdict import took_effect
 
 
 def closing(run: Run) -> list[str]:
@@ -41,7 +42,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))
-    elif (trend == "still falling" and not is_all_ranked(run)) or ends_too_early(run):
+    elif should_be_longer(run):
         commands.append(("longer", longer(run)))
 
     # A run that was killed early has saved nothing yet.

@@ -36,7 +36,7 @@ def read_page(path: Path) -> SavedPage | None:
         path: An HTML file of unknown origin.
 
     Raises:
-        OSError: The file can't be read, or is no ordinary file.
+        OSError: The file can't be read, or is not a regular file.
     """
     content = read_bounded(path, _MOST)
     beginning = content.partition(b"</header>")[0].decode(errors="replace")

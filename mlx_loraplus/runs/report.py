@@ -20,10 +20,10 @@ from .command_line import changed_settings, train_command
 from .history import REPORT, Run
 from .progress import card, group_name
 from .report_answers import answers_section, other_answers
-from .report_headline import failure_reason, headline, sentence
+from .report_headline import compare_to_plan, failure_reason, headline, sentence
 from .report_weights import change_section
 from .state import Event
-from .verdict import Trend, divergence, duration, rose_since
+from .verdict import Trend, divergence, duration, ranked_by_reward, rose_since
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
 LIVE_SECONDS = (
@@ -164,12 +164,16 @@ def _charts(run: Run, series: Iterable[_Series]) -> list[Chart]:
     """Return a chart for each series that has at least two points."""
     charts: list[Chart] = []
     for each in series:
-        curves = [Curve(label, run.losses(name)) for name, label in each.names.items()]
+        curves = [Curve(label, _points(run, name)) for name, label in each.names.items()]
         finite = [_finite(curve.points) for curve in curves]
         if any(len(points) > 1 for points in finite):
             shown = [curve for curve, points in zip(curves, finite, strict=True) if points]
             charts.append(line_chart(each.caption, shown, "steps", log=each.log))
     return charts
+
+
+def _points(run: Run, name: str) -> Sequence[tuple[float, float]]:
+    return ranked_by_reward(run) if name == "valid_reward_accuracy" else run.losses(name)
 
 
 def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -296,6 +300,9 @@ def _memory_section(run: Run) -> Section | None:
     if "padding" in last:
         parts.append(f"{last['padding']:.1%} padding")
     text = f"The last report: {', '.join(parts)}."
+    peak = max(report["peak_memory_gb"] for report in reports)
+    if found := compare_to_plan(run, peak):
+        text += f" The highest peak, {gb(peak * 1e9)}, is {found}."
     return Section(
         "Does it fit?",
         text,
@@ -342,8 +349,13 @@ def _settings_section(run: Run) -> Section:
         ),
         HTMLTable(list(versions.items()), title="Versions"),
     ]
-    about = [*summary(run), ("command", train_command(run))]
-    return Section("What was trained?", table=HTMLTable(about), folded=tables, is_question=True)
+    return Section(
+        "What was trained?",
+        table=HTMLTable(summary(run)),
+        commands=[("train it again", train_command(run))],
+        folded=tables,
+        is_question=True,
+    )
 
 
 def _describe_split(counts: Event) -> str:

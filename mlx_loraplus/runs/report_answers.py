@@ -30,8 +30,11 @@ def answers_section(run: Run) -> Section | None:
             shown.append(shown_answer(_name_step(run, answers, step), answer, expected))
         cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
 
-    # Own prompts have no expected answers.
     text = "Long answers are cut."
+    if most := run.start.get("answer_tokens"):
+        text = f"At most {most} tokens were generated for each; an answer that was cut ends with …"
+
+    # Own prompts have no expected answers.
     if any(prompt["expected"] is not None for prompt in prompts):
         marks = (
             "Shaded words are not in the expected answer; crossed-out words are missing. An answer"

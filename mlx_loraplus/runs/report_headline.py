@@ -7,21 +7,32 @@ from ..device import gb
 from ..errors import counted
 from ..pages.pages import Headline, Tile
 from ..userpaths import public_name
+from .advice import advice
 from .history import Run
 from .next_steps import next_commands
 from .progress import time_left
 from .report_answers import best_step
 from .run_folder import newest_step
-from .verdict import Verdict, advice, divergence, duration, ranking_of, starts_at_reference
+from .verdict import (
+    Verdict,
+    answers_shortfall,
+    divergence,
+    duration,
+    fall_of_chosen,
+    percent,
+    perplexity,
+    ranked_right,
+    ranking_shortfall,
+)
 
 _LONG_REASON = 160  # characters
+_MIN_EXCESS = 0.01  # share of the planned memory
+_MAX_RESUMED = 3  # steps that the title names; of more, the last ones
+_ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA", "full": "full"}
 
 
 def headline(run: Run, *, live: bool = False) -> Headline:
     """Return what a reader should know first: what trains on what, how far, and how much better."""
-    data = ", ".join(map(public_name, run.config.data.data)) or "the built-in demo set"
-    count = run.start["train"]["examples"]
-    unit = "pair" if run.config.objective.is_paired else "example"
     found = run.verdict
 
     # How far the run has come.
@@ -37,7 +48,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
 
     tiles = [_loss_tile(run, found), _accuracy_tile(run, found), _exact_tile(found)]
     return Headline(
-        title=f"{public_name(run.start['model'])}, trained on {counted(count, unit)} from {data}",
+        title=_title(run),
         state=_state(run, found, live=live),
         text=text,
         lead=_lead(run, found, live=live),
@@ -48,6 +59,29 @@ def headline(run: Run, *, live: bool = False) -> Headline:
         share=done / max(1, run.steps) if live else None,
         is_live=live,
     )
+
+
+def _title(run: Run) -> str:
+    """Return what was trained on what, by which objective, and where it was resumed."""
+    data = ", ".join(map(public_name, run.config.data.data)) or "the built-in demo set"
+    count = run.start["train"]["examples"]
+    objective = run.config.objective
+    unit = "pair" if objective.is_paired else "example"
+    kind = f"{objective.objective.upper()} ({_name_adapter(run)})"
+    title = f"{public_name(run.start['model'])}: {kind} on {counted(count, unit)} from {data}"
+
+    resumed = [f"{step:,}" for step in run.start.get("resumed", [])]
+    if not resumed:
+        return title
+    many = "s" if len(resumed) > 1 else ""
+    return f"{title}, resumed from step{many} {', '.join(resumed[-_MAX_RESUMED:])}"
+
+
+def _name_adapter(run: Run) -> str:
+    """Return the name of what trains, as in the literature."""
+    kind = run.config.adapter.adapter
+    has_ratio = kind == "lora" and (run.config.optimizer.lr_ratio or 1.0) > 1
+    return "LoRA+" if has_ratio else _ADAPTERS[kind]
 
 
 def _state(run: Run, found: Verdict, *, live: bool) -> str:
@@ -83,17 +117,9 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         start = "the adapter that it started from"
     if found.after >= found.before:
         text = f"No validation was better than {start}" + (" so far." if live else ".")
-    elif found.ranked is not None and run.config.objective.is_paired:
-        fall = _percent(1 - found.after / found.before)
-        before, after = _percent(found.ranked[0] or 0.0), _percent(found.ranked[1])
-        text = f"The chosen answers are preferred in {after} of the validation pairs"
-        if before == after:
-            text += f", as by {start}, but the validation loss is {fall} lower."
-        else:
-            text += f", and by {start} in {before}."
     else:
-        fall = _percent(1 - found.after / found.before)
-        text = f"Better than {start}: the validation loss is {fall} lower."
+        lower = percent(1 - found.after / found.before)
+        text = _result(run, found, start, lower)
     if found.exact is not None:
         before, after, count = found.exact
         was = ", as before training" if before == after else f"; before training, {before} were"
@@ -101,11 +127,41 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
     return text
 
 
-def _percent(share: float) -> str:
-    """Return a share as text; only 0 and 1 are rounded to 0% and 100%."""
-    if share in (0, 1) or 0.01 <= share <= 0.99:
-        return f"{share:.0%}"
-    return f"{min(max(share, 0.001), 0.999):.1%}"
+def _result(run: Run, found: Verdict, start: str, lower: str) -> str:
+    """Return whether a run whose validation loss fell is better than its start.
+
+    Only a run with better answers is.
+
+    Args:
+        run: The run.
+        found: Its verdict.
+        start: What it started from.
+        lower: By how much the validation loss fell.
+    """
+    if found.ranked is not None and run.config.objective.is_paired:
+        text = _describe_ranking(found.ranked, start, lower)
+    else:
+        text = f"Better than {start}: the validation loss is {lower} lower."
+        problem = ranking_shortfall(run, found)
+        if problem is None and answers_shortfall(found) is not None:
+            problem = "the answers still differ from the expected ones"
+        if problem is not None:
+            text = f"The validation loss is {lower} lower than that of {start}, but {problem}."
+
+    if fall_of_chosen(run) is not None:
+        text += " But the chosen answers have become less likely."
+    return text
+
+
+def _describe_ranking(ranked: tuple[float, float], start: str, lower: str) -> str:
+    """Return in how many validation pairs the chosen answer is preferred."""
+    before, after = map(percent, ranked)
+    text = f"The chosen answers are preferred in {after} of the validation pairs"
+    if before == after:
+        return f"{text}, as by {start}, but the validation loss is {lower} lower."
+    if ranked[1] < ranked[0]:
+        return f"{text}, and by {start} in {before}, although the validation loss is {lower} lower."
+    return f"{text}, and by {start} in {before}."
 
 
 def failure_reason(run: Run) -> str:
@@ -137,7 +193,7 @@ def _started(run: Run) -> str:
 def _loss_tile(run: Run, found: Verdict) -> Tile | None:
     """Return the validation loss before and after training; the training loss if there is none."""
     if found.before is not None and found.after is None:
-        note = _loss_note(run, _perplexity(found.before))
+        note = _loss_note(run, perplexity(found.before))
         return Tile("Validation loss", f"{found.before:.3f}", note)
     if found.before is not None and found.after is not None:
         name = "Validation loss" if run.finished else "Best validation loss"
@@ -148,39 +204,31 @@ def _loss_tile(run: Run, found: Verdict) -> Tile | None:
             return None
         name, first, last = "Training loss", losses[0], losses[-1]
 
-    note = _loss_note(run, f"{_perplexity(first)} → {_perplexity(last)}")
+    note = _loss_note(run, f"{perplexity(first)} → {perplexity(last)}")
     return Tile(name, f"{first:.3f} → {last:.3f}", note)
 
 
-def _loss_note(run: Run, perplexity: str) -> str:
+def _loss_note(run: Run, shown: str) -> str:
     """Return the note on a loss; that of preferences has no perplexity."""
     objective = run.config.objective
-    return f"per {objective.unit}" if objective.has_preferences else f"perplexity {perplexity}"
-
-
-def _perplexity(loss: float) -> str:
-    if loss >= 20:
-        return "very large"
-    perplexity = math.exp(loss)
-    return f"{perplexity:.3g}" if perplexity < 1000 else f"{perplexity:,.0f}"
+    return f"per {objective.unit}" if objective.has_preferences else f"perplexity {shown}"
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
+    """Return the share of right answers or tokens, before and after training."""
     objective = run.config.objective
-    name = ranking_of(run) if objective.has_preferences else "valid_accuracy"
-    by_step = dict(run.losses(name))
+    by_step: dict[int, float] = dict(run.losses("valid_accuracy"))
+    if objective.has_preferences:
+        by_step = ranked_right(run)
     if 0 not in by_step:
         return None
-    steps = [0, found.best_step]
-    if starts_at_reference(run):
-        steps = [found.best_step]
-    change = " → ".join(_percent(by_step[step]) for step in steps if step in by_step)
-    if not change:
-        return None
+
+    steps = [step for step in (0, found.best_step) if step in by_step]
+    change = " → ".join(percent(by_step[step]) for step in steps)
     if objective.is_paired:
         return Tile("Chosen answers preferred", change, "of the validation pairs")
     if objective.is_labeled:
-        return Tile("Answers ranked right", change, "of the validation answers")
+        return Tile("Answers ranked right", change, "of the validation answers; chance is 50%")
     return Tile("Next-token accuracy", change, "on the validation answers")
 
 
@@ -203,7 +251,16 @@ def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
     # If all steps were skipped, no memory was reported.
     peaks = [value for _, value in run.losses("peak_memory_gb")]
     if peaks:
-        planned = run.start["memory"].get("planned_gb")
-        note = f"planned: {gb(planned * 1e9)}" if planned else ""
-        tiles.append(Tile("Peak memory", gb(max(peaks) * 1e9), note))
+        peak = max(peaks)
+        tiles.append(Tile("Peak memory", gb(peak * 1e9), compare_to_plan(run, peak)))
     return tiles
+
+
+def compare_to_plan(run: Run, peak: float) -> str:
+    """Return whether the peak, in GB, is above the planned memory; empty without a plan."""
+    planned = run.start["memory"].get("planned_gb")
+    if not planned:
+        return ""
+    above = peak / planned - 1
+    position = "within" if above < _MIN_EXCESS else f"{above:.0%} above"
+    return f"{position} the planned {gb(planned * 1e9)}"

@@ -69,7 +69,7 @@ def serve_folder(config: ServeConfig, log: Callable[[str], None], now: Callable[
     except ImportError as error:
         raise _missing_library(error) from None
     if not Path(config.folder).is_dir():
-        raise ConfigError(f"{config.folder} is no folder: give the folder that holds the runs")
+        raise ConfigError(f"{config.folder} is not a folder: give the folder that holds the runs")
 
     token = config.token
     if not token and not is_loopback(config.host):

@@ -16,8 +16,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_reduce
 
-from ..adapters.adapter import Adapter
 from ..adapters.base_layers import weight_norm
+from ..adapters.lora import Adapter
 from ..adapters.trainable import TrainableParams, find_adapters
 from ..config import TrainConfig
 from ..data.batches import Batches
@@ -83,7 +83,7 @@ def _counts_of(split: Examples) -> dict[str, int]:
         "examples": len(split),
         # lengths counts the model's inputs; the last token of an example is only predicted.
         "tokens": int(split.lengths.sum()) + len(split),
-        "supervised": int(split.targets.sum()),
+        "supervised": int(split.target_counts.sum()),
     }
 
 

@@ -12,6 +12,8 @@ BAD_BATCH = "not_finite.json"
 """The file that holds a batch whose loss or gradient was not finite."""
 
 Outcome = Literal["finished", "stopped early", "interrupted", "out of time", "failed"]
+COMPLETE = ("finished", "stopped early")
+"""The outcomes after which there is nothing to resume."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""The verdict on a run: what training changed, how long it took, and what to do next.
+"""The verdict on a run: what training changed, how long it took, and what is not right yet.
 
-Validation losses decide. With the best loss b, reached at step n, and the loss before training f:
+Validation losses decide the trend; ``advice.py`` says what to do next. With the best loss b,
+reached at step n, and the loss before training f:
 
 - diverged: the last loss is not a finite number, or b ≥ f and skipped steps have ended the run
 - not better: b ≥ f
@@ -11,6 +12,10 @@ Validation losses decide. With the best loss b, reached at step n, and the loss 
 
 Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
 validations after the first: so little can be chance.
+
+A lower loss is not all that matters. What falls short, although the loss fell, are the answers, if
+fewer than half of the sample answers are exact, and the ranking of preferences, if at most half of
+the validation answers are ranked right; and each, if it was better before training.
 """
 
 import math
@@ -18,8 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..settings import default_rate
-from ..userpaths import shell_word
 from .state import Event
 
 if TYPE_CHECKING:
@@ -32,6 +35,9 @@ _FALL = 0.05  # share of the whole fall
 _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
+_FEW = 0.5  # share of right answers; with fewer, a lower loss is not enough
+_CHANCE = 0.5  # share of labeled answers that are ranked right by chance
+_LOSS_OF_LARGE = 20.0  # nats per token, beyond which a perplexity says nothing
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Verdict:
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
         ranked: The shares of validation pairs whose chosen answer is more likely per token, or of
             labeled answers on the right side of the KL estimate, before and after; None with sft.
-            The first is None if it means nothing (``starts_at_reference``).
+            Where rewards rank nothing yet, the first one is chance (``ranked_by_reward``).
     """
 
     before: float | None
@@ -59,7 +65,7 @@ class Verdict:
     exact: tuple[int, int, int] | None
     minutes: float
     tokens_per_second: float | None
-    ranked: tuple[float | None, float] | None = None
+    ranked: tuple[float, float] | None = None
 
     def stored(self) -> dict[str, Any]:
         """Return the values for the last event of a history."""
@@ -75,11 +81,10 @@ class Verdict:
         """Return lines on what training changed and what it took."""
         lines: list[str] = []
         if self.before is not None and self.after is not None:
-            change = f"perplexity {_perplexity(self.before)} -> {_perplexity(self.after)}"
+            change = f"perplexity {perplexity(self.before)} -> {perplexity(self.after)}"
             if self.ranked is not None:
-                before, after = self.ranked
-                was = "" if before is None else f"{before:.1%} -> "
-                change = f"answers ranked right {was}{after:.1%}"
+                before, after = map(percent, self.ranked)
+                change = f"answers ranked right {before} -> {after}"
             lines.append(f"validation loss {self.before:.4f} -> {self.after:.4f}, {change}")
         if self.exact is not None:
             before, after, count = self.exact
@@ -99,8 +104,19 @@ def duration(seconds: float) -> str:
     return f"{minutes:.1f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 
-def _perplexity(loss: float) -> str:
-    return f"{math.exp(min(loss, 700.0)):.4g}"
+def perplexity(loss: float) -> str:
+    """Return the perplexity of a loss in nats per token, exp(loss), as text."""
+    if loss >= _LOSS_OF_LARGE:
+        return "very large"
+    value = math.exp(loss)
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """Return a share as text; only 0 and 1 are rounded to 0% and 100%."""
+    if share in (0, 1) or 0.01 <= share <= 0.99:
+        return f"{share:.0%}"
+    return f"{min(max(share, 0.001), 0.999):.1%}"
 
 
 def verdict_of(run: "Run") -> Verdict:
@@ -113,7 +129,7 @@ def verdict_of(run: "Run") -> Verdict:
     if first is not None and trained:
         trend = _trend(first, [loss for loss, _ in trained], losses[-1][0])
     is_better = first is not None and after is not None and after < first
-    if _diverged_at(run) is not None or (_ends_with_skipped_steps(run) and not is_better):
+    if diverged_at(run) is not None or (_ends_with_skipped_steps(run) and not is_better):
         trend = "diverged"
 
     reports = [event for event in run.history if "loss" in event]
@@ -132,7 +148,7 @@ def verdict_of(run: "Run") -> Verdict:
     )
 
 
-def _diverged_at(run: "Run") -> int | None:
+def diverged_at(run: "Run") -> int | None:
     """Return the first of the last steps whose validation losses are not finite, if any."""
     since: int | None = None
     for step, loss in run.losses("valid_loss"):
@@ -152,38 +168,42 @@ def _ends_with_skipped_steps(run: "Run") -> bool:
 def divergence(run: "Run") -> str:
     """Return a sentence on how a diverged run shows it."""
     sign = "the last steps were skipped, because the loss or a gradient was not finite"
-    if _diverged_at(run) is not None:
+    if diverged_at(run) is not None:
         sign = "the last validation loss is not a number"
     return f"Training has diverged: {sign}."
 
 
-def ranking_of(run: "Run") -> str:
-    """Return the name of the share of validation answers that are ranked right.
+def ranked_right(run: "Run") -> dict[int, float]:
+    """Return the shares of the validation answers that are ranked right, by step.
 
-    For pairs it is not the accuracy of the rewards: before training, those of dpo and ipo are often
-    all zero, so they rank nothing.
+    For pairs they are not the accuracies of the rewards: before training, those of dpo and ipo are
+    often all zero, so they rank nothing.
     """
-    return "valid_preferred" if run.config.objective.is_paired else "valid_reward_accuracy"
+    if run.config.objective.is_paired:
+        return dict(run.losses("valid_preferred"))
+    return dict(ranked_by_reward(run))
 
 
-def starts_at_reference(run: "Run") -> bool:
-    """Return whether labeled answers are ranked by chance before training.
+def ranked_by_reward(run: "Run") -> list[tuple[int, float]]:
+    """Return (step, share) of the validation answers that their rewards rank right.
 
-    Their rewards compare the model with the reference. If it is the model itself, they are zero up
-    to rounding.
+    Rewards compare the model with the reference. If it is the model itself before training, they
+    are zero up to rounding, and what rounding ranks right is chance.
     """
     objective = run.config.objective
     is_same = objective.reference == "start" or run.config.resume_adapter_file is None
-    return objective.is_labeled and is_same
+    points: list[tuple[int, float]] = run.losses("valid_reward_accuracy")
+    if objective.has_reference and is_same:
+        return [(step, share if step else _CHANCE) for step, share in points]
+    return points
 
 
-def _ranked(run: "Run", best_step: int | None) -> tuple[float | None, float] | None:
+def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
     """Return the shares that were ranked right before training and after it."""
-    shares: dict[int, float] = dict(run.losses(ranking_of(run)))
+    shares = ranked_right(run)
     if 0 not in shares or best_step not in shares:
         return None
-    before = None if starts_at_reference(run) else shares[0]
-    return before, shares[best_step]
+    return shares[0], shares[best_step]
 
 
 def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
@@ -221,22 +241,6 @@ def is_all_ranked(run: "Run") -> bool:
     return is_ranked and found.trend == "still falling" and run.history[-1]["step"] >= _FEWEST_STEPS
 
 
-def _advice_on_few(run: "Run", kept: str) -> str:
-    """Return what to do after too few steps or validations to name a trend."""
-    unknown, remedy = "the loss has levelled off", "train longer"
-    risen = rose_since(run)
-    if risen is not None:
-        unknown, remedy = "it overfits", "train longer, or with a lower --learning-rate"
-
-    few = "steps"
-    if not ends_too_early(run):
-        few, remedy = "validations", "lower --steps-per-eval"
-    advised = f"too few {few} to say whether {unknown}: {remedy}"
-    if risen is None:
-        return advised
-    return f"the validation loss has risen since step {risen}, whose {kept} kept; {advised}"
-
-
 def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
     """Return how many sample answers were exact before training, after it, and their number."""
     answers: dict[int, list[str]] = dict(run.losses("answers"))
@@ -252,77 +256,10 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
     return count(answers[0]), count(answers[best_step]), len(known)
 
 
-def advice(run: "Run", found: Verdict) -> str | None:
-    """Return a sentence on what to do next, or None for a run that can be resumed."""
-    if found.trend == "diverged" or not took_effect(run):
-        return _advice_on_divergence(run, found)
-    if not run.finished:
-        return None
-    if found.before is None or found.after is None:
-        return (
-            "without validation examples it is unknown whether training helps on other data: add"
-            " a valid file, or --valid-split 0.1"
-        )
-
-    # The loss of pairs can fall because both answers become less likely.
-    fall = fall_of_chosen(run)
-    if fall is not None and found.trend != "not better":
-        return f"{fall}: {remedy_for_fall(run)}"
-    if is_all_ranked(run):
-        return (
-            "all validation answers are ranked right: more steps would lower the loss, and change"
-            " the answers little"
-        )
-
-    rate = run.config.optimizer.learning_rate or 0.0
-    is_full = run.config.adapter.adapter == "full"
-    can_sweep = not is_full and not run.config.objective.is_paired
-    search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
-    kept = "weights are" if is_full else "adapter is"
-    texts: dict[Trend | None, str] = {
-        "not better": (
-            "no validation was better than before training: try a lower --learning-rate, such as"
-            f" {rate / 4:.1e}, or more examples{search}"
-        ),
-        "overfitting": (
-            f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
-            f" {found.best_step} steps, or add examples"
-        ),
-        "still falling": "the validation loss is still falling: train longer",
-        "levelled off": "the validation loss has levelled off: more steps would change little",
-        None: _advice_on_few(run, kept),
-    }
-    return texts[found.trend]
-
-
 def took_effect(run: "Run") -> bool:
     """Return whether any step changed the model; a step that is not finite is skipped."""
     skipped = max((count for _, count in run.losses("skipped")), default=0)
     return not skipped or skipped < run.progress.step
-
-
-def _advice_on_divergence(run: "Run", found: Verdict) -> str:
-    """Return what to do after losses that are not finite."""
-    since = _diverged_at(run)
-    rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
-    lower = f"a lower --learning-rate, such as {rate:.1e}"
-    if since is None and took_effect(run):
-        return f"train from the start with {lower}"
-    if since is None:
-        return (
-            "nothing was learned, because the loss or a gradient was never finite: train from the"
-            f" start with {lower}"
-        )
-    if since == 0:
-        return (
-            "the validation loss is not a number even before training: check the model's answers"
-            " with mlx_loraplus.generate"
-        )
-    kept = f" (the adapter of step {found.best_step} is kept)" if found.best_step else ""
-    return (
-        f"the validation loss is not a number since step {since}{kept}: train from the start with"
-        f" {lower}"
-    )
 
 
 def fall_of_chosen(run: "Run") -> str | None:
@@ -346,24 +283,35 @@ def fall_of_chosen(run: "Run") -> str | None:
     )
 
 
-def remedy_for_fall(run: "Run") -> str:
-    """Return what keeps the chosen answers likely, by objective."""
-    objective = run.config.objective.objective
-    if objective == "orpo":
-        return "try a lower --learning-rate or --orpo-lambda"
-    remedies = "a lower --learning-rate"
-    if objective in ("dpo", "ipo", "kto"):
-        remedies += ", a higher --beta"
-    if objective != "kto":
-        remedies += ", or --objective orpo, which also learns the chosen answers"
-    return f"try {remedies}"
+def shortfall(run: "Run", found: Verdict) -> str | None:
+    """Return what is not right yet although the validation loss fell, as a phrase, or None."""
+    return ranking_shortfall(run, found) or answers_shortfall(found)
 
 
-def longer(run: "Run") -> str:
-    """Return the command that continues a finished run to twice its length."""
-    settings = shell_word(run.folder / "run.yaml")
-    if run.config.iters is None:
-        length = f"--epochs {2 * (run.config.epochs or 1):g}"
-    else:
-        length = f"--iters {2 * run.steps}"
-    return f"mlx_loraplus.train -c {settings} --resume {length}"
+def ranking_shortfall(run: "Run", found: Verdict) -> str | None:
+    """Return that few validation answers, or fewer than before, are ranked right, or None."""
+    if found.ranked is None:
+        return None
+    before, after = found.ranked
+    what = "pairs" if run.config.objective.is_paired else "answers"
+    if after < before and percent(after) != percent(before):
+        change = f"{percent(before)} -> {percent(after)}"
+        return f"fewer validation {what} are ranked right than before training ({change})"
+    if after <= _FEW:
+        return f"only {percent(after)} of the validation {what} are ranked right"
+    return None
+
+
+def answers_shortfall(found: Verdict) -> str | None:
+    """Return that few sample answers, or fewer than before, are as expected, or None."""
+    if found.exact is None:
+        return None
+    before, after, count = found.exact
+    if after < before:
+        return f"fewer sample answers are exact than before training ({before} -> {after})"
+    if after >= _FEW * count:
+        return None
+    if count == 1:
+        return "the sample answer still differs from the expected one"
+    wrong = f"{count - after} of {count}" if after else f"all {count}"
+    return f"{wrong} sample answers still differ from the expected ones"

@@ -44,16 +44,18 @@ def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
         ]
 
     # What to do next, and why.
-    command = ("resume", resume_sweep_command(sweep.config))
+    commands = [("resume", resume_sweep_command(sweep.config))]
     if sweep.outcome == "finished":
-        command = ("train", train_best_command(sweep.config))
+        commands = [("train", train_best_command(sweep.config))]
+        if wider := sweep.widen_command():
+            commands.insert(0, ("try wider", wider))
     return Headline(
         title=f"{public_name(sweep.config.model)}: which rates?",
         state="running" if live else sweep.outcome,
         text=sweep.cost(),
         lead=sentence(sweep.verdict()),
         next_step=" ".join(map(sentence, sweep.edges())),
-        commands=[command],
+        commands=commands,
         tiles=tiles,
         is_live=live,
     )

@@ -123,19 +123,44 @@ class Sweep(RichDisplay):
     def edges(self) -> list[str]:
         """Return a line for each setting whose best value lies at the edge of the grid."""
         lines: list[str] = []
-        if not self.finalists():
-            return lines
-        for name, wider in (("learning_rate", "learning_rates"), ("lr_ratio", "lr_ratios")):
+        for name, tried in self._values_at_an_edge().items():
             best = getattr(self.best, name)
-            tried = {getattr(trial.point, name) for trial in self.trials}
+            end, better = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
+            lines.append(
+                f"the best {name}, {best:.3g}, is the {end} one tried, so a {better} one may be"
+                " better still"
+            )
+        return lines
+
+    def widen_command(self) -> str | None:
+        """Return the command that also tries values beyond the best ones; None if none is an edge.
+
+        The new value is to the edge as the edge is to its neighbour.
+        """
+        command = resume_sweep_command(self.config)
+        edges = self._values_at_an_edge()
+        for name, tried in edges.items():
+            edge, neighbour = tried[:2]
+            if getattr(self.best, name) == tried[-1]:
+                neighbour, edge = tried[-2:]
+
+            # The values that were tried are given exactly, so that their trials are used again.
+            values = " ".join([f"{edge**2 / neighbour:.3g}", *map(str, tried)])
+            command += f" --{name.replace('_', '-')}s {values}"
+        return command if edges else None
+
+    def _values_at_an_edge(self) -> dict[str, list[float]]:
+        """Return the settings whose best value is the lowest or the highest → all their values."""
+        edges: dict[str, list[float]] = {}
+        if not self.finalists():
+            return edges
+        for name in ("learning_rate", "lr_ratio"):
+            tried = sorted({getattr(trial.point, name) for trial in self.trials})
 
             # A setting with only one value has no edge.
-            if len(tried) > 1 and best in (min(tried), max(tried)):
-                lines.append(
-                    f"the best {name}, {best:.3g}, is at the edge of the values tried: resume with"
-                    f" wider {wider}"
-                )
-        return lines
+            if len(tried) > 1 and getattr(self.best, name) in (tried[0], tried[-1]):
+                edges[name] = tried
+        return edges
 
     def cost(self) -> str:
         """Return one line about the amount of training."""
@@ -207,6 +232,8 @@ class Sweep(RichDisplay):
 
         title = f"the last round, after {self.config.iters} steps"
         lines = [self.verdict(), *self.edges(), self.cost()]
+        if wider := self.widen_command():
+            lines.append(f"wider: {wider}")
         return Group(*self.heatmaps(), title, table, *lines)
 
     def _repr_html_(self) -> str:

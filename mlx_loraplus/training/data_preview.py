@@ -13,10 +13,11 @@ from rich.text import Text
 
 from ..config import TrainConfig
 from ..data.batches import Batches
+from ..data.data_problems import group_problems
 from ..data.dataset import Examples
 from ..data.eval_prompts import choose_format, own_eval_prompts
 from ..data.labeled import LabeledExamples
-from ..data.load_data import Data, group_problems, load_data
+from ..data.load_data import Data, load_data
 from ..data.model_limits import Limits, check_examples, check_prompt, limits_of
 from ..data.overlaps import Overlap, find_overlaps
 from ..data.pairs import Pairs
@@ -292,7 +293,7 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
     If one kind is longer, objectives that sum over an answer's tokens may learn its length.
     """
     if isinstance(train, Pairs):
-        chosen, rejected = train.chosen.targets.mean(), train.rejected.targets.mean()
+        chosen, rejected = train.chosen.target_counts.mean(), train.rejected.target_counts.mean()
         yield Text(f"  chosen answers have {chosen:.1f} tokens, rejected answers {rejected:.1f}")
     if isinstance(train, LabeledExamples):
         for kind, members in (
@@ -300,7 +301,7 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
             ("undesirable", ~train.is_desirable),
         ):
             if members.any():
-                mean = train.targets[members].mean()
+                mean = train.target_counts[members].mean()
                 yield Text(f"  {members.sum():,} {kind} answers, of {mean:.1f} tokens on average")
 
 

@@ -35,6 +35,7 @@ from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown
 from .fastest_step import Freedom, largest_batch, tune_step, way_of
 from .model_probes import probe_model
 from .optimizer import LoRAPlus
+from .run_checks import check_model_name
 from .schedule import schedule_of
 from .selfcheck import check_step, refuse_if_wrong
 from .step_choices import machine_facts, ways_to_check
@@ -65,6 +66,8 @@ def examine(config: DoctorConfig, log: Log) -> None:
     path = None
     if config.save_path is not None:
         path = check_save_path(config.save_path, overwrite=config.overwrite)
+    if config.model is not None:
+        check_model_name(config.model)
     machine = describe_fully()
     log(to_markdown(("machine", ""), machine))
 

@@ -23,15 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, adapter_files, is_model_folder
+from ..adapters.stored_files import RUN_SETTINGS, adapter_files, check_not_peft, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
+from ..data.first_rows import check_rows
 from ..data.labeled import LabeledExamples
-from ..data.load_data import check_rows, load_data, split_to_evaluate
+from ..data.load_data import load_data, split_to_evaluate
 from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
-from ..data.sources import SplitName, describe_sources
+from ..data.sources import SPLITS, SplitName, describe_sources
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
@@ -228,9 +229,10 @@ def _score_split(
     config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
+        others = " or ".join(other for other in SPLITS if other != split)
         raise DataError(
             f"{describe_sources(config.data.data)} has no {split} rows: add a {split} file, or"
-            " evaluate on train, valid or test (rows from Python without a split are train)"
+            f" evaluate on {others} (rows from Python without a split are train)"
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
@@ -255,7 +257,7 @@ def _score_split(
     return Evaluation(
         split=split,
         examples=len(examples),
-        tokens=int(learned.targets.sum()),
+        tokens=int(learned.target_counts.sum()),
         loss=found.loss,
         accuracy=found.accuracy,
         answers=answered,
@@ -286,6 +288,7 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Find the run's adapter, or the model if its weights were trained.
     folder, weights = adapter_files(Path(config.adapter_path))
     is_full = is_model_folder(folder)
+    check_not_peft(folder)
     if not is_full and not (folder / weights).is_file():
         raise AdapterError(
             f"{config.adapter_path} holds no adapter: train one first, without --test"

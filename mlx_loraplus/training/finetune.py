@@ -1,7 +1,9 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Unpack
 
 import mlx.core as mx
@@ -9,6 +11,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters
+from ..adapters.storage import write_trained
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
@@ -53,7 +56,7 @@ from .run_fingerprint import (
     model_config,
     model_fingerprint,
 )
-from .run_writer import RunWriter, start_folder, with_choices
+from .run_writer import RunWriter, restore_best, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .self_consistency import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .session import Session
@@ -98,7 +101,7 @@ def finetune(
         model: From ``load``.
         tokenizer: From ``load``.
         log: Called with each line that a terminal would show, e.g. ``print``. Without it, a
-            notebook shows a live plot of the losses, and a script shows nothing.
+            notebook shows a live plot of the losses, and a script shows only warnings.
         callback: Called with the run and each event of its history, instead of printing the event.
         settings: Any setting of ``TrainConfig``, e.g. ``data="my_folder", lr_ratio=16, iters=100``.
             ``data`` may be rows: a list or an iterator of dicts, a ``datasets.Dataset``, a data
@@ -178,13 +181,12 @@ def _choose_outputs(
     if not world.is_main:
         return quiet, callback or Lines(quiet)
 
-    # Without a log, a notebook shows a live plot and warnings, and a script shows nothing.
+    # Without a log, a notebook shows a live plot and warnings, and a script shows warnings.
     if log is not None:
         return log, callback or Lines(log)
-    if in_notebook():
-        shown = Lines(print, "quiet")
-        return lambda line: shown.log(in_keywords(line)), callback or LivePlot()
-    return quiet, callback or Lines(quiet)
+    shown = Lines(print if in_notebook() else partial(print, file=sys.stderr), "quiet")
+    plot = LivePlot() if in_notebook() else Lines(quiet)
+    return lambda line: shown.log(in_keywords(line)), callback or plot
 
 
 def _train(model: nn.Module, session: Session) -> None:
@@ -224,9 +226,13 @@ def _train(model: nn.Module, session: Session) -> None:
         writer.record_error(error)
         raise
 
-    # Put back the adapter of the best validation, and write it with the report.
+    # If the run is complete, put back the adapter of the best validation, and write it. The plot
+    # and the report follow.
     try:
-        writer.finish(outcome)
+        with world.sync_errors(), writer.ending(outcome):
+            if world.is_main and run.finished:
+                restore_best(run, model, session.log)
+                write_trained(model, session.tokenizer, run.folder)
     except OutputError as error:
         writer.record_error(error)
         raise

@@ -54,7 +54,7 @@ def interruptible() -> Generator[Callable[[], bool]]:
 
 @contextmanager
 def explain_failure(
-    parts: Sequence[Batch], config: TrainConfig, *, can_checkpoint: bool
+    batches: Sequence[Batch], config: TrainConfig, *, can_checkpoint: bool
 ) -> Generator[None]:
     """Turn MLX's errors about memory and the GPU into what happened and which settings help.
 
@@ -63,7 +63,7 @@ def explain_failure(
     can only be resumed from a checkpoint.
 
     Args:
-        parts: The batches of the current step; the list may change inside the context.
+        batches: The batches of the current step; the list may change inside the context.
         config: The run's settings.
         can_checkpoint: Whether gradient checkpointing is off and could be switched on.
 
@@ -78,7 +78,7 @@ def explain_failure(
             raise
 
         # Find the largest batch of the step, or of the settings if no batch was read yet.
-        shapes = [part.tokens.shape for part in parts]
+        shapes = [batch.tokens.shape for batch in batches]
         if not shapes:
             shapes = [(config.data.batch_size, config.data.max_seq_length)]
         rows, length = max(shapes, key=math.prod)
@@ -141,7 +141,7 @@ def too_many_skipped(
     if batches:
         described = [
             {
-                "rows": batch.sources,
+                "rows": batch.places,
                 "tokens": batch.tokens.tolist(),
                 "targets": batch.targets[batch.weights > 0].tolist(),
             }

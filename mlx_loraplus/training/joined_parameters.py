@@ -1,39 +1,55 @@
-"""Small arrays joined into one, because a GPU needs one kernel launch per operation and array.
+"""Small arrays joined into few, because a GPU needs one kernel launch per operation and array.
 
-A LoRA+ group has hundreds of small matrices. An elementwise update rule treats them as one array.
-Files store the arrays one by one, under the names of the parameters.
+A LoRA+ group has hundreds of small matrices. An elementwise update rule treats them as a few
+arrays. Files store the arrays one by one, under the names of the parameters.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-_SMALL = 1 << 20  # elements; joining larger arrays would cost memory and save nothing
+# The most elements of a joined array. A step has temporary arrays of about 16 times its size, and
+# larger arrays would save nothing.
+_MOST = 1 << 20
 
 
 class JoinedParameters:
-    """The parameters that one update rule steps, with the small ones joined for each type.
+    """The parameters that one update rule steps, with the small ones of each type joined.
 
     Args:
         parameters: Path → parameter.
         join: Whether to join the small parameters; only elementwise rules allow it.
+
+    Attributes:
+        shapes: Path → the shape of each parameter.
+        joined: The name of each joined array → the paths of its parameters.
+        alone: The paths of the other parameters.
     """
 
     def __init__(self, parameters: Mapping[str, mx.array], *, join: bool):
         self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
         self.joined: dict[str, list[str]] = {}
         self.alone: list[str] = []
+        sizes: Counter[str] = Counter()  # the elements in each joined array
+        last: Counter[mx.Dtype] = Counter()  # the number of each type's last joined array
         for name, array in parameters.items():
-            if join and array.size <= _SMALL:
-                self.joined.setdefault(f"joined {array.dtype}", []).append(name)
-            else:
+            if not join or array.size > _MOST:
                 self.alone.append(name)
+                continue
+
+            # Begin another array if this parameter does not fit into the last one.
+            if sizes[f"joined {array.dtype} {last[array.dtype]}"] + array.size > _MOST:
+                last[array.dtype] += 1
+            joined = f"joined {array.dtype} {last[array.dtype]}"
+            sizes[joined] += array.size
+            self.joined.setdefault(joined, []).append(name)
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """Return one array for each parameter, with the small ones joined."""
+        """Return the arrays of the parameters, with the small ones joined."""
         packed = {name: arrays[name] for name in self.alone}
         for name, members in self.joined.items():
             packed[name] = mx.concatenate([arrays[member].reshape(-1) for member in members])

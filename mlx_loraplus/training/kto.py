@@ -254,7 +254,7 @@ def share_ranked(
     The desirable one should have the higher mean log-probability per token. Returns None if there
     are no such pairs.
     """
-    means = answer_log_probs(model, split, examples, batch_size) / examples.targets
+    means = answer_log_probs(model, split, examples, batch_size) / examples.target_counts
     good = means[examples.is_desirable]
     bad = np.sort(means[~examples.is_desirable])
     if not len(good) or not len(bad):

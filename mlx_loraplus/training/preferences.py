@@ -218,6 +218,8 @@ def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
     The mean is that of an answer's supervised tokens.
     """
     split = split_model(model)
-    chosen = answer_log_probs(model, split, pairs.chosen, batch_size) / pairs.chosen.targets
-    rejected = answer_log_probs(model, split, pairs.rejected, batch_size) / pairs.rejected.targets
+    chosen = answer_log_probs(model, split, pairs.chosen, batch_size) / pairs.chosen.target_counts
+    rejected = (
+        answer_log_probs(model, split, pairs.rejected, batch_size) / pairs.rejected.target_counts
+    )
     return float((chosen > rejected).mean())

@@ -54,7 +54,7 @@ def probing(state: TrainState, config: TrainConfig, world: World) -> Generator["
         bounded_memory(),
         memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
-        explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
+        explain_failure(loop.step_batches, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
     ):
         yield Probe(loop)
@@ -128,7 +128,7 @@ class Probe:
     def gradients(self) -> tuple[float, dict[str, mx.array]]:
         """Return the mean loss and gradients of the next step's batches, without a step."""
         self._read()
-        total, gradients, counts = self.loop.sum_parts()
+        total, gradients, counts = self.loop.sum_batches()
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         count = self._count(counts)
         mean = {name: gradient.astype(mx.float32) / count for name, gradient in flat.items()}
@@ -142,11 +142,11 @@ class Probe:
         """Return the mean loss of the next step's batches."""
         self._read()
         sums = np.zeros(3)
-        baseline = self.loop.estimate_kl(self.loop.parts, self.loop.world)
-        for part in self.loop.parts:
-            value = self._loss(self.state.model, *arrays_of(part), *baseline)
+        baseline = self.loop.estimate_kl(self.loop.step_batches, self.loop.world)
+        for batch in self.loop.step_batches:
+            value = self._loss(self.state.model, *arrays_of(batch), *baseline)
             summed = value if isinstance(value, mx.array) else value[0]
-            sums += (summed.item(), part.supervised, part.pairs)
+            sums += (summed.item(), batch.supervised, batch.pairs)
 
         world = self.loop.world
         total, supervised, pairs = world.sum(mx.array(sums, mx.float32)).tolist()
@@ -156,7 +156,7 @@ class Probe:
     def _count(self, counts: mx.array) -> float:
         """Return the number that the loss is a mean over: of tokens, pairs or labeled answers.
 
-        ``counts`` is from ``sum_parts``.
+        ``counts`` is from ``sum_batches``.
         """
         place = PAIRS if self.state.objective.has_preferences else SUPERVISED
         return float(np.array(counts)[place])
@@ -169,7 +169,7 @@ class Probe:
         """Read the next step's batches, and seed its dropout as the step does."""
         number, loop = self._number(), self.loop
         mx.random.seed(seed_of(loop.config.seed, number, loop.world.shard_index))
-        loop.read_parts(number)
+        loop.read_batches(number)
 
 
 def _ignore(_: Event) -> None:

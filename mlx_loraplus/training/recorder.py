@@ -8,15 +8,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..adapters.trainable import TrainableParams
+from ..data.batches import trimmed
 from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, own_eval_prompts
 from ..data.model_limits import check_prompt, limits_of
 from ..errors import counted
-from ..inference.generate import answer_questions
+from ..inference.generate import answer_length, answer_questions
 from ..memory.plan import compare_with_plan
+from ..runs.advice import remedy_for_fall
 from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
-from ..runs.verdict import fall_of_chosen, remedy_for_fall
+from ..runs.verdict import fall_of_chosen
 from .checkpoint import Checkpoint, restore
+from .compiled import should_compile
 from .fastest_step import way_of
 from .session import Session
 from .trainer import TrainState
@@ -64,6 +67,8 @@ def start_history(
         grad_checkpoint=state.grad_checkpoint,
     )
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
+    if eval_prompts:
+        event["answer_tokens"] = answer_length(eval_prompts)
     if state.probes is not None:
         event["probes"] = asdict(state.probes)
 
@@ -98,8 +103,10 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
             f" {counted(steps, 'step')}: raise --iters or --epochs"
         )
 
-    # The number of steps may have changed.
-    run.planned = run.history[0]["steps"] = steps
+    # The number of steps may have changed. The page says where the run was resumed.
+    start = run.history[0]
+    run.planned = start["steps"] = steps
+    start["resumed"] = sorted({*start.get("resumed", []), run.progress.step})
 
 
 def record_events(
@@ -195,14 +202,14 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     return check_memory
 
 
-def _trained_shapes(
-    session: Session, state: TrainState, *, steps: int
-) -> set[tuple[int, int, int]]:
-    """Return the shapes (rows, length) of this process's batches up to a step."""
-    shapes: set[tuple[int, int, int]] = set()
+def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[tuple[int, ...]]:
+    """Return the shapes (rows, length) of this process's batches up to a step, as it runs them."""
+    compiled = should_compile(session.config) if state.compiled is None else state.compiled
+    shapes: set[tuple[int, ...]] = set()
     for number in range(steps * session.config.grad_accumulation_steps):
         # An uneven batch leaves some processes without rows.
         rows = state.batches.rows_of(number)[session.world.share]
         if rows:
-            shapes.add(state.batches.shape_of(rows))
+            batch = state.batches.collate(rows)
+            shapes.add((batch if compiled else trimmed(batch)).tokens.shape)
     return shapes

@@ -13,6 +13,7 @@ from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
+from ..launching import check_batch_size
 from ..models.find_model import original_of
 from ..models.model_name_check import check_model_path
 from ..models.save_model_folder import origin_of
@@ -56,12 +57,7 @@ def check_world(config: TrainConfig, model: nn.Module, world: World, log: Log) -
         log("note: parallel tensor has no effect in one process: --launch 2 starts two")
 
     # Otherwise some processes would never have an example.
-    if config.data.batch_size < world.data_shards:
-        raise ConfigError(
-            f"batch_size {config.data.batch_size} leaves some of {world.data_shards} processes"
-            f" without an example: give --batch-size {world.data_shards} or more (it counts the"
-            " examples of all processes together), or start fewer processes"
-        )
+    check_batch_size(config.data.batch_size, world.data_shards)
 
 
 def check_fresh(model: nn.Module, config: TrainConfig) -> None:

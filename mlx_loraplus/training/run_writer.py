@@ -1,8 +1,8 @@
 """What a run writes into its folder: checkpoints and the adapter, and at the end its report."""
 
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -11,20 +11,20 @@ import yaml
 from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
-from ..adapters.storage import write_adapter
+from ..adapters.storage import write_trained
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
-from ..models.save_model_folder import remove_model_files, save_model_folder
+from ..models.save_model_folder import remove_model_files
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.matplotlib_plots import write_picture
 from ..runs.next_steps import resume_command
 from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.run_folder import holds_full_run, newest_step
-from ..runs.state import BAD_BATCH, Event, Outcome
+from ..runs.state import BAD_BATCH, COMPLETE, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
@@ -107,49 +107,54 @@ class RunWriter:
             run.history,
             keep=run.config.keep_checkpoints,
         )
-        self._save_result()
+        write_trained(state.model, self.session.tokenizer, run.folder)
         write_history(run.folder, run.history)
 
-    def _save_result(self) -> None:
-        """Write the adapter into the run's folder, or the whole model if its weights train."""
-        model, folder = self.state.model, self.session.run.folder
-        if trains_weights(model):
-            save_model_folder(model, self.session.tokenizer, folder)
-        else:
-            write_adapter(model, folder)
+    @contextmanager
+    def ending(self, outcome: Outcome) -> Generator[None]:
+        """Record how the run ended, and write the plot and the report after the block.
 
-    def finish(self, outcome: Outcome) -> None:
-        """Record how the run ended, and write the final adapter, the plot and the report.
+        Only a run that is complete is ``finished`` inside the block.
 
         Raises:
             LoRAPlusError: On all processes, if no step took effect.
             OutputError: The last checkpoint or one of these files can't be written.
         """
         run, progress = self.session.run, self.state.progress
-        is_complete = outcome in ("finished", "stopped early")
-        no_effect = is_complete and progress.skipped >= progress.step
+        if self.save_error is not None:
+            raise OutputError(
+                f"the last steps are not saved: {self.save_error}; then repeat them with --resume"
+            )
 
-        with self.session.world.sync_errors():
-            if self.save_error is not None:
-                raise OutputError(
-                    f"the last steps are not saved: {self.save_error}; then repeat them with"
-                    " --resume"
-                )
+        # Record the end.
+        no_effect = outcome in COMPLETE and progress.skipped >= progress.step
+        event = self._end_event("failed" if no_effect else outcome)
+        if no_effect:
+            event["reason"] = "no step took effect"
+        run.history.append(event | run.verdict.stored())
 
-            event = self._end_event("failed" if no_effect else outcome)
-            if no_effect:
-                event["reason"] = "no step took effect"
-            run.history.append(event | run.verdict.stored())
+        # Write the files that are complete only now.
+        try:
+            yield
             if self.session.world.is_main:
-                self._write_end(outcome)
+                write_history(run.folder, run.history)
+                write_picture(run.plot(), run.folder / PLOT)
+                write_report(run)
+        except KeyboardInterrupt:
+            self.session.log(
+                f"warning: {outcome}, all steps are saved, but some files are not written yet:"
+                " write them with --resume"
+            )
+            raise
+        self.session.show(run.history[-1])
 
-            if no_effect:
-                raise LoRAPlusError(
-                    f"no step took effect: all {progress.step:,} were skipped because the loss or"
-                    " a gradient was not finite, so nothing has been learned; train from the start"
-                    " with a lower --learning-rate or --lr-ratio, and check the model's answers"
-                    " with mlx_loraplus.generate"
-                )
+        if no_effect:
+            raise LoRAPlusError(
+                f"no step took effect: all {progress.step:,} were skipped because the loss or"
+                " a gradient was not finite, so nothing has been learned; train from the start"
+                " with a lower --learning-rate or --lr-ratio, and check the model's answers"
+                " with mlx_loraplus.generate"
+            )
 
     def record_error(self, error: Exception, *, checkpointing_helps: bool = False) -> None:
         """Record in the history and on the page that an error has ended the run.
@@ -202,25 +207,6 @@ class RunWriter:
             "best_loss": progress.best_loss,
             "seconds": progress.seconds,
         }
-
-    def _write_end(self, outcome: Outcome) -> None:
-        """Write the files that are complete only when the session has ended."""
-        run, model = self.session.run, self.state.model
-        try:
-            if run.finished:
-                restore_best(run, model, self.session.log)
-                self._save_result()
-            write_history(run.folder, run.history)
-            write_picture(run.plot(), run.folder / PLOT)
-            write_report(run)
-        except KeyboardInterrupt:
-            self.session.log(
-                f"warning: {outcome}, all steps are saved, but some files are not written yet:"
-                " write them with --resume"
-            )
-            raise
-
-        self.session.show(run.history[-1])
 
 
 def with_choices(

@@ -15,9 +15,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from ..adapters.adapter import Adapter
 from ..adapters.dropout import Dropout
-from ..adapters.lora import LoRA
+from ..adapters.lora import Adapter, LoRA
 from ..adapters.storage import adapter_folder, load_adapter
 from ..adapters.target_modules import find_targets, find_trained
 from ..adapters.trainable import (

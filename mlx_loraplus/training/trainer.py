@@ -44,7 +44,7 @@ Sums = tuple[mx.array, Tree]
 Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
 Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
 
-# The places of two counts in the sizes of a step; see ``TrainLoop.sum_parts``
+# The places of two counts in the sizes of a step; see ``TrainLoop.sum_batches``
 SUPERVISED, PAIRS = 0, 3
 
 # On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
@@ -138,7 +138,7 @@ def train(
         memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
         interruptible() as stop_requested,
-        explain_failure(loop.parts, config, can_checkpoint=state.can_checkpoint),
+        explain_failure(loop.step_batches, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
         saved_if_lost(state.progress, save),
     ):
@@ -151,7 +151,7 @@ class TrainLoop:
     """One session of training; the arguments are those of ``train``.
 
     Attributes:
-        parts: This process's share of the step that is being made, for an error message.
+        step_batches: This process's share of the step that is being made, for an error message.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TrainLoop:
         self.report = report
         self.save = save
         self.world = world
-        self.parts: list[Batch] = []
+        self.step_batches: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
         # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
@@ -185,7 +185,7 @@ class TrainLoop:
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
         """Make steps until the run ends, and return why it ended."""
-        session = time.perf_counter()
+        started = time.perf_counter()
         mx.reset_peak_memory()
         progress, config, steps = self.progress, self.config, self.state.schedule.steps
         if progress.step == 0:
@@ -210,13 +210,13 @@ class TrainLoop:
             reported = progress.step % (config.steps_per_report or 1) == 0
             report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
-                self.report_window()
+                self.report_steps()
             validation_due = progress.step % (config.steps_per_eval or 1) == 0 or is_last
             is_best = validation_due and self.validate()
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
-            stopped, late, save_due = self._agree(stop_requested(), session, compare=report_due)
+            stopped, late, save_due = self._agree(stop_requested(), started, compare=report_due)
             if ended is None and (stopped or late):
                 ended = "interrupted" if stopped else "out of time"
             if is_best or ended or save_due or progress.step % config.steps_per_save == 0:
@@ -229,8 +229,8 @@ class TrainLoop:
         started = time.perf_counter()
         state = self.state
         mx.random.seed(seed_of(self.config.seed, number, self.world.shard_index))
-        self.read_parts(number)
-        total, gradients, sizes = self.sum_parts()
+        self.read_batches(number)
+        total, gradients, sizes = self.sum_batches()
 
         # Update with the mean over all supervised tokens, or over all pairs or labeled answers.
         count = sizes[PAIRS if state.objective.has_preferences else SUPERVISED]
@@ -252,19 +252,21 @@ class TrainLoop:
             pair_sums=tuple(pair_sums),
         )
 
-    def read_parts(self, number: int) -> None:
+    def read_batches(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
         # An uneven batch leaves some processes without rows.
         numbers = batches_of_step(number, self.state.schedule)
         shares = [self.state.batches.rows_of(n)[self.world.share] for n in numbers]
 
         # The list is changed in place, because ``explain_failure`` reads it.
-        self.parts[:] = [self.state.batches.collate(share) for share in shares if share]
+        self.step_batches[:] = [self.state.batches.collate(share) for share in shares if share]
         if not self._compiled:
-            self.parts[:] = map(trimmed, self.parts)
-        self._shapes.update((part.tokens.shape, part.targets.shape) for part in self.parts)
+            self.step_batches[:] = map(trimmed, self.step_batches)
+        self._shapes.update(
+            (batch.tokens.shape, batch.targets.shape) for batch in self.step_batches
+        )
 
-    def sum_parts(self) -> tuple[mx.array, dict[str, Any], mx.array]:
+    def sum_batches(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
 
         The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
@@ -272,15 +274,15 @@ class TrainLoop:
         state, world = self.state, self.world
 
         # Sum over the batches of this process, which may have none.
-        baseline = self.estimate_kl(self.parts, world)  # only for kto; else ()
+        baseline = self.estimate_kl(self.step_batches, world)  # only for kto; else ()
         sums: Sums | None = None
-        for part in self.parts:
+        for batch in self.step_batches:
             # Evaluate the batch before: the graphs of two batches would need more memory.
             world.compute(sums)
-            sums = self._accumulate((*arrays_of(part), *baseline), sums)
+            sums = self._accumulate((*arrays_of(batch), *baseline), sums)
         sizes = np.zeros(4)
-        for part in self.parts:
-            sizes += (part.supervised, part.useful, part.tokens.size, part.pairs)
+        for batch in self.step_batches:
+            sizes += (batch.supervised, batch.useful, batch.tokens.size, batch.pairs)
 
         # Sum over the processes.
         (total, gradients), counts = world.sum(
@@ -303,11 +305,11 @@ class TrainLoop:
             return
 
         for number in range(1, self.progress.step + 1):
-            self.read_parts(number)
-            baseline = self.estimate_kl.count_step(self.parts)
-            for place, part in enumerate(self.parts):
+            self.read_batches(number)
+            baseline = self.estimate_kl.count_step(self.step_batches)
+            for place, batch in enumerate(self.step_batches):
                 carried = self.no_sums() if place else None
-                accumulate.count_call((*arrays_of(part), *baseline), carried)
+                accumulate.count_call((*arrays_of(batch), *baseline), carried)
             update.count_call(*self.no_sums(), mx.array(0.0))
 
     def validate(self) -> bool:
@@ -327,7 +329,7 @@ class TrainLoop:
         state.model.train()
         return self.progress.step > 0 and self.progress.validated(loss)
 
-    def report_window(self) -> None:
+    def report_steps(self) -> None:
         """Report the steps since the last report."""
         optimizer, objective = self.state.optimizer, self.state.objective
         summary = summarize(self.progress.window, optimizer.rates, objective)
@@ -354,13 +356,13 @@ class TrainLoop:
         batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []
         raise too_many_skipped(self.config, progress.step, reason, batches)
 
-    def _agree(self, stopped: bool, session: float, *, compare: bool) -> list[bool]:
+    def _agree(self, stopped: bool, started: float, *, compare: bool) -> list[bool]:
         """Return whether any process was asked to stop, is out of time, or has to save.
 
         With ``compare``, the processes also check that their trained parameters are equal.
         """
         minutes = self.config.max_minutes
-        late = minutes is not None and time.perf_counter() - session > 60 * minutes
+        late = minutes is not None and time.perf_counter() - started > 60 * minutes
         trained = dict(tree_flatten(self.state.model.trainable_parameters())) if compare else None
         save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
         return self.world.any_rank([stopped, late, save_due], trained)

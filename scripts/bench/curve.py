@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
-from mlx_loraplus.data.batches import arrays_of, collate
+from mlx_loraplus.data.batches import arrays_of, one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -84,7 +84,7 @@ def measure_point(*, length: int, batch: int, rank: int, vocabulary: int) -> dic
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=100)
     optimizer.init(model, trainable.groups)
     accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=False)
-    made = collate(random_rows(batch, length, vocabulary))
+    made = one_per_row(random_rows(batch, length, vocabulary))
     arrays, tokens = arrays_of(made), mx.array(float(made.supervised))
     model.train()
 

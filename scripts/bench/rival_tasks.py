@@ -107,7 +107,7 @@ def as_row(example: Example) -> dict[str, Any]:
     """Return an example as its tokens and where its supervised part begins."""
     first = int(np.flatnonzero(example.supervised)[0])
     if not example.supervised[first:].all():
-        raise ValueError(f"{example.source} is not supervised to its end, which rivals can't do")
+        raise ValueError(f"{example.place} is not supervised to its end, which rivals can't do")
     return {"tokens": example.tokens.tolist(), "offset": first}
 
 

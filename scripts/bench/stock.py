@@ -70,7 +70,7 @@ def _offset(example: Example) -> int:
     first = int(np.flatnonzero(example.supervised)[0])
     if not example.supervised[first:].all():
         raise ValueError(
-            f"{example.source} is not supervised from {first} to its end, which stock can't do"
+            f"{example.place} is not supervised from {first} to its end, which stock can't do"
         )
     return first
 

@@ -21,7 +21,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
-from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.batches import one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -120,7 +120,7 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
     keep_a = 1 - settings.learning_rate * settings.weight_decay
     keep_b = 1 - RATIO * settings.learning_rate * settings.weight_decay
-    batches = [collate(random_rows(8, 24, seed)) for seed in range(4)]
+    batches = [one_per_row(random_rows(8, 24, seed)) for seed in range(4)]
     model.train()
     losses = []
     for number in range(updates):

@@ -57,11 +57,15 @@ MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
 Row = dict[str, str]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
+DPO = (
+    f"{TRAIN} --data {{0}}/pairs --objective dpo --resume-adapter-file {{0}}/first --reference start"
+    " --batch-size 4 --iters 60"
+)
 COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
-    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 60"
+    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 120"
     " --adapter-path {0}/first",
-    "dpo": TRAIN + " --data {0}/pairs --objective dpo --resume-adapter-file {0}/first"
-    " --reference start --learning-rate 1e-4 --batch-size 4 --iters 30 --adapter-path {0}/dpo",
+    "dpo": DPO + " --adapter-path {0}/dpo",
+    "fast": DPO + " --learning-rate 1e-4 --adapter-path {0}/fast",
     "orpo": TRAIN + " --data {0}/pairs --objective orpo --batch-size 4 --iters 45"
     " --adapter-path {0}/orpo",
 }

@@ -39,6 +39,7 @@ def demo_table(lines: Sequence[Line]) -> str:
         "base": "SmolLM2 135M",
         "first": "SFT on both styles",
         "dpo": "DPO after it",
+        "fast": "the same at four times the default rate",
         "orpo": "ORPO alone",
     }
     rows = [

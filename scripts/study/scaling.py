@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from mlx.utils import tree_flatten
 
-from mlx_loraplus.adapters.attach import layer_class
+from mlx_loraplus.adapters.attach import required_layer_class
 from mlx_loraplus.adapters.target_modules import find_targets
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
@@ -118,7 +118,7 @@ def work(name: str, rank: int | None, *, tensor: bool = False) -> Work:
     settings = configure(TrainConfig, {"model": name, "rank": rank or 8}).adapter
     targets = find_targets(model, settings.target_modules, settings.num_layers)
     shapes = [
-        layer_class("lora", module, path).shapes(module, settings.rank)
+        required_layer_class("lora", module, path).shapes(module, settings.rank)
         for path, module in targets.items()
     ]
     adapters = sum(int(np.prod(shape)) for named in shapes for shape in named.values())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.batches import Batches, collate, in_order
+from mlx_loraplus.data.batches import Batches, in_order, one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches
@@ -90,4 +90,4 @@ def test_evaluation_sees_all_rows_in_any_order():
     rows = examples(30)
     seen = [batch.targets[: batch.supervised] for batch in in_order(rows, 4)]
     assert np.bincount(np.concatenate(seen))[1:].tolist() == [len(row.tokens) - 1 for row in rows]
-    assert collate(rows[:1]).supervised == len(rows[0].tokens) - 1
+    assert one_per_row(rows[:1]).supervised == len(rows[0].tokens) - 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.load_data import check_rows
+from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, load, write

@@ -10,15 +10,17 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
+from mlx_loraplus.data.dataset import SPAN, Examples, Shard
 from mlx_loraplus.data.fields_setting import parse_names
+from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.data.labeled import LabeledBatches, LabeledExamples
 from mlx_loraplus.data.labeled_rows import make_labeled
-from mlx_loraplus.data.load_data import check_rows, load_data
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import ConfigError, DataError
 from mlx_loraplus.settings import configure
@@ -146,7 +148,7 @@ def test_mismatched_answers_are_all_answers_at_other_prompts(folder: Path):
     for index, (prompt, answer) in enumerate(others):
         assert (prompt, answer) not in own
         assert examples.mismatched.lengths[index] == len(prompt) + len(answer) - 1
-        assert examples.mismatched.targets[index] == len(answer)
+        assert examples.mismatched.target_counts[index] == len(answer)
 
 
 def test_mismatched_answers_are_no_longer_than_the_longest_example(folder: Path):
@@ -185,11 +187,11 @@ def check_mismatched(examples: LabeledExamples) -> None:
     """Check the sizes of the mismatched answers, some of which are cut."""
     mismatched = examples.mismatched
     assert mismatched.lengths.max() <= examples.lengths.max()
-    assert (mismatched.targets < np.roll(examples.targets, 1)).any()
+    assert (mismatched.target_counts < np.roll(examples.target_counts, 1)).any()
     for index, example in enumerate(mismatched):
         assert example.supervised.any()
         assert np.flatnonzero(example.supervised)[-1] == mismatched.lengths[index]
-        assert example.supervised.sum() == mismatched.targets[index]
+        assert example.supervised.sum() == mismatched.target_counts[index]
 
 
 def test_batches_hold_answers_labels_and_mismatched_answers(folder: Path):

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import ROW, SPAN, Examples, Shard
+from mlx_loraplus.data.dataset import SPAN, Examples, Shard
 from mlx_loraplus.data.long_rows import truncate_or_split
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.split_report import SplitReport
+from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.run_batches import plan_batches
@@ -50,7 +51,7 @@ def test_long_rows(tmp_path: Path, letters):
         "lmnop</s>",
         "lijklmnop</s>",
     ]
-    assert [example.source[-1] for example in data.examples["train"]] == ["1", "2", "2", "3"]
+    assert [example.place[-1] for example in data.examples["train"]] == ["1", "2", "2", "3"]
     assert sum(example.supervised.sum() for example in data.examples["train"]) == 2 + 9 + 9
     assert str(data.reports["train"]) == "3 rows as 4 examples, 31 tokens, 20 supervised"
 
@@ -117,7 +118,7 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
         assert example.supervised.any()
         assert not example.supervised[0]
         assert examples.lengths[index] == np.flatnonzero(example.supervised)[-1]
-        assert examples.targets[index] == example.supervised.sum()
+        assert examples.target_counts[index] == example.supervised.sum()
         np.testing.assert_array_equal(np.diff(example.tokens), 1)
     if on_long == "split":
         assert got == every.tolist(), "all are learned"

@@ -9,7 +9,8 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.fields_setting import parse_names
-from mlx_loraplus.data.load_data import check_rows, load_data
+from mlx_loraplus.data.first_rows import check_rows
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.messages import BadRowError
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
@@ -153,7 +154,7 @@ def test_pairs_stay_together_in_batches_of_similar_lengths(folder: Path):
     for number in range(batches.per_epoch):
         batch = batches[number]
         assert batch.tokens.shape[0] == 8
-        assert batch.sources[::2] == batch.sources[1::2]
+        assert batch.places[::2] == batch.places[1::2]
         members = np.concatenate(batches.rows_of(number))
         assert batch.pairs == len(members)
         assert batch.reference is not None

@@ -160,6 +160,7 @@ def test_other_settings_work_with_rows(tmp_path: Path):
         (iter([]), "an iterator is empty after its first use"),
         (pd.DataFrame(), "data has no rows"),
         ({("a", "b")}, "data is of the type set, whose rows have no order; give a path"),
+        (ROWS.copy, "data is of the type builtin_function_or_method, which must be called to give rows"),
         (5, "data is of the type int; give a path or a hub id, an iterable of rows"),
         (b"bytes", "data is of the type bytes; give"),
         ([ROWS, "file.jsonl"], r"data\[0\] is a list, but .* give rows next to data sets as"),

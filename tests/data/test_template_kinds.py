@@ -55,6 +55,17 @@ TEMPLATES: dict[str, dict[str, str]] = {
     "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
     "next_role_ends": {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"},
     "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
+    # Markers around answers and calls, thoughts beside calls only (Command R7B)
+    "response_markers": {
+        "ends": "<|turn_end|>",
+        "special": "<|turn_start|> <|assistant|> <|START_RESPONSE|> <|START_THINKING|> <|END_THINKING|>",
+    },
+    # The id of a call is written in place of the function's name (Kimi K2)
+    "id_calls": {"special": "<|im_assistant|> <|im_middle|> <|call_begin|>", "ends": "<|im_end|>"},
+    # Results before the content of their call, no header after another assistant turn (Gemma 4)
+    "merged_turns": {
+        "bos": "<bos>", "ends": "<turn|> <|tool_response>", "special": "<|turn> <|tool_call> <tool_call|>",
+    },
 }  # fmt: skip
 
 ARGUMENTS = {
@@ -129,6 +140,9 @@ WITH_CALLS = {
     "role_calls",
     "inlined_results",
     "next_role_ends",
+    "response_markers",
+    "id_calls",
+    "merged_turns",
 }
 CONTENT_WITH_CALL = {
     "hermes_tools",
@@ -138,7 +152,14 @@ CONTENT_WITH_CALL = {
     "llama4_calls",
     "role_calls",
     "next_role_ends",
+    "id_calls",
 }
+NO_THOUGHTS = {
+    "alpaca", "chatml", "llama2", "llama3", "mistral", "hermes_tools", "gemma3", "phi3", "zephyr", "empty_call",
+    "bracket_calls", "python_calls", "llama3_calls", "llama4_calls", "role_calls", "plain_roles",
+    "next_role_ends", "inlined_results", "id_calls",
+}  # fmt: skip
+NO_THOUGHTS_WITHOUT_CALLS = {"cuts_thoughts", "response_markers", "merged_turns"}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}
 ASKED = ("zork", "grue", "frotz")
 
@@ -152,6 +173,16 @@ def can_train(template: str, kind: str) -> bool:
     if kind == "call, answered":
         return template in CONTENT_WITH_CALL
     return kind not in CALLS or template in WITH_CALLS
+
+
+def has_no_place(template: str, kind: str) -> bool:
+    """Return whether a template has no place for the thoughts of a row."""
+    if template in NO_THOUGHTS:  # of a row that has them in its content, they are a part of it
+        return kind != "thoughts inside"
+    return template in NO_THOUGHTS_WITHOUT_CALLS and (template, kind) != (
+        "response_markers",
+        "thoughts before a call",
+    )
 
 
 def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
@@ -184,8 +215,9 @@ def test_a_row_is_trained_on_completely_or_refused(
     assert [word for word in words if word not in text and word.encode("unicode_escape").decode() not in text
             and word.replace("ü", "\\u00fc") not in text] == []  # fmt: skip
     assert [word for word in ASKED if word in text] == [], "the prompt is not trained on"
-    lost = [word for word in thoughts if word not in text]
-    assert any("thoughts" in note for note in encoded.notes) == bool(lost), (lost, encoded.notes)
+    assert [word for word in thoughts if word not in text] == []
+    is_noted = any("has no place for" in note for note in encoded.notes)
+    assert is_noted == (bool(thoughts) and has_no_place(template, kind)), encoded.notes
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -260,11 +292,6 @@ def test_a_template_that_needs_tools_takes_rows_with_tools(letters: LetterTokeni
     (encoded,) = encode([make_row(ROWS["call, answered"][0], 1)], tokenizer)
     assert encoded.problem is None
     assert not any("leaves out" in note for note in encoded.notes)
-
-
-def test_content_that_a_template_drops_beside_a_call_is_said_to_be_that(letters: LetterTokenizer):
-    encoded, _ = encoded_row(letters, "bracket_calls", "call, answered", "turns")
-    assert "it may write no content beside tool calls: remove the content" in str(encoded.problem)
 
 
 def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):

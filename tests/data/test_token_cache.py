@@ -53,7 +53,7 @@ def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path
 def test_a_crash_halfway_leaves_no_shard(
     tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch
 ):
-    import mlx_loraplus.data.token_cache as shards
+    import mlx_loraplus.data.dataset as shards
 
     folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
     real, calls = shards.encode, []
@@ -76,7 +76,7 @@ def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, le
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import mlx_loraplus.data.token_cache as shards
+import mlx_loraplus.data.dataset as shards
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.load_data import load_data
@@ -98,7 +98,7 @@ load_data(configure(TrainConfig, {{"data": {str(folder)!r}}}), make_letters())
 def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch
 ):
-    import mlx_loraplus.data.token_cache as shards
+    import mlx_loraplus.data.dataset as shards
 
     file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
 

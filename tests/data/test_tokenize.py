@@ -215,7 +215,7 @@ def test_a_template_that_refuses_a_row(gemma_it):
     bad, good = encode([record, CHAT], gemma_it)
     assert (
         bad.problem == "the chat template refuses it (Conversation roles must alternate"
-        " user/assistant/user/assistant/...)"
+        " user/assistant/user/assistant/...); join user messages that follow each other into one"
     )
     assert len(good.examples) == 1
 

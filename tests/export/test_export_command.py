@@ -99,12 +99,12 @@ def test_settings_that_do_not_go_together_are_reported(
     assert "merged is for --to gguf" in fails(
         words(place, "--to", "peft", "--merged", "f16"), capsys
     )
-    for more in (
-        ["--to", "hub"],
-        ["--to", "hub", "--repo-id", "me"],
-        ["--to", "peft", "--repo-id", "me/it"],
+    for more, told in (
+        (["--to", "hub"], "repo_id must be owner/name, not ''"),
+        (["--to", "hub", "--repo-id", "me"], "repo_id must be owner/name, not 'me'"),
+        (["--to", "peft", "--repo-id", "me/it"], "repo_id 'me/it' is for --to hub: leave it out"),
     ):
-        assert "repo_id must be owner/name with --to hub" in fails(words(place, *more), capsys)
+        assert told in fails(words(place, *more), capsys)
 
 
 def test_what_is_there_is_kept(place: Path, capsys: pytest.CaptureFixture[str]):

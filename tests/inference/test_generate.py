@@ -21,6 +21,8 @@ def test_a_batch_of_prompts_has_the_answers_of_each(tmp_path: Path, tiny: TinyMo
     alone = [answer_all(model, tokenizer, [prompt], max_tokens=4)[0] for prompt in prompts]
     assert together == alone
     assert any(together)
+    marked = answer_all(model, tokenizer, prompts, max_tokens=4, cut_mark="…")
+    assert all(answer in (text, f"{text}…") for answer, text in zip(marked, alone, strict=True))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.data.batches import arrays_of, collate
+from mlx_loraplus.data.batches import arrays_of, one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
@@ -32,7 +32,7 @@ def example(tokens: list[int], supervised: list[int]) -> Example:
     return Example(np.array(tokens, np.int32), mask, "train.jsonl:1")
 
 
-BATCH = collate(
+BATCH = one_per_row(
     [example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])]
 )
 
@@ -93,7 +93,7 @@ def test_an_adapter_on_the_head_gets_its_gradient(tiny: TinyModel, kind: str, ta
 def test_padding_of_rows_and_targets_changes_nothing(tiny: TinyModel):
     model = tiny("gemma3")
     split = split_model(model)
-    single = [make_loss(split, CHOICES)(model, *arrays_of(collate([row]))).item() for row in (
+    single = [make_loss(split, CHOICES)(model, *arrays_of(one_per_row([row]))).item() for row in (
         example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])
     )]  # fmt: skip
     assert make_loss(split, CHOICES)(model, *arrays_of(BATCH)).item() == pytest.approx(

@@ -19,7 +19,7 @@ from mlx_loraplus import ConfigError, LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import arrays_of, collate, inputs_of, lay_out, round_up
+from mlx_loraplus.data.batches import arrays_of, inputs_of, lay_out, one_per_row, round_up
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
@@ -129,7 +129,7 @@ def test_packed_gradients_are_the_unpacked_ones(
         model, size=0.02
     )  # larger ones make Gemma 3's gradient of rounding larger than 1e-5
     loss = make_loss(split_model(model) if split else None)
-    expected, slopes = gradients_of(model, loss, [collate([row]) for row in rows])
+    expected, slopes = gradients_of(model, loss, [one_per_row([row]) for row in rows])
     batches = PackedBatches(rows, 2, seed=0, max_length=48)
     together = [batches[n] for n in range(batches.per_epoch)]
     if checkpoint:
@@ -178,7 +178,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
             for segment in range(1, segments[row].max() + 1):
                 places = row * batches.row_length + np.flatnonzero(segments[row] == segment)
                 example = rows[inputs[places[0]] - 1]
-                seen.append(int(example.source))
+                seen.append(int(example.place))
                 assert np.array_equal(inputs[places], example.tokens[: len(places)])
                 assert len(places) == inputs_of(example)
                 for i in range(len(places)):  # what follows the last input is learned, but no input

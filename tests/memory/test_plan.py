@@ -19,6 +19,7 @@ from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shor
 from mlx_loraplus.models.known_models import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training import recorder
 from tests.training.tiny_runs import Place
 
 # GB: (gemma-3, its longest row of eight, batch at 1,024 tokens, checkpointing then, llama-3.1-8b at
@@ -229,6 +230,17 @@ def test_a_run_says_that_its_plan_was_off(
         )
 
     assert run(min((Coefficients(mlp=mlp) for mlp in range(60)), key=error))[0] == []
+
+
+def test_the_peak_is_compared_with_the_plan_for_batches_as_they_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    shapes: list[tuple[int, ...]] = []
+    monkeypatch.setattr(
+        recorder, "compare_with_plan", lambda *given, **_: shapes.extend(sorted(given[2]))
+    )
+    place.run(batch_size=30, grad_accumulation_steps=2, iters=1, compile="off")
+    assert [rows for rows, _ in shapes] == [10, 30]  # the last batch has 10 of the 40 rows
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_cheapest_ways(

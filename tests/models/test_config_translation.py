@@ -187,8 +187,22 @@ def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):
     from mlx_lm.models.switch_layers import SwitchLinear
 
     folder = write_tiny_model(tmp_path / "model")
+    in_4_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    for method in ("bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "modelopt"):
+        with pytest.raises(ModelError, match=rf"quantization_config \({method}\), but its weights"):
+            logits(folder, quantization_config=in_4_bits | {"quant_method": method})
+
+    # The weights are packed, with or without a config that says so
+    packed = write_tiny_model(tmp_path / "packed")
+    names = ("absmax", "qweight")
+    mx.save_safetensors(
+        str(packed / "model-packed.safetensors"),
+        {f"model.layers.0.mlp.up_proj.weight.{name}": mx.zeros((2, 2)) for name in names},
+    )
     with pytest.raises(ModelError, match="quantization 'bitsandbytes', which mlx-lm does not know"):
-        logits(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        logits(packed, quantization_config=in_4_bits)
+    with pytest.raises(ModelError, match=r"quantized \(.*absmax\), but its config\.json has no"):
+        logits(packed)
 
     model, _ = load_base(folder)
     model["experts"] = SwitchLinear(64, 32, 2).to_quantized(16, 4, mode="nvfp4")

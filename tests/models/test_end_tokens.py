@@ -51,6 +51,8 @@ def test_generation_ends_at_each_of_them(folder: Path, token: int):
     assert complete(model, tokenizer, "hello", max_tokens=4) == expected
     prompts = [tokenizer.encode("hello"), tokenizer.encode("hi")]
     assert answer_all(model, tokenizer, prompts, max_tokens=4) == [expected] * 2
+    cut = f"{expected}…" if token == ORDINARY else ""
+    assert answer_all(model, tokenizer, prompts, max_tokens=4, cut_mark="…") == [cut] * 2
 
 
 def test_generation_ends_at_the_token_that_training_supervises(folder: Path):

@@ -140,6 +140,13 @@ LABELS = """() => {
 }"""
 
 
+BROKEN = """() => {
+  const words = [...document.querySelectorAll("code .word")].filter((each) => each.checkVisibility());
+  const height = (each) => each.getBoundingClientRect().height;
+  return words.filter((each) => each.textContent.length < 20 && height(each) > 30).map((each) => each.textContent);
+}"""
+
+
 def check_in_browser(chromium: Any, page: Path) -> None:
     """Open a page at two widths, light and dark, with everything unfolded, and look for problems."""
     view = chromium.new_page()
@@ -154,6 +161,7 @@ def check_in_browser(chromium: Any, page: Path) -> None:
         view.set_viewport_size({"width": width, "height": 900})
         assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
         assert view.evaluate(LABELS) == []
+        assert view.evaluate(BROKEN) == [], "no line ends within an option"
     for scheme in ("light", "dark"):
         view.emulate_media(color_scheme=scheme)
         assert view.evaluate(CONTRAST) == []
@@ -172,6 +180,7 @@ def test_a_browser_shows_a_resumed_run(place: Place, chromium: Any):
     place.run("resumed", iters=3)
     run = place.run("resumed", resume=True, iters=6)
     assert [event["step"] for event in run.history if "loss" in event][-1] == 6
+    assert "resumed from step 3</h1>" in (run.folder / "report.html").read_text()
     check_in_browser(chromium, run.folder / "report.html")
 
 

@@ -36,6 +36,16 @@ def test_what_differs_and_what_came_of_it(place: Place):
     assert [axes.get_xlabel() for axes in figure.axes] == ["steps", "tokens", "minutes"]
 
 
+def test_the_headline_names_the_lowest_loss_and_the_most_exact_answers(place: Place):
+    found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    best = min(found.runs, key=lambda run: run.verdict.after or 9.0)
+    assert found.headline().lead.endswith(f"is that of {best.name}.")
+    for event in found.runs[0].history:
+        if "answers" in event:
+            event["answers"] = [prompt["expected"] for prompt in found.runs[0].start["prompts"]]
+    assert found.headline().lead.endswith("The most sample answers are exact with plain: 3 of 3.")
+
+
 @pytest.mark.parametrize("width", [20, 59, 60])
 def test_a_narrow_terminal_loses_nothing(place: Place, width: int):
     found = ml.compare_runs(place.folder / "plain", place.folder / "plus")

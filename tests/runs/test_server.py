@@ -53,7 +53,7 @@ def test_all_runs_are_listed_and_have_their_pages(runs: Path):
         page = http.get("/").text
         assert page.count("<article") == 3
         assert "data-refresh" in page, "a run is live"
-        assert "Better than the base model" in page
+        assert "lower than that of the base model" in page
         addresses = re.findall(r'href="([^"]+)"', page)
         assert set(addresses) == {"/runs/plus", "/runs/later/a%26b", "/runs/broken"}
         assert "later/a&amp;b" in page
@@ -233,7 +233,7 @@ def test_the_command_says_what_is_wrong(
     runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     for words, told in (
-        ([str(runs / "nowhere")], "is no folder"),
+        ([str(runs / "nowhere")], "is not a folder"),
         ([str(runs), "--port", "70000"], "port"),
         ([str(runs), "--host", "203.0.113.7"], "can't be used"),
     ):

@@ -4,6 +4,7 @@ import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.runs.advice import advice
 from mlx_loraplus.runs.next_steps import closing, next_commands
 from mlx_loraplus.runs.state import Progress
-from mlx_loraplus.runs.verdict import advice, divergence, duration, verdict_of
+from mlx_loraplus.runs.verdict import divergence, duration, perplexity, ranked_by_reward, verdict_of
 from mlx_loraplus.settings import configure, fit_to_length
 from tests.training.tiny_runs import Place
 
@@ -96,6 +98,54 @@ def test_skipped_steps_that_ended_a_run_that_was_not_better(losses: list[float],
 )
 def test_a_duration_is_in_a_unit_that_suits_it(seconds: float, text: str):
     assert duration(seconds) == text
+
+
+def test_a_perplexity_has_one_format():
+    texts = [perplexity(loss) for loss in (0.0, 1.0, 5.5, 10.0, 30.0)]
+    assert texts == ["1", "2.72", "245", "22,026", "very large"]
+
+
+def run_of_preferences(objective: str, ranked: list[float], logps: list[float]) -> ml.Run:
+    """Return a run whose loss still falls, with these shares and log-probabilities."""
+    run = run_with([0.7, 0.6, 0.5, 0.4], objective=objective)
+    shares = dict(zip((0, 10, 20, 30), ranked, strict=True))
+    for event in run.history[:-1]:
+        share = shares[event["step"]]
+        event["valid_preferred" if objective == "dpo" else "valid_reward_accuracy"] = share
+        event["valid_logp_chosen"] = logps[0] if event["step"] == 0 else logps[1]
+        event["valid_reward_margin"] = event["step"] / 10
+    return run
+
+
+@pytest.mark.parametrize(
+    ("objective", "ranked", "logps", "words"),
+    [
+        ("dpo", [0.6, 0.6, 0.5, 0.45], [-9.0, -9.0], "fewer validation pairs are ranked right than before training (60% -> 45%)"),
+        ("dpo", [0.1, 0.2, 0.3, 0.4], [-9.0, -9.0], "only 40% of the validation pairs are ranked right"),
+        ("kto", [0.1, 0.5, 0.5, 0.5], [-9.0, -9.0], "only 50% of the validation answers are ranked right"),
+        ("dpo", [0.6, 0.7, 0.8, 0.9], [-9.0, -20.0], "less likely than before training (log-probability -9.0 -> -20.0)"),
+        ("dpo", [0.6, 0.7, 0.8, 0.9], [-9.0, -9.0], "the validation loss is still falling"),
+    ],
+)  # fmt: skip
+def test_preferences_are_judged_by_the_ranking(
+    objective: str, ranked: list[float], logps: list[float], words: str
+):
+    run = run_of_preferences(objective, ranked, logps)
+    assert words in (advice(run, run.verdict) or "")
+    labels = [label for label, _ in next_commands(run)]
+    assert ("longer" in labels) == (logps[1] == -9.0), "more steps make a fall worse"
+
+
+def test_labeled_answers_are_ranked_by_chance_before_training():
+    """All rewards are zero up to rounding, so the recorded share means nothing."""
+    run = run_of_preferences("kto", [0.1, 0.7, 0.8, 0.9], [-9.0, -9.0])
+    assert run.verdict.ranked == (0.5, 0.9)
+    assert "answers ranked right 50% -> 90%" in run.verdict.summary()[0]
+    assert ranked_by_reward(run)[0] == (0, 0.5)
+
+    # A run that starts from another adapter than its reference has ranked already.
+    run.config = replace(run.config, resume_adapter_file="other")
+    assert run.verdict.ranked == (0.1, 0.9)
 
 
 def test_few_validations_of_a_long_run_are_too_few():

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_loraplus.data.batches import Batches, collate
+from mlx_loraplus.data.batches import Batches, one_per_row
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.data.tokenize import Example
 from scripts.bench import adapters as bench_adapters
@@ -113,7 +113,7 @@ def test_losses_equal_those_of_stock_on_our_batches(tiny: TinyModel, kind: str):
 
 
 def test_a_batch_of_ours_in_the_form_of_stock_holds_the_same_targets():
-    batch = collate(completions(BATCH))
+    batch = one_per_row(completions(BATCH))
     tokens, spans = (np.array(array) for array in stock_batch(batch))
     steps = np.arange(1, tokens.shape[1])
     mask = (steps >= spans[:, :1]) & (steps <= spans[:, 1:])  # as default_loss has it

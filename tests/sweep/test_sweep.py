@@ -1,9 +1,11 @@
 """A sweep on a tiny model: what it tries, cuts, keeps, finds and writes, and that it goes on."""
 
+import html
 import json
 import math
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 
@@ -15,10 +17,12 @@ import yaml
 
 from mlx_loraplus import cli, train
 from mlx_loraplus.adapters.trainable import find_adapters
+from mlx_loraplus.arguments import command
 from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.sweep.sweep import Point, Sweep
+from mlx_loraplus.sweep.sweep_page import sweep_page
 from mlx_loraplus.sweep.trial import Trial, new_adapters
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
@@ -224,6 +228,38 @@ def test_the_verdict_knows_the_noise(default, other, verdict, best):
     found = made(default, other)
     assert re.search(verdict, found.verdict())
     assert found.best == best
+
+
+def test_a_best_value_at_an_edge_asks_for_wider_ones():
+    points = [Point(rate, ratio, 8, 16.0) for rate in (1e-4, 4e-4) for ratio in (1.0, 4.0, 16.0)]
+    trials = [
+        Trial(point, 6, 0, 1.0 + abs(number - 1), 0, 1.0, 6) for number, point in enumerate(points)
+    ]
+    sweep = Sweep(SweepConfig(iters=6, adapter_path="found"), points[0], trials, "finished")
+    (line,) = sweep.edges()
+    assert (
+        line
+        == "the best learning_rate, 0.0001, is the lowest one tried, so a lower one may be better still"
+    )
+    wider = sweep.widen_command() or ""
+    program, *words = shlex.split(wider)
+    assert words == [
+        "-c",
+        "found/sweep.yaml",
+        "--resume",
+        "--learning-rates",
+        "2.5e-05",
+        "0.0001",
+        "0.0004",
+    ]
+    with command(program, SweepConfig, words[2:]) as (config, _):
+        assert config.learning_rates == (2.5e-5, 1e-4, 4e-4)
+    assert wider in html.unescape(re.sub("</?span.*?>", "", sweep_page(sweep).decode()))
+
+    # A best value within the grid needs nothing more.
+    sweep.trials = [*trials, Trial(Point(5e-5, 4.0, 8, 16.0), 6, 0, 9.0, 0, 1.0, 6)]
+    assert sweep.edges() == []
+    assert sweep.widen_command() is None
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_of_a_chat_the_last_turn_is_answered(tmp_path: Path, monkeypatch: pytest
 
 def test_rows_that_are_not_there(data: str):
     with pytest.raises(
-        DataError, match="has no valid rows: add a valid file, or evaluate on train, valid or test"
+        DataError, match="has no valid rows: add a valid file, or evaluate on train or test"
     ):
         evaluate(*tiny_letters(), data=data)
 

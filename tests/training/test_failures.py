@@ -9,7 +9,7 @@ import pytest
 import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.batches import collate
+from mlx_loraplus.data.batches import one_per_row
 from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
 from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.settings import configure
@@ -68,7 +68,7 @@ def test_failures_are_recognized_by_mlx_texts():
 @pytest.mark.parametrize("text", FAILURES)
 def test_a_failed_step_says_what_happened_and_what_helps(text: str):
     config = configure(TrainConfig, {"batch_size": 8, "max_seq_length": 64})
-    parts = [collate(examples(4)), collate(examples(8))]
+    parts = [one_per_row(examples(4)), one_per_row(examples(8))]
     with (
         pytest.raises(ml.DeviceError) as error,
         explain_failure(parts, config, can_checkpoint=True),

@@ -15,7 +15,7 @@ from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import ObjectiveConfig
 from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.files import cache_folder
-from mlx_loraplus.runs.verdict import advice
+from mlx_loraplus.runs.advice import advice
 from mlx_loraplus.training.preferences import pair_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same

@@ -16,7 +16,7 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import AdapterConfig, TrainConfig
-from mlx_loraplus.data.batches import Batches, arrays_of, collate, in_order, round_up
+from mlx_loraplus.data.batches import Batches, arrays_of, in_order, one_per_row, round_up
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
@@ -70,7 +70,7 @@ def test_accumulating_four_batches_of_one_is_one_batch_of_four_by_tokens(tiny: T
     attach_adapters(model, AdapterConfig(rank=4))
     randomize_adapters(model)
     rows = examples(4)
-    assert_same_step(model, [[collate(rows)], [collate([row]) for row in rows]])
+    assert_same_step(model, [[one_per_row(rows)], [one_per_row([row]) for row in rows]])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral"])
@@ -97,7 +97,7 @@ def test_checkpointing_gives_the_finite_differences(
     model = tiny("gemma3")
     attach_adapters(model, AdapterConfig(rank=4, dropout=dropout))
     randomize_adapters(model)
-    loss, arrays = make_loss(split_model(model)), arrays_of(collate(examples(2)))
+    loss, arrays = make_loss(split_model(model)), arrays_of(one_per_row(examples(2)))
     model.train()
     name = "model.layers.0.mlp.up_proj.lora_b"
     weight = dict(tree_flatten(model.trainable_parameters()))[name]
@@ -250,7 +250,7 @@ def test_the_ladder_is_short_and_close(count: int):
 
 def test_no_pad_is_supervised_and_the_position_before_predicts():
     rows = examples(3)
-    batch = collate(rows)
+    batch = one_per_row(rows)
     flat = batch.tokens.flatten()
     length = batch.tokens.shape[1]
     expected = [

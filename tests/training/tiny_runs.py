@@ -41,6 +41,7 @@ TIMES = {
     "active_memory_gb",
     "cache_memory_gb",
     "shapes",
+    "resumed",
 }
 
 

@@ -13,7 +13,8 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches, trimmed
-from mlx_loraplus.data.dataset import ROW, SPAN, Shard
+from mlx_loraplus.data.dataset import SPAN, Shard
+from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.tokenize import Example

@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from .adapter import SavedActivations
 from .base_layers import LINEARS, WHOLE, base_shape
-from .lora import LoRALinear
+from .lora import LoRALinear, SavedActivations
 
 
 class GainLinear(LoRALinear):

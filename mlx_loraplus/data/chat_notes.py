@@ -1,0 +1,160 @@
+"""Notes on what a written chat lacks, or has in another place than the row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from .chat_template import ChatTemplate
+from .lost_content import find_lost
+from .messages import BadRowError
+from .simpler_chats import without_field
+from .template_forms import CALL_ID, ChatForm
+from .thoughts import Message, answer_of, thoughts_of
+from .written_chat import SupervisedChat, WrittenChat, WrittenRow
+
+
+def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: WrittenChat) -> list[str]:
+    """Return notes on the unsupervised content that the template leaves out."""
+    lost: set[str] = set()
+
+    # Search for messages without supervision outside the supervised text. Otherwise the words
+    # of an answer would count as those of a question.
+    text = _unsupervised_text(written.rows[0])
+    others = [
+        message for turn, message in enumerate(written.form.messages) if turn not in chat.turns
+    ]
+    for message, part in zip(others, split_by_message(others, text), strict=True):
+        missing = find_lost(message, part)
+        if "content" in missing:
+            lost.add(f"{message['role']} messages")
+        if "tool calls" in missing:
+            lost.add("tool calls")
+
+    # A tool's name is part of its call, which is checked there.
+    if _ignores(template, "name", ("system", "user", "assistant"), chat, written):
+        lost.add("names of speakers ('name')")
+    if chat.tools and not _shows_tools(template, written.form.messages, chat.tools):
+        lost.add("tools")
+    notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
+    notes += _note_rewritten(template, chat, written.form)
+
+    # Without ids, the first result is that of the first call.
+    is_swapped = _has_swapped_results(written.form.messages)
+    if is_swapped and _ignores(template, "tool_call_id", ("tool",), chat, written):
+        notes.append(
+            "the chat template leaves out 'tool_call_id', and results of tools are in another"
+            " order than their calls; write them in the same order"
+        )
+    return notes
+
+
+def _ignores(
+    template: ChatTemplate,
+    field: str,
+    roles: Sequence[str],
+    chat: SupervisedChat,
+    written: WrittenChat,
+) -> bool:
+    """Return whether messages of some roles have a field that the text does not depend on."""
+    form = written.form.messages
+    without = without_field(field, form, roles)
+    if without == list(form):
+        return False
+    try:
+        text = template.render(form, ask=False, tools=chat.tools)
+        return template.render(without, ask=False, tools=chat.tools) == text
+    except BadRowError:
+        return False
+
+
+def _shows_tools(template: ChatTemplate, form: Sequence[Message], tools: Sequence[Any]) -> bool:
+    """Return whether the rendered chat depends on the tools."""
+    thinking = bool(thoughts_of(form[-1]))
+    try:
+        without_tools = template.render(form, ask=False, thinking=thinking)
+    except BadRowError:  # a template for chats with tools only
+        return True
+    with_tools = template.render(form, ask=False, thinking=thinking, tools=tools)
+    return with_tools != without_tools
+
+
+def _note_rewritten(template: ChatTemplate, chat: SupervisedChat, form: ChatForm) -> list[str]:
+    """Return notes on what the form of a chat has in other places than the row."""
+    notes: list[str] = []
+    block = template.thought_block
+    tags = f"{block.opening} and {block.closing}"
+    if form.thoughts:
+        notes.append(
+            "the chat template has no place for the thoughts of some answers, so they are"
+            f" written before the answer, between {tags}"
+        )
+    elif _moves_thoughts_into_content(chat.messages, form.messages) and not block.is_own:
+        notes.append(
+            "the chat template has no place for thoughts, so they are written at the start of"
+            f" the content, between {tags}"
+        )
+    if _call_ids(form.messages) != _call_ids(chat.messages):
+        notes.append(
+            "the chat template writes the id of a tool call in place of the function's name, so"
+            f" ids are written as {CALL_ID.format(name='NAME', number='NUMBER')}"
+        )
+    return notes
+
+
+def _moves_thoughts_into_content(messages: Sequence[Message], form: Sequence[Message]) -> bool:
+    """Return whether a form has thoughts inside the content that the row has under a key."""
+    for message, written in zip(messages, form, strict=True):
+        is_inside = bool(thoughts_of({"content": written.get("content")}))
+        if is_inside and not thoughts_of({"content": message.get("content")}):
+            return True
+    return False
+
+
+def _call_ids(messages: Sequence[Message]) -> list[Any]:
+    """Return the ids of all tool calls."""
+    return [call.get("id") for message in messages for call in message.get("tool_calls") or ()]
+
+
+def _has_swapped_results(messages: Sequence[Message]) -> bool:
+    """Return whether results of tools are in another order than the calls before them."""
+    places: dict[Any, int] = {}
+    last = -1
+    for message in messages:
+        if message["role"] == "tool":
+            place = places.get(message.get("tool_call_id"), last)
+            if place < last:
+                return True
+            last = place
+        else:
+            calls = message.get("tool_calls") or ()
+            places = {call.get("id"): number for number, call in enumerate(calls)}
+            last = -1
+    return False
+
+
+def split_by_message(messages: Sequence[Message], text: str) -> list[str]:
+    """Return, for each message, the text that follows the content of the previous message."""
+    parts: list[str] = []
+    start = 0
+
+    for message in messages:
+        parts.append(text[start:])
+
+        # Templates may move the system message, so the next message may come before it.
+        if message["role"] == "system":
+            continue
+        content = answer_of(message).strip()
+        place = text.find(content, start)
+        if content and place >= 0:
+            start = place + len(content)
+
+    return parts
+
+
+def _unsupervised_text(row: WrittenRow) -> str:
+    """Return a row's text without the spans to train on."""
+    text = ""
+    start = 0
+    for first, last in sorted(row.spans):
+        text += row.text[start:first]
+        start = last
+    return text + row.text[start:]

@@ -1,0 +1,89 @@
+"""The reasons why data can't be trained on: bad rows, long rows, or no rows."""
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+from ..config import DataConfig
+from ..errors import join_problems
+from .dataset import Examples
+from .fields_advice import ADVICE
+from .sources import SplitName, describe_sources
+from .split_report import SplitReport
+
+
+def find_problems(
+    settings: DataConfig,
+    examples: Mapping[SplitName, Examples],
+    reports: Mapping[SplitName, SplitReport],
+    needed: str,
+) -> list[str]:
+    """Return the reasons why data can't be trained on.
+
+    Args:
+        settings: The data settings.
+        examples: The examples of each split.
+        reports: The report on the rows of each split.
+        needed: The fields that a row needs.
+    """
+    problems: list[str] = []
+
+    # Bad rows
+    bad = sum(report.bad for report in reports.values())
+    if bad and settings.on_bad == "error":
+        bad_rows = chain(*(report.bad_rows for report in reports.values()))
+        are_all = not any(len(found) for found in examples.values())
+        problems.append(describe_bad_rows(bad_rows, bad, needed, are_all=are_all))
+
+    # Long rows
+    long = sum(report.long for report in reports.values())
+    if long and settings.on_long == "error":
+        places = list(chain(*(report.long_rows for report in reports.values())))
+        problems.append(
+            f"rows longer than max_seq_length {settings.max_seq_length:,}:"
+            f" {join_problems(places, count=long)}; raise it, or choose --on-long truncate, drop or"
+            " split"
+        )
+
+    # No rows
+    has_nothing = "train" in examples and not len(examples["train"])
+    if has_nothing and not problems:
+        report = reports["train"]
+        why = "no training rows"
+        advice = f"a row needs {needed}"
+        if report.dropped + report.bad:
+            reasons = "; ".join(report.dropped_rows())
+            why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
+        if report.dropped:
+            advice = f"raise max_seq_length {settings.max_seq_length:,}"
+        problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")
+    return problems
+
+
+def group_problems(problems: Iterable[str]) -> list[str]:
+    """Return each problem once, with the place of the first row that has it.
+
+    Args:
+        problems: Problems of rows, in the form "place: problem".
+    """
+    # Problems that differ only in their advice, which depends on a row's values, are the same
+    places: dict[str, list[str]] = {}
+    shown: dict[str, str] = {}
+    for line in problems:
+        place, _, problem = line.partition(": ")
+        same = problem.partition(ADVICE)[0]
+        places.setdefault(same, []).append(place)
+        shown.setdefault(same, problem)
+
+    grouped: list[str] = []
+    for same, found in places.items():
+        others = " and others" if len(found) > 1 else ""
+        grouped.append(f"{found[0]}{others}: {shown[same]}")
+    return grouped
+
+
+def describe_bad_rows(problems: Iterable[str], count: int, needed: str, *, are_all: bool) -> str:
+    """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
+    number = f"{count:,} bad rows: " if count > 1 else ""
+    found = join_problems(group_problems(problems))
+    skip = "" if are_all else "; --on-bad drop skips bad rows"
+    return f"{number}{found}; a row needs {needed}{skip}"

@@ -1,0 +1,46 @@
+"""Check the first rows of a run's data before the model is downloaded."""
+
+from itertools import chain, islice
+
+from ..config import TrainConfig
+from ..errors import DataError
+from .data_problems import describe_bad_rows
+from .fields_setting import parse_names
+from .holdout import has_holdout
+from .load_data import row_format
+from .row_problems import RowProblems
+from .rows import make_rows
+from .sources import find_sources
+
+# Number of rows of each file that are checked
+_FIRST_ROWS = 100_000
+
+
+def check_rows(config: TrainConfig) -> None:
+    """Check the first rows of every file without a tokenizer, before the model is downloaded.
+
+    Raises:
+        DataError: The data can't be found, ``valid_split`` is set although there are validation
+            files, or ``on_bad`` is "error" and there are bad rows. The message reports them
+            together.
+    """
+    names = parse_names(config.data.fields)
+    make, needed = row_format(config.objective)
+    sources = find_sources(config.data.data)
+
+    # Only to raise an error if valid_split contradicts the files
+    has_holdout(config.data, sources)
+
+    bad = rows = 0
+    places: list[str] = []
+    for source in sources:
+        for table in chain(*source.values()):
+            # Reading the rows collects their problems
+            problems = RowProblems()
+            for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
+                rows += 1
+            bad += problems.bad
+            places += problems.places(table.name)
+
+    if bad and config.data.on_bad == "error":
+        raise DataError(describe_bad_rows(places, bad, needed, are_all=not rows))

@@ -1,0 +1,83 @@
+"""Change a chat that a chat template can't write into chats that more templates can write.
+
+Each change comes with its advice. The advice is given only if the template can write the changed
+chat, so it is right when it is followed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .messages import NEEDED_FIELDS, ROLES
+from .thoughts import Message, answer_of
+
+
+def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], str]]:
+    """Yield changed chats, each with the advice to change it so.
+
+    Args:
+        messages: The messages in OpenAI's form.
+    """
+    fields = {field for message in messages for field in message}
+    for field in sorted(fields - NEEDED_FIELDS):
+        yield (
+            without_field(field, messages, ("assistant",)),
+            f"remove the field {field!r:.40} from assistant messages",
+        )
+        yield (
+            without_field(field, messages, ROLES),
+            f"remove the field {field!r:.40} from all messages",
+        )
+
+    bare_calls = [_without_content(message) for message in messages]
+    if bare_calls != list(messages):
+        yield bare_calls, "remove the content beside tool calls"
+
+    if [message["role"] for message in messages[:2]] == ["system", "user"]:
+        content = "\n\n".join(str(message["content"]) for message in messages[:2])
+        first = {**messages[1], "content": content}
+        yield (
+            [first, *messages[2:]],
+            "put the system message at the start of the first user message",
+        )
+
+    for role in ("assistant", "user"):
+        joined = _join_neighbours(messages, role)
+        if len(joined) < len(messages):
+            yield joined, f"join {role} messages that follow each other into one"
+
+
+def without_field(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
+    """Return messages of which those of some roles lack a field."""
+    return [
+        {name: value for name, value in message.items() if name != field}
+        if message["role"] in roles
+        else message
+        for message in messages
+    ]
+
+
+def _without_content(message: Message) -> Message:
+    """Return a message with tool calls without its content; any other message unchanged."""
+    if message.get("tool_calls") and answer_of(message).strip():
+        return {**message, "content": ""}
+    return message
+
+
+def _join_neighbours(messages: Sequence[Message], role: str) -> list[Message]:
+    """Return messages of which those of a role are joined with the next ones of that role."""
+    joined: list[Message] = []
+    for message in messages:
+        last = joined[-1] if joined else None
+        if last is None or not last["role"] == message["role"] == role:
+            joined.append(message)
+            continue
+
+        # A message with tool calls may have no content.
+        contents = [str(each.get("content") or "") for each in (last, message)]
+        both: dict[str, Any] = {**last, **message}
+        both["content"] = "\n\n".join(content for content in contents if content)
+        calls = [*(last.get("tool_calls") or ()), *(message.get("tool_calls") or ())]
+        if calls:
+            both["tool_calls"] = calls
+        joined[-1] = both
+    return joined
