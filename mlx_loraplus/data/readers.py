@@ -31,6 +31,7 @@ _SEPARATORS = re.compile(f"[{BLANKS},]*")
 _LAST_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _LAST_SPACE = re.compile(r".*\S(?= \S)", re.DOTALL)
 _MANY_DIGITS = "a number has thousands of digits"
+
 RawRow = tuple[int, Any]
 
 
