@@ -307,7 +307,7 @@ def resolve_grad_checkpoint(
 def compare_with_plan(
     config: TrainConfig,
     model: nn.Module,
-    shapes: Iterable[tuple[int, ...]],
+    shapes: Iterable[tuple[int, int]],
     peaks: Sequence[float],
     log: Callable[[str], None],
     *,
@@ -332,9 +332,7 @@ def compare_with_plan(
     if peaks[-1] <= max(peaks[:-1], default=0):
         return
 
-    predicted = max(
-        plan.memory(rows, length, checkpoint=checkpoint).arrays for rows, length in shapes
-    )
+    predicted = max(plan.memory(*size, checkpoint=checkpoint).arrays for size in shapes)
     if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
         log(
             f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"
