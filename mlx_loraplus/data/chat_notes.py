@@ -36,6 +36,7 @@ def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: Written
         lost.add("tools")
     notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
     notes += _note_rewritten(template, chat, written.form)
+    notes += _note_early_ends(template, chat, written.rows)
 
     # Without ids, the first result is that of the first call.
     is_swapped = _has_swapped_results(written.form.messages)
@@ -98,6 +99,21 @@ def _note_rewritten(template: ChatTemplate, chat: SupervisedChat, form: ChatForm
             f" ids are written as {CALL_ID.format(name='NAME', number='NUMBER')}"
         )
     return notes
+
+
+def _note_early_ends(
+    template: ChatTemplate, chat: SupervisedChat, rows: Sequence[WrittenRow]
+) -> list[str]:
+    """Return notes on tokens inside answers that end generation, although the row has none."""
+    own_text = "".join(str(message) for message in chat.messages)
+    ends = [end for end in template.ends if end not in own_text]
+    answers = [row.text[start:stop] for row in rows for start, stop in row.spans]
+    return [
+        f"the chat template writes {end} inside an answer, and generation stops there, before the"
+        " rest of the answer"
+        for end in ends
+        if any(end in answer[: -len(end)] for answer in answers)
+    ]
 
 
 def _moves_thoughts_into_content(messages: Sequence[Message], form: Sequence[Message]) -> bool:

@@ -293,6 +293,7 @@ class _ChunkBuilder:
             self.supervised.append(example.supervised)
             self.length = stop
 
+        # The row, with the digests that find duplicates and conversations
         stored, beginnings = store_row(row, thinking=thinking)
         self.rows.append(stored)
         self.beginnings.append(beginnings)
@@ -316,6 +317,7 @@ def _row_chunks(
         chunk = _ChunkBuilder()
         encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
+            # Each answer needs an example with a supervised token
             examples = [example for example in encoded.examples if example.supervised.any()]
             answers = 1 if row.rejected is None else 2
             if len(examples) < answers:

@@ -99,7 +99,8 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     # The number of steps may have changed. The page says where the run was resumed.
     start = run.history[0]
     run.planned = start["steps"] = steps
-    start["resumed"] = sorted({*start.get("resumed", []), run.progress.step})
+    if run.progress.ended(steps, run.config) is None:
+        start["resumed"] = sorted({*start.get("resumed", []), run.progress.step})
 
 
 def record_events(

@@ -149,6 +149,8 @@ def test_no_block_of_thoughts_is_learned_twice_or_in_the_wrong_place(
     tokenizer.chat_template = template
     (encoded,) = encode([Row("chat", {"messages": messages}, 1)], tokenizer)
     assert bracketed(encoded.examples[0], tokenizer).endswith(end)
+    is_noted = any("<|im_end|> inside an answer" in note for note in encoded.notes)
+    assert is_noted == ("<|im_start|>assistant" in end and "Why<|im_end|>" in end)
 
 
 def test_the_end_of_thoughts_inside_an_answer_is_noted(letters):

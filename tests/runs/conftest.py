@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_loraplus as ml
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.tiny_runs import Place
 
@@ -23,3 +24,20 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def folder(place: Place) -> Path:
     """The run "plus"."""
     return place.folder / "plus"
+
+
+def with_answers(run: ml.Run, right: dict[int, int], count: int = 6) -> ml.Run:
+    """Give a run ``count`` prompts, of which ``right[step]`` have the expected answers at a step."""
+    run.start["prompts"] = [{"prompt": f"{n} + 1 =", "expected": f"{n + 1}"} for n in range(count)]
+    for event in run.history:
+        if "valid_loss" in event:
+            exact = right.get(event["step"], right[max(right)])
+            event["answers"] = [f"{n + 1}" if n < exact else "no" for n in range(count)]
+    return run
+
+
+def with_losses(run: ml.Run, losses: dict[int, float]) -> ml.Run:
+    for event in run.history:
+        if "valid_loss" in event:
+            event["valid_loss"] = losses[event["step"]]
+    return run

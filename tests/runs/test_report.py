@@ -21,34 +21,18 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.runs.advice import advice
 from mlx_loraplus.runs.command_line import train_command
 from mlx_loraplus.runs.matplotlib_plots import finish_axes
-from mlx_loraplus.runs.next_steps import closing, next_commands
+from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.report_headline import headline
-from mlx_loraplus.settings import configure, fit_to_length, settings_of
+from mlx_loraplus.settings import fit_to_length, settings_of
 from tests.export.test_fuse_command import quantized_model
+from tests.runs.conftest import with_answers, with_losses
 from tests.training.tiny_runs import Place
 
 
 def text_of(page: bytes) -> str:
     """Return a page without the marks of words that are not divided."""
     return html.unescape(re.sub(r'<span class="word">(.*?)</span>', r"\1", page.decode()))
-
-
-def with_answers(run: ml.Run, right: dict[int, int], count: int = 6) -> ml.Run:
-    """Give a run ``count`` prompts, of which ``right[step]`` have the expected answers at a step."""
-    run.start["prompts"] = [{"prompt": f"{n} + 1 =", "expected": f"{n + 1}"} for n in range(count)]
-    for event in run.history:
-        if "valid_loss" in event:
-            exact = right.get(event["step"], right[max(right)])
-            event["answers"] = [f"{n + 1}" if n < exact else "no" for n in range(count)]
-    return run
-
-
-def with_losses(run: ml.Run, losses: dict[int, float]) -> ml.Run:
-    for event in run.history:
-        if "valid_loss" in event:
-            event["valid_loss"] = losses[event["step"]]
-    return run
 
 
 def test_the_page_holds_everything_and_fetches_nothing(folder: Path):
@@ -127,53 +111,6 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     assert "train from the start with a lower --learning-rate" in diverged.next_step
     assert diverged.commands == [], "the last adapter is not the best one"
     assert "The run failed: out of memory." in report_page(run).decode()
-
-
-@pytest.mark.parametrize(
-    ("right", "lead", "advised"),
-    [
-        ({0: 0, 6: 0}, "but the answers still differ from the expected ones. 0 of 6 sample answers are exact, as before", "all 6 sample answers still differ from the expected ones: read them before you use the model, and if they are wrong, train longer"),
-        ({0: 0, 6: 2}, "but the answers still differ from the expected ones. 2 of 6 sample answers are exact; before", "4 of 6 sample answers still differ"),
-        ({0: 5, 6: 3}, "but the answers still differ", "fewer sample answers are exact than before training (5 -> 3)"),
-        ({0: 2, 6: 3}, "Better than the base model: the validation loss is 70% lower. 3 of 6", ""),
-    ],
-)  # fmt: skip
-def test_wrong_answers_count_more_than_a_lower_loss(
-    folder: Path, right: dict[int, int], lead: str, advised: str
-):
-    run = with_losses(with_answers(ml.Run.load(folder), right), {0: 3.0, 2: 2.0, 4: 1.5, 6: 0.9})
-    head = headline(run)
-    assert lead in head.lead
-    assert ("Better than" in head.lead) == (not advised)
-    assert ("sample answer" in head.next_step) == bool(advised)
-    assert advised.lower() in head.next_step.lower()
-    assert [label for label, _ in head.commands] == ["longer", "try it", "fuse it"]
-    assert head.next_step[1:-1] in "\n".join(closing(run)), "the terminal says the same"
-
-
-def test_the_title_says_how_it_was_trained_and_where_it_was_resumed(folder: Path):
-    run = ml.Run.load(folder)
-    assert ": SFT (LoRA+) on 40 examples from data" in headline(run).title
-    run.start["resumed"] = [2]
-    assert headline(run).title.endswith("from data, resumed from step 2")
-    run.start["resumed"] = [2, 4, 5, 1000]
-    assert headline(run).title.endswith(", resumed from steps 4, 5, 1,000")
-    for adapter, objective, kind in (("full", "dpo", "DPO (full)"), ("dora", "kto", "KTO (DoRA)")):
-        config = configure(TrainConfig, {"adapter": adapter, "objective": objective})
-        unit = "pairs" if objective == "dpo" else "examples"
-        assert f": {kind} on 40 {unit} from" in headline(replace(run, config=config)).title
-
-
-def test_memory_above_the_plan_is_said_in_words(folder: Path):
-    run = ml.Run.load(folder)
-    peak = max(value for _, value in run.losses("peak_memory_gb"))
-    for planned, words in (
-        (peak / 1.25, "25% above the planned"),
-        (peak * 1.2, "within the planned"),
-    ):
-        run.start["memory"]["planned_gb"] = planned
-        assert headline(run).tiles[-1].note.startswith(words)
-        assert f"is {words}" in report_page(run).decode()
 
 
 def test_cut_answers_are_marked_and_explained(folder: Path):

@@ -181,7 +181,7 @@ def test_more_steps_continue_from_the_last_step_not_from_the_best(place: Place):
     first = place.run(schedule="constant")
     more = place.run(schedule="constant", resume=True, iters=8)
     assert place.told_with("resume: iters") == "resume: iters 6 -> 8"
-    assert more.history[0] == first.history[0] | {"steps": 8}
+    assert more.history[0] == first.history[0] | {"steps": 8, "resumed": [6]}
     assert more.history[1 : len(first.history) - 1] == first.history[1:-1], "but for the end"
     assert [event["step"] for event in more.history if "loss" in event] == list(range(1, 9))
     whole = place.run("other", schedule="constant", iters=8)
