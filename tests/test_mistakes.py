@@ -223,7 +223,7 @@ MISTAKES = [
     ("export --from gguf --adapter-path model.gguf --model tiny --save-path new", "model.gguf is not a LoRA"),
     ("export --from gguf --adapter-path gguf --model tiny --save-path new", "gguf is a folder: give the .gguf file"),
     ("compare run nothere", "there is no folder nothere"),
-    ("serve nothere", "nothere is no folder"),
+    ("serve nothere", "nothere is not a folder"),
     # data
     ("train --model tiny --data run", "it is a run: give the data that it was trained on"),
     ("train --model tiny --data broken.jsonl", "broken.jsonl:2: not JSON"),
