@@ -307,7 +307,7 @@ def resolve_grad_checkpoint(
 def compare_with_plan(
     config: TrainConfig,
     model: nn.Module,
-    shapes: Iterable[tuple[int, ...]],
+    shapes: Iterable[tuple[int, int]],
     peaks: Sequence[float],
     log: Callable[[str], None],
     *,

@@ -203,14 +203,15 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     return check_memory
 
 
-def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[tuple[int, ...]]:
+def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[tuple[int, int]]:
     """Return the shapes (rows, length) of this process's batches up to a step, as it runs them."""
     compiled = should_compile(session.config) if state.compiled is None else state.compiled
-    shapes: set[tuple[int, ...]] = set()
+    shapes: set[tuple[int, int]] = set()
     for number in range(steps * session.config.grad_accumulation_steps):
         # An uneven batch leaves some processes without rows.
         rows = state.batches.rows_of(number)[session.world.share]
         if rows:
             batch = state.batches.collate(rows)
-            shapes.add((batch if compiled else trimmed(batch)).tokens.shape)
+            row_count, length = (batch if compiled else trimmed(batch)).tokens.shape
+            shapes.add((row_count, length))
     return shapes

@@ -235,7 +235,7 @@ def test_a_run_says_that_its_plan_was_off(
 def test_the_peak_is_compared_with_the_plan_for_batches_as_they_run(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ):
-    shapes: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, int]] = []
     monkeypatch.setattr(
         recorder, "compare_with_plan", lambda *given, **_: shapes.extend(sorted(given[2]))
     )
