@@ -132,7 +132,7 @@ def test_a_call_without_arguments_has_an_empty_object(empty: Any):
 def test_arguments_that_are_no_object_are_a_bad_row(broken: Any):
     call = {"function": {"name": "lamp", "arguments": broken}}
     with pytest.raises(
-        BadRowError, match=r"messages\[1\] calls lamp with arguments that are no JSON"
+        BadRowError, match=r"messages\[1\] calls lamp with arguments that are not a JSON"
     ):
         make_row({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}, 1)
 
