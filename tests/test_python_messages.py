@@ -60,7 +60,8 @@ def test_errors_of_public_functions_name_keywords(
     folder = str(write_tiny_model(tmp_path / "model"))
     model, tokenizer = ml.load(folder)
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": "a"}) + "\n")
+    lines = [json.dumps(row) + "\n" for row in ({"prompt": "a"}, {"text": "b"})]
+    rows.write_text("".join(lines))
     with pytest.raises(ml.DataError, match='on_bad="drop" skips bad rows') as error:
         ml.evaluate(model, tokenizer, split="train", data=rows)
     assert "--" not in str(error.value)
