@@ -59,7 +59,7 @@ def count_shapes(batches: Batches, updates: int) -> Result:
         tokens += shape[0] * shape[1]
         targets += shape[2]
         used += sum(int(batches.lengths[row].sum()) for row in rows)
-        supervised += sum(int(batches.targets[row].sum()) for row in rows)
+        supervised += sum(int(batches.target_counts[row].sum()) for row in rows)
     return {
         "examples": len(batches.examples),
         "mean_tokens": float(batches.lengths.mean()),

@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_the_weights_of_another(smollm2_run, tmp_path: Path):
 def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run):
     model, tokenizer, run, _ = smollm2_run
     before = (run.folder / "adapters.safetensors").read_bytes()
-    with pytest.raises(ml.OutputError, match="already holds a run"):
+    with pytest.raises(ml.ConfigError, match="still has the adapters of an earlier run"):
         ml.finetune(model, tokenizer, adapter_path=str(run.folder))
     with pytest.raises(ml.ConfigError, match="lr_ration is not a setting"):
         ml.finetune(model, tokenizer, lr_ration=4)
@@ -177,5 +177,5 @@ def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Pat
     assert ml.evaluate(loaded, tokenizer, answers=0, **settings).loss == pytest.approx(
         valid, rel=1e-3
     )
-    with pytest.raises(ml.OutputError, match="already holds a run"):
+    with pytest.raises(ml.ConfigError, match="still has the adapters of an earlier run"):
         ml.finetune(model, tokenizer, adapter_path=str(run.folder))
