@@ -34,19 +34,20 @@ class JoinedParameters:
         self.shapes = {name: tuple(array.shape) for name, array in parameters.items()}
         self.joined: dict[str, list[str]] = {}
         self.alone: list[str] = []
-        sizes: Counter[str] = Counter()  # the elements in each joined array
-        last: Counter[mx.Dtype] = Counter()  # the number of each type's last joined array
+        last: dict[mx.Dtype, list[str]] = {}  # each type's last joined array
+        space: Counter[mx.Dtype] = Counter()  # the elements that still fit into it
         for name, array in parameters.items():
             if not join or array.size > _MOST:
                 self.alone.append(name)
                 continue
 
             # Begin another array if this parameter does not fit into the last one.
-            if sizes[f"joined {array.dtype} {last[array.dtype]}"] + array.size > _MOST:
-                last[array.dtype] += 1
-            joined = f"joined {array.dtype} {last[array.dtype]}"
-            sizes[joined] += array.size
-            self.joined.setdefault(joined, []).append(name)
+            if array.size > space[array.dtype]:
+                last[array.dtype] = []
+                space[array.dtype] = _MOST
+                self.joined[f"joined {array.dtype} {len(self.joined)}"] = last[array.dtype]
+            last[array.dtype].append(name)
+            space[array.dtype] -= array.size
 
     def join(self, arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
         """Return the arrays of the parameters, with the small ones joined."""

@@ -212,13 +212,20 @@ def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):
         check_quantized(model)
 
 
-def test_each_type_is_known_as_it_is_stored(tmp_path: Path):
-    folder = write_tiny_model(tmp_path / "model")
+def write_half_model(folder: Path) -> dict[str, mx.Dtype]:
+    """Write a tiny model in bfloat16 with float32 norms, and return the type of each array."""
+    write_tiny_model(folder)
     weights: Any = mx.load(str(folder / "model.safetensors"))
     half = {name: w if "norm" in name else w.astype(mx.bfloat16) for name, w in weights.items()}
     mx.eval(half)
     mx.save_safetensors(str(folder / "model.safetensors"), half)
-    assert stored_dtypes(folder) == {name: array.dtype for name, array in half.items()}
+    return {name: array.dtype for name, array in half.items()}
+
+
+def test_each_type_is_known_as_it_is_stored(tmp_path: Path):
+    folder = tmp_path / "model"
+    written = write_half_model(folder)
+    assert stored_dtypes(folder) == written
 
 
 def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
@@ -227,12 +234,8 @@ def test_a_fused_model_keeps_the_types_of_its_base(tmp_path: Path):
     from mlx_loraplus.export.fuse import fuse_adapter, save_fused
     from mlx_loraplus.models.loading import load_folder
 
-    folder = write_tiny_model(tmp_path / "model")
-    weights: Any = mx.load(str(folder / "model.safetensors"))
-    half = {name: w if "norm" in name else w.astype(mx.bfloat16) for name, w in weights.items()}
-    mx.eval(half)
-    mx.save_safetensors(str(folder / "model.safetensors"), half)
-    types = stored_dtypes(folder)
+    folder = tmp_path / "model"
+    types = write_half_model(folder)
 
     model, tokenizer, config = load_folder(folder)
     attach_adapters(model, AdapterConfig(rank=2, alpha=4.0))
