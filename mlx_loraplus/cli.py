@@ -248,7 +248,7 @@ def export(arguments: Arguments = None) -> None:
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.export", ExportConfig, words, AdapterSwitches) as parsed:
         config = _with_run(*parsed, words)
-        from .export.formats import check, export_adapter
+        from .export.export_command import check, export_adapter
 
         check(config)
         export_adapter(config, log)

@@ -47,7 +47,7 @@ class KindFacts:
     own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
     """Settings that this kind refuses → the message; {names} stands for those that are given, and
-    {name} for the value of a setting."""
+    a setting's own name, such as {init}, for its value."""
 
 
 KINDS: Mapping[str, KindFacts] = {

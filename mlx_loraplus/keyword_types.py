@@ -87,10 +87,26 @@ class RunOptions(SharedOptions, total=False):
 
 
 class TrainOptions(RunOptions, total=False):
-    """Keywords of ``finetune`` and ``evaluate``."""
+    """Keywords of ``finetune``."""
 
     model: StrPath
     data: RowsOrNames
+
+
+class EvaluateOptions(TypedDict, total=False):
+    """Keywords of ``evaluate``."""
+
+    model: StrPath
+    data: RowsOrNames
+    fields: str | Sequence[str] | Mapping[str, str]
+    valid_split: float | None
+    on_bad: Literal["error", "drop"]
+    on_long: Literal["truncate", "drop", "split", "error"]
+    train_on: Literal["turns", "last", "everything"]
+    batch_size: int | Literal["auto"]
+    max_seq_length: int | Literal["auto"]
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
+    seed: int
 
 
 class PreviewOptions(RunOptions, total=False):

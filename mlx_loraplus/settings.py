@@ -117,7 +117,7 @@ def default_rate(config: TrainConfig) -> float:
     return _rounded(_rate_at_one(config) / math.sqrt(ratio))
 
 
-def with_default_rate(config: TrainConfig) -> TrainConfig:
+def replace_auto_rate(config: TrainConfig) -> TrainConfig:
     """Return a run's settings with the default learning rate if it is auto."""
     if config.optimizer.learning_rate != "auto":
         return config

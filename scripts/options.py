@@ -43,6 +43,11 @@ ACCEPTED = {
     config_module.Names: "str | Sequence[str] | Mapping[str, str]",
     config_module.Switch: "bool | Literal['auto', 'on', 'off']",
 }
+# The settings that have an effect on scoring a model
+SCORED = (
+    "model", "data", "fields", "valid_split", "on_bad", "on_long", "train_on", "batch_size",
+    "max_seq_length", "objective", "seed",
+)  # fmt: skip
 ACCEPTED_BY_NAME = {"data": "RowsOrNames", "quantize": "int | str | None"}
 
 
@@ -52,11 +57,13 @@ def options() -> str:
     data = {"data": shared.pop("data")}
     run = _fields(TrainConfig) | _fields(ObjectiveConfig)
     model = {"model": run.pop("model")}
+    scored = {name: (model | data | shared | run)[name] for name in SCORED}
 
     classes = [
         _typed_dict("SharedOptions", "TypedDict, total=False", "Adapter, optimizer and data.", shared),
         _typed_dict("RunOptions", "SharedOptions, total=False", "What the keywords of runs share.", run),
-        _typed_dict("TrainOptions", "RunOptions, total=False", "Keywords of ``finetune`` and ``evaluate``.", model | data),
+        _typed_dict("TrainOptions", "RunOptions, total=False", "Keywords of ``finetune``.", model | data),
+        _typed_dict("EvaluateOptions", "TypedDict, total=False", "Keywords of ``evaluate``.", scored),
         _typed_dict("PreviewOptions", "RunOptions, total=False", "Keywords of ``preview``.", model),
         _typed_dict("PlanOptions", "RunOptions, total=False", "Keywords of ``plan_memory``.", data),
         _typed_dict(

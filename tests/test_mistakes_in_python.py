@@ -27,6 +27,7 @@ PYTHON = [
     ("finetune(model, tokenizer, data='sums', iters=0)", "iters must be greater than or equal to 1"),
     ("finetune(model, tokenizer, data='tiny')", "are model and data swapped?"),
     ("evaluate(model, tokenizer, data='sums', split='eval')", "split must be 'train' or 'valid' or 'test'"),
+    ("evaluate(model, tokenizer, data='sums', rank=4, iters=2)", "so iters, rank would have no effect: leave out all but batch_size, data,"),
     ("evaluate(model, tokenizer, data='sums', answers=-1)", "answers is -1; allowed are 0"),
     ("sweep_rates(tuned, tokenizer, data='sums', adapter_path='new')", "the model has adapters already"),
     ("sweep_rates(model, tokenizer, data='sums', adapter_path='run')", "run holds a run"),

@@ -94,7 +94,10 @@ def check_targets(
     unusable: Mapping[str, str],
     original: str = "the original",
 ) -> tuple[dict[str, nn.Module], dict[str, nn.Module], dict[str, str]]:
-    """Return the modules to adapt and to train in full by path, and path → why one is skipped.
+    """Choose and check the modules that get adapters.
+
+    Returns path → module to adapt, path → module to train in full, and path → why a module is
+    skipped.
 
     Args:
         model: A loaded model, or a skeleton.

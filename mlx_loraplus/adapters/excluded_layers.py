@@ -18,7 +18,7 @@ from .base_layers import (
     blocks_of,
     can_adapt,
 )
-from .trial_tokens import probe_tokens
+from .token_tables import probe_tokens
 
 READ = "layers whose weight the model reads directly"
 UNUSED = "layers without a gradient"

@@ -139,7 +139,7 @@ def _config_of(
         },
     }
 
-    # Our keys, which are explained above.
+    # Our keys; the module's docstring explains the less obvious ones.
     if isinstance(first, LoRA) and first.has_start:
         config["start_rank"] = first.rank
     if first.owns_base:
@@ -160,7 +160,7 @@ def _tensors_of(adapters: Mapping[str, Adapter]) -> dict[str, mx.array]:
     """Return the contents of ``adapters.safetensors``."""
     tensors: dict[str, mx.array] = {}
     for path, adapter in adapters.items():
-        for name, array in _stored(adapter).items():
+        for name, array in _arrays_of(adapter).items():
             tensors[f"{path}.{name}"] = array
 
     # All adapters share their projections, which are stored once.
@@ -170,7 +170,7 @@ def _tensors_of(adapters: Mapping[str, Adapter]) -> dict[str, mx.array]:
     return tensors
 
 
-def _stored(adapter: Adapter) -> dict[str, mx.array]:
+def _arrays_of(adapter: Adapter) -> dict[str, mx.array]:
     """Return the arrays that are stored for one adapter, by name."""
     # The keys of ``groups`` are the names of the parameters that train.
     arrays = {name: adapter[name] for name in adapter.groups}

@@ -40,7 +40,7 @@ class Batch:
     positions: np.ndarray
     targets: np.ndarray  # the tokens to predict at these positions: (targets,) int32
     weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
-    supervised: int  # number of targets without padding
+    target_count: int  # number of targets without padding
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
@@ -204,7 +204,7 @@ def one_per_row(examples: Sequence[Example]) -> Batch:
 def lay_out(
     rows: Sequence[Sequence[Example]],
     length: int | None = None,
-    count: int | None = None,
+    padded_targets: int | None = None,
     *,
     packed: int | None = None,
 ) -> Batch:
@@ -217,7 +217,7 @@ def lay_out(
     Args:
         rows: Each row's examples; a row may be empty.
         length: Tokens to pad the rows to; by default the smallest multiple of 8 that fits.
-        count: Targets to pad the list to; by default the smallest multiple of 8 that fits.
+        padded_targets: Targets to pad the list to; by default the smallest multiple of 8 that fits.
         packed: The length of packed rows, used instead of ``length``. The batch then has segments,
             and the number of its targets is rounded up with ``round_up``.
     """
@@ -241,15 +241,15 @@ def lay_out(
             start = end
 
     # Pad the list of targets.
-    supervised = sum(map(len, targets))
-    padded = round_up(supervised) if packed else count or multiple_of_8(supervised)
-    padding = (0, padded - supervised)
+    target_count = sum(map(len, targets))
+    padded = round_up(target_count) if packed else padded_targets or multiple_of_8(target_count)
+    padding = (0, padded - target_count)
     return Batch(
         tokens=tokens,
         positions=np.pad(np.concatenate(positions), padding).astype(np.int32),
         targets=np.pad(np.concatenate(targets), padding).astype(np.int32),
-        weights=np.pad(np.ones(supervised, np.float32), padding),
-        supervised=supervised,
+        weights=np.pad(np.ones(target_count, np.float32), padding),
+        target_count=target_count,
         useful=int(np.count_nonzero(segments)),
         used=np.count_nonzero(segments, axis=1),
         segments=segments if packed else None,
@@ -288,7 +288,7 @@ def trimmed(batch: Batch) -> Batch:
     # Count the columns, rows and targets to keep.
     columns = multiple_of_8(int(batch.used.max()))
     filled = int(np.count_nonzero(batch.used))
-    count = multiple_of_8(batch.supervised)
+    count = multiple_of_8(batch.target_count)
     weights = batch.weights[:count]
 
     # Flat indices change with the number of columns; those of padding stay 0.

@@ -241,7 +241,7 @@ class ChatTemplate:
 
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
-            # Without thoughts, only the end of the turn is cut off its answer.
+            # The answer ends with its end token. What follows only treats blocks of thoughts.
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
             return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block), rest)
@@ -308,7 +308,7 @@ class ChatTemplate:
 
     @cached_property
     def _ends_before(self) -> dict[str, str]:
-        """The token that ends a turn only if another turn follows, for the next one's role.
+        """Role → the end token that is written only before a turn of that role.
 
         In GLM's templates, a turn has no end token of its own: the model ends it with the token of
         the role that follows.

@@ -93,7 +93,7 @@ class ChatWriter:
         return turns[-1:] if self.train_on == "last" else turns
 
     def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
-        """Return the chat in the first form without losses, otherwise in the first usable form."""
+        """Return the chat as ``_try_forms`` does; an error also says what to do."""
         try:
             return self._try_forms(chat)
         except BadRowError as problem:

@@ -3,11 +3,13 @@
 ``open_shard`` encodes a table once, and keeps its tokens in a ``Shard`` in the cache. ``Examples``
 reads the examples of some shards when they are indexed.
 
-The cache key is a digest of the file's contents and of what encodes it (``Encoder``), such as the
-tokenizer, its chat template and the choice of supervised tokens. A change to any of them creates a
-new shard; a change to ``max_seq_length`` or ``on_long`` does not. A shard is written under a
-temporary name and renamed once it is complete. During writing, only a few hundred rows are in
-memory. Afterwards, the arrays are memory-mapped.
+The cache key is a digest of the file's contents and of what determines its tokens
+(``EncodingSettings``), such as the tokenizer, its chat template and the choice of supervised
+tokens. A change to any of them creates a new shard; a change to ``max_seq_length`` or ``on_long``
+does not.
+
+A shard is written under a temporary name and renamed once it is complete. During writing, only a
+few hundred rows are in memory. Afterwards, the arrays are memory-mapped.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..files import cached_folder, remove_unused
 from .document_tokens import encode_document
-from .encoder import Encoder, cache_key
+from .encoding_settings import EncodingSettings, cache_key
 from .readers import read_text
 from .row_digests import exact_digest, system_of
 from .row_notes import notes_on
@@ -175,7 +177,7 @@ class Examples(Sequence[Example]):
         return picked
 
 
-def open_shard(table: Table, encoder: Encoder) -> Shard:
+def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
     """Return a table's shard from the cache; encode the table first if it is not cached.
 
     Raises:
@@ -183,12 +185,12 @@ def open_shard(table: Table, encoder: Encoder) -> Shard:
         OutputError: The cache can't be written.
     """
     identity = table.identity()
-    parts = [identity, bool(table.documents), encoder.digest, ROW.descr, SPAN.descr, _VERSION]
+    parts = [identity, bool(table.documents), encoding.digest, ROW.descr, SPAN.descr, _VERSION]
 
     # The file may change while it is read.
     def build(folder: Path) -> None:
         remove_unused("tokens")
-        write_shard(folder, table, encoder)
+        write_shard(folder, table, encoding)
         if table.identity() != identity:
             raise DataError(
                 f"{table.name} changed while it was read: start again once it is complete"
@@ -227,14 +229,14 @@ class Chunk(NamedTuple):
     beginnings: np.ndarray = np.zeros(0, np.uint64)
 
 
-def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
+def write_shard(folder: Path, table: Table, encoding: EncodingSettings) -> None:
     """Encode a table and write its shard into a folder."""
     problems = RowProblems()
     systems: dict[int, str] = {}
     if table.documents:
-        chunks = _document_chunks(table.documents, encoder.tokenizer)
+        chunks = _document_chunks(table.documents, encoding.tokenizer)
     else:
-        chunks = _row_chunks(table, encoder, problems, systems)
+        chunks = _row_chunks(table, encoding, problems, systems)
 
     tokens_written = rows_written = 0
     largest = -1
@@ -254,7 +256,7 @@ def write_shard(folder: Path, table: Table, encoder: Encoder) -> None:
             rows_written += len(chunk.rows)
             largest = max(largest, int(chunk.tokens.max(initial=-1)))
             if rows_written // _PROGRESS_ROWS > reports:
-                encoder.log(f"{table.name}: {rows_written:,} rows encoded")
+                encoding.log(f"{table.name}: {rows_written:,} rows encoded")
 
     # Write what is known only after all rows
     (folder / LARGEST).write_text(str(largest), encoding="utf-8")
@@ -310,12 +312,12 @@ class _ChunkBuilder:
 
 
 def _row_chunks(
-    table: Table, encoder: Encoder, problems: RowProblems, systems: dict[int, str]
+    table: Table, encoding: EncodingSettings, problems: RowProblems, systems: dict[int, str]
 ) -> Iterator[Chunk]:
     """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
-    for rows in _groups(make_rows(table.rows(), encoder.names, problems, encoder.make)):
+    for rows in _groups(make_rows(table.rows(), encoding.names, problems, encoding.make)):
         chunk = _ChunkBuilder()
-        encoded_rows = encode(rows, encoder.tokenizer, encoder.train_on)
+        encoded_rows = encode(rows, encoding.tokenizer, encoding.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
             # Each answer needs an example with a supervised token
             examples = [example for example in encoded.examples if example.supervised.any()]
@@ -328,7 +330,7 @@ def _row_chunks(
             system = system_of(row)
             if system and len(systems) < _MOST_SYSTEMS:
                 systems[exact_digest(system)] = system
-            for note in notes_on(row, encoded, examples, encoder):
+            for note in notes_on(row, encoded, examples, encoding):
                 problems.add_note(row.line, note)
         if chunk.rows:
             yield chunk.build()

@@ -15,7 +15,7 @@ from ..config import ObjectiveConfig, TrainConfig
 from ..errors import DataError
 from .data_problems import find_problems
 from .dataset import SPAN, Examples, open_shard
-from .encoder import Encoder
+from .encoding_settings import EncodingSettings
 from .fields_setting import parse_names
 from .holdout import has_holdout, hold_out
 from .labeled import LabeledExamples, note_labels
@@ -112,12 +112,12 @@ def load_data(
     data = Data()
     names = parse_names(settings.fields)
     make, needed = row_format(config.objective)
-    encoder = Encoder(tokenizer, settings.train_on, names, log, make)
+    encoding = EncodingSettings(tokenizer, settings.train_on, names, log, make)
     for split in SPLITS:
         if split in wanted:
             report = SplitReport(settings.max_seq_length, settings.on_long)
             data.reports[split] = report
-            data.examples[split] = _load_split(sources, split, encoder, config.objective, report)
+            data.examples[split] = _load_split(sources, split, encoding, config.objective, report)
 
     data.problems = find_problems(settings, data.examples, data.reports, needed)
     if data.problems and strict:
@@ -155,7 +155,7 @@ def split_to_evaluate(config: TrainConfig) -> SplitName:
 def _load_split(
     sources: Sequence[Source],
     split: SplitName,
-    encoder: Encoder,
+    encoding: EncodingSettings,
     objective: ObjectiveConfig,
     report: SplitReport,
 ) -> Examples:
@@ -171,7 +171,7 @@ def _load_split(
                     f"{table.name} holds text and no preferences: give a file whose rows have"
                     f" {needed}, or --objective sft"
                 )
-            shard = open_shard(table, encoder)
+            shard = open_shard(table, encoding)
             report.add(shard)
             report.notes += table.notes
 

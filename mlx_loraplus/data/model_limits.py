@@ -15,7 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.trial_tokens import POSITION_TABLES, TOKEN_TABLES, table_rows
+from ..adapters.token_tables import POSITION_TABLES, TOKEN_TABLES, table_rows
 from ..errors import DataError
 from .batches import round_up
 from .dataset import Examples

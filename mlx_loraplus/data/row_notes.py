@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from .encoder import Encoder
+from .encoding_settings import EncodingSettings
 from .rows import Row
 from .tokenize import Encoded, Example
 
 
 def notes_on(
-    row: Row, encoded: Encoded, examples: Sequence[Example], encoder: Encoder
+    row: Row, encoded: Encoded, examples: Sequence[Example], encoding: EncodingSettings
 ) -> Iterable[str]:
     """Return the notes on a row, without duplicates.
 
@@ -18,26 +18,26 @@ def notes_on(
         row: The row.
         encoded: The result of ``encode`` for the row.
         examples: Its examples that have a supervised token.
-        encoder: What the row was encoded with.
+        encoding: What the row was encoded with.
     """
     # Notes on the row's messages and columns
     notes = [*encoded.notes, *row.notes]
-    if row.untrained and encoder.train_on == "everything":
+    if row.untrained and encoding.train_on == "everything":
         notes.append(
             "messages marked as not to be trained on are trained on, because --train-on is"
             " everything"
         )
     if row.unused:
         notes.append(f"unused fields: {', '.join(map(repr, row.unused)):.300}")
-    if encoder.names and not row.named:
-        columns = ", ".join(map(repr, encoder.names.values()))
+    if encoding.names and not row.named:
+        columns = ", ".join(map(repr, encoding.names.values()))
         notes.append(
             f"none of the columns named by --fields ({columns:.300}) was found, so the columns were"
             " auto-detected"
         )
 
     # Some templates put a line break after the end-of-turn token, so check the last two tokens
-    ends = set(encoder.tokenizer.eos_token_ids)
+    ends = set(encoding.tokenizer.eos_token_ids)
     for example in examples:
         targets = np.flatnonzero(example.supervised)
         last_targets = example.tokens[targets[-2:]].tolist()

@@ -1,9 +1,10 @@
 """Convert rows to token ids, and mark the tokens to train on.
 
-Every row is written as one text and encoded once. The text comes with the spans of characters to
-train on. A token is supervised if it holds at least one character of a span. A token that holds the
-end of the prompt and the start of the completion therefore belongs to the completion. A note
-reports such tokens, because the prompt alone is encoded differently.
+A row is written as one text; as several if the template rewrites earlier turns, or if the row has
+two answers. Each text comes with the spans of characters to train on. A token is supervised if it
+holds at least one character of a span. A token that holds the end of the prompt and the start of
+the completion therefore belongs to the completion. A note reports such tokens, because the prompt
+alone is encoded differently.
 
 ``train_on`` decides which tokens are supervised: all "turns", only the "last" turn, or
 "everything". With "turns":
@@ -218,12 +219,12 @@ def encode(
     all_written: list[tuple[Encoded, WrittenRow]] = []
     for row, result in zip(rows, results, strict=True):
         try:
-            of_row = _write_row(writer, row, result.notes)
+            texts_of_row = _write_row(writer, row, result.notes)
         except BadRowError as problem:
             result.problem = str(problem)
             continue
-        result.thinking = of_row[0].thinking
-        all_written += [(result, written) for written in of_row]
+        result.thinking = texts_of_row[0].thinking
+        all_written += [(result, written) for written in texts_of_row]
 
     backend = fast_tokenizer(tokenizer)
     texts = [written.text for _, written in all_written]
@@ -269,21 +270,24 @@ def _write_row(writer: RowWriter, row: Row, notes: list[str]) -> list[WrittenRow
 
 
 def _supervise(
-    row: WrittenRow, encoding: Encoding, backend: Tokenizer, notes: list[str]
+    written: WrittenRow, encoding: Encoding, backend: Tokenizer, notes: list[str]
 ) -> tuple[list[int], np.ndarray]:
-    """Return a row's token ids and which of them are supervised."""
+    """Return a row's token ids and which of them are supervised, and note unusual ones.
+
+    The ids of the first prompt are those that it has alone, as when the model generates.
+    """
     ids = encoding.ids
     offsets = np.array(encoding.offsets).reshape(-1, 2)
-    supervised, straddled = _find_supervised(offsets, row.spans)
+    supervised, straddled = _find_supervised(offsets, written.spans)
     if straddled:
         notes.append(_STRADDLED)
         return ids, supervised
-    if not row.spans:
+    if not written.spans:
         return ids, supervised
 
     # Generation encodes the prompt separately, so training must use the same tokens for it.
     answer_start = int(np.argmax(supervised))
-    prompt_ids = _encode_prompt_alone(row, ids[:answer_start], offsets, backend)
+    prompt_ids = _encode_prompt_alone(written, ids[:answer_start], offsets, backend)
     if prompt_ids == ids[:answer_start]:
         return ids, supervised
     notes.append(_TOKENIZED_ALONE)
@@ -292,14 +296,14 @@ def _supervise(
 
 
 def _encode_prompt_alone(
-    row: WrittenRow, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
+    written: WrittenRow, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
 ) -> list[int]:
     """Return the token ids of a row's first prompt when it is encoded separately.
 
     The whole prompt is only encoded again if separate encoding changes the tokens at its end.
 
     Args:
-        row: The row as text.
+        written: The row as text.
         prompt_ids: The token ids of the prompt when it is encoded with its answer.
         offsets: Start and stop of each token's characters, shape (length, 2).
         backend: The fast tokenizer.
@@ -307,13 +311,13 @@ def _encode_prompt_alone(
     if not prompt_ids:
         return prompt_ids
 
-    start = row.spans[0][0]
+    start = written.spans[0][0]
     tail_start = max(0, len(prompt_ids) - _TAIL)
-    tail = row.text[int(offsets[tail_start, 0]) : start]
+    tail = written.text[int(offsets[tail_start, 0]) : start]
     if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[tail_start:]:
         return prompt_ids
 
-    alone = backend.encode(row.text[:start], add_special_tokens=False).ids
+    alone = backend.encode(written.text[:start], add_special_tokens=False).ids
     return alone or prompt_ids
 
 

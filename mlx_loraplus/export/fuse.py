@@ -15,8 +15,8 @@ from mlx_lm.utils import get_total_parameters, make_shards, save_config
 
 from ..adapters.base_layers import quantization
 from ..adapters.excluded_layers import READ, find_unusable
+from ..adapters.token_tables import probe_tokens
 from ..adapters.trainable import find_adapters, find_fully_trained
-from ..adapters.trial_tokens import probe_tokens
 from ..adapters.unfreeze import end_training
 from ..command_config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError

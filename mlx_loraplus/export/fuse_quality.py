@@ -359,10 +359,10 @@ def collect_answers(
     states: list[mx.array] = []
     targets: list[mx.array] = []
     for batch in track(list(in_order(examples, BATCH_SIZE)), f"answers of {name}"):
-        positions = mx.array(batch.positions[: batch.supervised])
+        positions = mx.array(batch.positions[: batch.target_count])
         hidden = trunk(mx.array(batch.tokens)).flatten(0, 1)
         states.append(hidden[positions])
-        targets.append(mx.array(batch.targets[: batch.supervised]))
+        targets.append(mx.array(batch.targets[: batch.target_count]))
         mx.eval(states[-1])
     return Answers(head, mx.concatenate(states), mx.concatenate(targets))
 

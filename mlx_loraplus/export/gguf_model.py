@@ -30,7 +30,7 @@ from ..models.gguf.architectures import (
 )
 from ..models.gguf.delta_net import delta_net_metadata
 from ..models.gguf.gemma4 import gemma4_metadata
-from ..models.gguf.mamba import mamba_metadata
+from ..models.gguf.granite4 import mamba_metadata
 from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
 from ..models.gguf.tensor_layout import gguf_shape, in_other_layout

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..adapters.trial_tokens import probe_tokens
+from ..adapters.token_tables import probe_tokens
 from ..errors import ModelError
 from ..models.loading import load_stock, shared_copy
 

@@ -27,12 +27,12 @@ from ..files import read_bounded
 from ..models.activation_note import activation_note
 from ..models.derived_weights import start_inference
 from ..models.find_model import find_model
+from ..models.ignored_window import ignored_window
 from ..models.loading import load_folder
 from ..models.model_name_check import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
 from ..models.rope_magnitude import positions_note
 from ..models.save_model_folder import ModelOrigin
-from ..models.sliding_windows import ignored_window
 from ..settings import configure
 
 # Number of tokens by which an answer may exceed the longest expected answer.

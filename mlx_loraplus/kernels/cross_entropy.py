@@ -265,8 +265,8 @@ def _score_slices(
     true, and the second result only if it is false.
 
     The exponentials are relative to ``shift``. That is the largest logit of the slices so far, and
-    ``total`` is the sum of the exponentials. With MLX's own cross-entropy, it is the logarithm of
-    that sum, and ``total`` stays 1.
+    ``total`` is the sum of the exponentials. With MLX's own cross-entropy, ``shift`` is the
+    logarithm of that sum instead, and ``total`` stays 1.
     """
     native = learning and choices.cross_entropy == "native"
     width = slice_width(choices.slice_bytes, hidden.shape[0], head.vocabulary)
@@ -286,7 +286,7 @@ def _score_slices(
         hidden = mx.depends([hidden], [total, gradient_sum, target_score])[0]
         scores = project(head.layer, hidden, part)  # (targets, width)
 
-        # The last slice may be narrower than the places in other slices.
+        # The last slice may be narrower, and the places of targets in other slices outside it.
         if scores.shape[1] < width:
             place = mx.minimum(place, scores.shape[1] - 1)
         inside = slice_of == numbers[number : number + 1]

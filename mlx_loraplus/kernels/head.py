@@ -21,8 +21,8 @@ from mlx.utils import tree_flatten
 
 from ..adapters.base_layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, can_adapt
 from ..adapters.lora import base_of
+from ..adapters.token_tables import probe_tokens
 from ..adapters.trainable import find_groups
-from ..adapters.trial_tokens import probe_tokens
 from .row_masks import takes_caches
 
 _TRUNKS = ("model", "transformer", "backbone")

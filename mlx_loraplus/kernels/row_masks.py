@@ -17,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..adapters.trial_tokens import TOKEN_TABLES, table_rows
+from ..adapters.token_tables import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
 from .attention import CausalMask
 from .patch import replaced_attention, replaces_attention

@@ -18,9 +18,9 @@ from ..kernels.choices import default_choices
 from ..models.find_model import is_embedded, original_of
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
-from .compiled_step_memory import all_traces
 from .estimate import Memory, Sizes, estimate
 from .model_shapes import measure
+from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.

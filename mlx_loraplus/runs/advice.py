@@ -1,5 +1,7 @@
 """What to do next after a run has ended, as one sentence."""
 
+from dataclasses import dataclass
+
 from ..settings import default_rate
 from ..userpaths import shell_word
 from .history import Run
@@ -16,17 +18,35 @@ from .verdict import (
     took_effect,
 )
 
-_LONGER = "train longer"
+
+@dataclass(frozen=True)
+class Advice:
+    """What to do next.
+
+    Attributes:
+        text: The advice, as a sentence without a full stop.
+        is_longer: Whether it is to train longer.
+    """
+
+    text: str
+    is_longer: bool = False
+
+    def after(self, beginning: str) -> "Advice":
+        """Return this advice with a text before it."""
+        return Advice(beginning + self.text, self.is_longer)
 
 
-def advice(run: Run, found: Verdict) -> str | None:
-    """Return a sentence on what to do next, or None for a run that can be resumed."""
+_LONGER = Advice("train longer", is_longer=True)
+
+
+def give_advice(run: Run, found: Verdict) -> Advice | None:
+    """Return what to do next, or None for a run that can be resumed."""
     if found.trend == "diverged" or not took_effect(run):
-        return _advice_on_divergence(run, found)
+        return Advice(_advice_on_divergence(run, found))
     if not run.finished:
         return None
     if found.before is None or found.after is None:
-        return (
+        return Advice(
             "without validation examples it is unknown whether training helps on other data: add"
             " a valid file, or --valid-split 0.1"
         )
@@ -37,81 +57,86 @@ def advice(run: Run, found: Verdict) -> str | None:
     return advised or _advice_on_trend(run, found)
 
 
-def _advice_on_answers(run: Run, found: Verdict) -> str | None:
+def _advice_on_answers(run: Run, found: Verdict) -> Advice | None:
     """Return what to do about the answers, which matter more than the loss; None if it decides."""
     # The loss of pairs can fall because both answers become less likely.
     fall = fall_of_chosen(run)
     if fall is not None:
-        return f"{fall}: {remedy_for_fall(run)}"
+        return Advice(f"{fall}: {remedy_for_fall(run)}")
 
     problem = shortfall(run, found)
     if problem is not None:
-        return f"{problem}: {_remedy_for_shortfall(run, found)}"
+        return _remedy_for_shortfall(run, found).after(f"{problem}: ")
     if is_all_ranked(run):
-        return (
+        return Advice(
             "all validation answers are ranked right: more steps would lower the loss, and change"
             " the answers little"
         )
     return None
 
 
-def _remedy_for_shortfall(run: Run, found: Verdict) -> str:
+def _remedy_for_shortfall(run: Run, found: Verdict) -> Advice:
     """Return what to do before a model is used whose loss fell, but whose answers are not right."""
     judged = "pairs" if run.config.objective.is_paired else "labels"
     condition = f"check that the {judged} are right, and if they are"
     if ranking_shortfall(run, found) is None:
         condition = "read them before you use the model, and if they are wrong"
-    return f"{condition}, {_remedy_by_trend(run, found)}"
+    return _remedy_by_trend(run, found).after(f"{condition}, ")
 
 
-def _remedy_by_trend(run: Run, found: Verdict) -> str:
+def _remedy_by_trend(run: Run, found: Verdict) -> Advice:
     """Return what makes the answers better, as a request."""
     if found.trend == "overfitting":
-        return f"add examples, because the model overfits since step {found.best_step}"
+        return Advice(f"add examples, because the model overfits since step {found.best_step}")
     if found.trend == "levelled off":
-        return "add examples, or try a higher --learning-rate, because the loss has levelled off"
+        return Advice(
+            "add examples, or try a higher --learning-rate, because the loss has levelled off"
+        )
     if (risen := rose_since(run)) is not None:
-        return f"add examples, because the loss has risen since step {risen}"
+        return Advice(f"add examples, because the loss has risen since step {risen}")
     return _LONGER
 
 
-def _advice_on_trend(run: Run, found: Verdict) -> str:
+def _advice_on_trend(run: Run, found: Verdict) -> Advice:
     """Return what to do next by how the validation loss developed."""
     rate = run.config.optimizer.learning_rate or 0.0
     is_full = run.config.adapter.adapter == "full"
     can_sweep = not is_full and not run.config.objective.is_paired
     search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
     kept = "weights are" if is_full else "adapter is"
-    texts: dict[Trend | None, str] = {
-        "not better": (
+    advised: dict[Trend | None, Advice] = {
+        "not better": Advice(
             "no validation was better than before training: try a lower --learning-rate, such as"
             f" {rate / 4:.1e}, or more examples{search}"
         ),
-        "overfitting": (
+        "overfitting": Advice(
             f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
             f" {found.best_step} steps, or add examples"
         ),
-        "still falling": "the validation loss is still falling: train longer",
-        "levelled off": "the validation loss has levelled off: more steps would change little",
+        "still falling": _LONGER.after("the validation loss is still falling: "),
+        "levelled off": Advice(
+            "the validation loss has levelled off: more steps would change little"
+        ),
         None: _advice_on_few(run, kept),
     }
-    return texts[found.trend]
+    return advised[found.trend]
 
 
-def _advice_on_few(run: Run, kept: str) -> str:
+def _advice_on_few(run: Run, kept: str) -> Advice:
     """Return what to do after too few steps or validations to name a trend."""
-    unknown, remedy = "the loss has levelled off", "train longer"
+    unknown, remedy = "the loss has levelled off", _LONGER
     risen = rose_since(run)
     if risen is not None:
-        unknown, remedy = "it overfits", "train longer, or with a lower --learning-rate"
+        unknown = "it overfits"
+        remedy = Advice("train longer, or with a lower --learning-rate", is_longer=True)
 
     few = "steps"
     if not ends_too_early(run):
-        few, remedy = "validations", "lower --steps-per-eval"
-    advised = f"too few {few} to say whether {unknown}: {remedy}"
+        few, remedy = "validations", Advice("lower --steps-per-eval")
+    advised = remedy.after(f"too few {few} to say whether {unknown}: ")
     if risen is None:
         return advised
-    return f"the validation loss has risen since step {risen}, whose {kept} kept; {advised}"
+    return advised.after(f"the validation loss has risen since step {risen}, whose {kept} kept; ")
 
 
 def _advice_on_divergence(run: Run, found: Verdict) -> str:
@@ -149,16 +174,6 @@ def remedy_for_fall(run: Run) -> str:
     if objective != "kto":
         remedies += ", or --objective orpo, which also learns the chosen answers"
     return f"try {remedies}"
-
-
-def should_be_longer(run: Run) -> bool:
-    """Return whether the advice is to train longer."""
-    found = run.verdict
-    if not run.finished or found.after is None or fall_of_chosen(run) is not None:
-        return False
-    if found.trend != "not better" and shortfall(run, found) is not None:
-        return _remedy_by_trend(run, found) == _LONGER
-    return (found.trend == "still falling" and not is_all_ranked(run)) or ends_too_early(run)
 
 
 def longer(run: Run) -> str:

@@ -2,7 +2,7 @@
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..userpaths import shell_word
-from .advice import advice, longer, should_be_longer
+from .advice import give_advice, longer
 from .history import SETTINGS, Run
 from .verdict import took_effect
 
@@ -17,8 +17,8 @@ def closing(run: Run) -> list[str]:
         outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
     verdict = run.verdict
     lines = [outcome, *verdict.summary()]
-    if next_step := advice(run, verdict):
-        lines.append(next_step)
+    if advice := give_advice(run, verdict):
+        lines.append(advice.text)
 
     result = "model" if run.config.adapter.adapter == "full" else "adapter"
     files = f"{result}, checkpoints, run.yaml, history.jsonl, loss.png and report.html"
@@ -42,7 +42,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))
-    elif should_be_longer(run):
+    elif (advice := give_advice(run, run.verdict)) and advice.is_longer:
         commands.append(("longer", longer(run)))
 
     # A run that was killed early has saved nothing yet.

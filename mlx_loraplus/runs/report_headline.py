@@ -7,7 +7,7 @@ from ..device import gb
 from ..errors import counted
 from ..pages.pages import Headline, Tile
 from ..userpaths import public_name
-from .advice import advice
+from .advice import give_advice
 from .history import Run
 from .next_steps import next_commands
 from .progress import time_left
@@ -173,8 +173,8 @@ def _next_step(run: Run, found: Verdict, *, live: bool) -> str:
     """Return the advice for a finished run, or from where another one can be resumed."""
     if live:
         return ""
-    if next_step := advice(run, found):
-        return sentence(next_step)
+    if advice := give_advice(run, found):
+        return sentence(advice.text)
     saved = newest_step(run.folder)
     if saved is None:
         return "No step is saved yet, so the command below starts from the beginning."

@@ -34,7 +34,8 @@ _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
 _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
-_CHOSEN_FALL = 0.02  # share of the chosen answers' log-probability by which it may fall
+_CHOSEN_FALL = 0.02  # share of the chosen answers' first log-probability by which it may fall
+_CHOSEN_FALL_FROM_BEST = 0.1  # the same, for a fall from its best value
 _FEW = 0.5  # share of right answers; with fewer, a lower loss is not enough
 _CHANCE = 0.5  # share of labeled answers that are ranked right by chance
 _LOSS_OF_LARGE = 20.0  # nats per token, beyond which a perplexity says nothing
@@ -263,7 +264,7 @@ def took_effect(run: "Run") -> bool:
 
 
 def fall_of_chosen(run: "Run") -> str | None:
-    """Return that training has made the chosen validation answers less likely, or None.
+    """Return that training makes the chosen validation answers less likely, or None.
 
     An objective can be minimized by making both answers less likely, the rejected ones faster.
     """
@@ -273,14 +274,20 @@ def fall_of_chosen(run: "Run") -> str | None:
     if not events:
         return None
 
-    first, last = (event["valid_logp_chosen"] for event in (events[0], events[-1]))
-    gain = events[-1]["valid_reward_margin"] - events[0]["valid_reward_margin"]
-    if first - last <= _CHOSEN_FALL * abs(first) or gain <= 0:
-        return None
-    return (
-        f"the chosen answers are less likely than before training (log-probability {first:.1f} ->"
-        f" {last:.1f}) while the margin grows, so the model moves away from both answers"
-    )
+    # Look for a fall below the start, and else for one from the best value since then.
+    first, last = events[0], events[-1]
+    best = max(events, key=lambda event: event["valid_logp_chosen"])
+    size = abs(first["valid_logp_chosen"])
+    for since, fall in ((first, _CHOSEN_FALL), (best, _CHOSEN_FALL_FROM_BEST)):
+        before, after = since["valid_logp_chosen"], last["valid_logp_chosen"]
+        gain = last["valid_reward_margin"] - since["valid_reward_margin"]
+        if before - after > fall * size and gain > 0:
+            when = "before training" if since is first else f"at step {since['step']}"
+            return (
+                f"the chosen answers are less likely than {when} (log-probability {before:.1f} ->"
+                f" {after:.1f}) while the margin grows, so the model moves away from both answers"
+            )
+    return None
 
 
 def shortfall(run: "Run", found: Verdict) -> str | None:

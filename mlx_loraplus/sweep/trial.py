@@ -25,8 +25,8 @@ from ..runs.progress import quiet
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.interrupts import explain_failure
+from ..training.make_batches import make_batches
 from ..training.optimizer import LoRAPlus
-from ..training.run_batches import make_batches
 from ..training.schedule import schedule_of
 from ..training.self_consistency import resolve_sound_checkpoint
 from ..training.trainer import TrainState, train

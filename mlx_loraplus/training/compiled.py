@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from ..config import TrainConfig
 from ..device import on_gpu
 from ..errors import ConfigError
-from ..memory.compiled_step_memory import MAX_TRACES
+from ..memory.trace_memory import MAX_TRACES
 
 Shape = tuple[Any, ...]
 """The names, shapes and types of all arrays of a call."""

@@ -29,13 +29,13 @@ from ..keyword_types import PreviewOptions, RowsOrNames
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import find_model
+from ..models.ignored_window import ignored_window
 from ..models.loading import load_folder_tokenizer
 from ..models.skeleton import make_skeleton, read_config
-from ..models.sliding_windows import ignored_window
 from ..python_messages import in_keywords
 from ..rich_display import RichDisplay
 from ..settings import configure
-from .run_batches import plan_batches
+from .make_batches import plan_batches
 
 # Lines that are shown about each kind of problem
 _MAX_LINES = 20

@@ -24,11 +24,11 @@ from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
-from ..settings import fit_to_length, with_default_rate
+from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import check_folder
 from .data_preview import Preview, preview_run
+from .make_batches import plan_batches
 from .optimizer import LoRAPlus
-from .run_batches import plan_batches
 from .run_checks import check_model_name, check_rates, check_validation, warn_about_rates
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
@@ -118,7 +118,7 @@ def _describe_run(
         f" reports every {config.steps_per_report} and validations every"
         f" {config.steps_per_eval} steps",
     )
-    shown = with_default_rate(config)
+    shown = replace_auto_rate(config)
     rates = f"A {shown.optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
     if config.adapter.adapter == "full":
         rates = describe_full_rates(shown)
@@ -184,7 +184,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     """Return how many seconds a token of a step takes, or None if the step was skipped."""
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
-    optimizer = LoRAPlus(with_default_rate(config).optimizer, 2)
+    optimizer = LoRAPlus(replace_auto_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -36,7 +36,7 @@ from ..data.sources import SPLITS, SplitName, describe_sources
 from ..errors import AdapterError, ConfigError, DataError
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
-from ..keyword_types import TrainOptions
+from ..keyword_types import EvaluateOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.moved_run_paths import read_run_settings
@@ -46,6 +46,9 @@ from .kto import share_ranked
 from .preferences import share_preferred
 from .run_checks import with_model_name
 from .validation import score
+
+# The settings of a run that have an effect on scoring a model
+_SCORED = frozenset(EvaluateOptions.__annotations__)
 
 _SHOWN = 160  # characters of a prompt's end
 
@@ -185,7 +188,7 @@ def evaluate(
     split: SplitName = "valid",
     answers: int = 64,
     base: Evaluation | None = None,
-    **settings: Unpack[TrainOptions],
+    **settings: Unpack[EvaluateOptions],
 ) -> Evaluation:
     """Score a model on a split of the data: loss, perplexity, token accuracy and exact answers.
 
@@ -196,13 +199,13 @@ def evaluate(
         answers: The largest number of examples to answer by greedy generation, chosen from those
             whose answer has up to 64 tokens; 0 for none.
         base: The evaluation of another model on the same split, to show for comparison.
-        settings: The data settings of ``finetune``, and ``seed``, which chooses the examples to
-            answer. Other settings of ``finetune`` may be given, but have no effect: the model is
-            scored as it is.
+        settings: The settings of ``finetune`` that choose and read the data, and ``seed``, which
+            chooses the examples to answer.
 
     Raises:
         DataError: The split is empty or can't be read.
-        ConfigError: ``split`` or a setting is not allowed.
+        ConfigError: ``split`` or a setting is not allowed, or a setting has no effect here, such as
+            ``rank``: the model is scored as it is.
 
     Example:
         >>> before = evaluate(model, tokenizer, data="my_folder")
@@ -211,8 +214,14 @@ def evaluate(
     """
     if answers < 0:
         raise ConfigError(f"answers is {answers}; allowed are 0 (for none) or more")
-    given = with_model_name(model, store_data(translate(TrainConfig, dict(settings))))
-    config = configure(TrainConfig, given)
+    given = translate(TrainConfig, dict(settings))
+    config = configure(TrainConfig, with_model_name(model, store_data(given)))
+    unused = sorted(set(given) - _SCORED)
+    if unused:
+        raise ConfigError(
+            f"evaluate scores the model as it is, so {', '.join(unused)} would have no effect:"
+            f" leave out all but {', '.join(sorted(_SCORED))}"
+        )
     found = _score_split(model, tokenizer, config, split, answers)
     return replace(found, base=base)
 
@@ -279,10 +288,18 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
         AdapterError: The run's folder holds no adapter.
     """
     # Take the settings that are not given from the run.
+    own = {name: value for name, value in settings_of(config).items() if name in given}
+    stored: dict[str, Any] = {}
     file = Path(config.adapter_path) / RUN_SETTINGS
     if file.is_file():
-        own = {name: value for name, value in settings_of(config).items() if name in given}
-        config = configure(TrainConfig, read_run_settings(file) | own)
+        stored = read_run_settings(file)
+        config = configure(TrainConfig, stored | own)
+    changed = [name for name, value in own.items() if value != stored.get(name)]
+    unused = sorted(set(changed) - _SCORED - {"adapter_path", "resume_adapter_file"})
+    if unused:
+        Console().print(
+            f"--test scores the run as it is, so these settings have no effect: {', '.join(unused)}"
+        )
     check_rows(config)
 
     # Find the run's adapter, or the model if its weights were trained.

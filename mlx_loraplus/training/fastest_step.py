@@ -232,7 +232,7 @@ def _time_repeatedly(state: TrainState, batch: Batch, way: StepWay) -> StepTimin
     loss = make_objective(state.split, state.objective, way.choices)
     accumulate, update = make_step(state.model, loss, state.optimizer, compiled=way.compiled)
     arrays = arrays_of(batch if way.compiled else trimmed(batch))
-    count = mx.array(float(batch.pairs or batch.supervised))
+    count = mx.array(float(batch.pairs or batch.target_count))
 
     def step() -> float:
         started = time.perf_counter()

@@ -21,7 +21,7 @@ from .finetune import start_state
 from .rate_search import RateSearch, search_rate
 from .run_checks import check_world, with_model_name
 from .session import Session
-from .starting_adapter import take_over
+from .starting_adapter import resolve_config
 
 
 def find_rate(
@@ -56,7 +56,9 @@ def find_rate(
         raise ConfigError("find_rate finds the learning_rate: leave it out")
     if given.get("resume"):
         raise ConfigError("find_rate finds the rate of a new run: leave out resume")
-    config = take_over(model, with_model_name(model, store_data(given | {"learning_rate": "auto"})))
+    config = resolve_config(
+        model, with_model_name(model, store_data(given | {"learning_rate": "auto"}))
+    )
 
     # Read the data, and choose the sizes that the settings leave to this machine.
     world = World.join(config.parallel)

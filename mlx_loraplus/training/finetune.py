@@ -30,17 +30,17 @@ from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
 from ..runs.start_event import versions
 from ..runs.trackers import check_trackers, tracking
-from ..settings import fit_to_length, with_default_rate
+from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .distributed import World
 from .interrupts import describe_cut
-from .live_history import LiveFiles
+from .live_files import LiveFiles
+from .make_batches import make_batches
 from .model_probes import ModelProbes, probe_model, reusable_probes, share_probes
 from .optimizer import LoRAPlus
 from .rate_search import choose_rate
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
-from .run_batches import make_batches
 from .run_checks import (
     check_rates,
     check_validation,
@@ -60,7 +60,7 @@ from .run_writer import RunWriter, restore_best, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .self_consistency import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
 from .session import Session
-from .starting_adapter import continue_adapters, continues, take_over
+from .starting_adapter import continue_adapters, continues, resolve_config
 from .step_choices import set_up_step
 from .trainer import TrainState, train
 
@@ -121,12 +121,12 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    # Names of other programs become ours, data in memory becomes files, and a model that has
-    # adapters sets what the settings leave open.
+    # Names of other programs become ours, data in memory becomes files, and the settings become a
+    # config. A model that has adapters sets what the settings leave open.
     given = translate(TrainConfig, dict(settings))
     given = store_data(given)
     given = with_model_name(model, given)
-    config = take_over(model, given)
+    config = resolve_config(model, given)
     world = World.join(config.parallel)
     log, callback = _choose_outputs(log, callback, world)
 
@@ -186,7 +186,11 @@ def _choose_outputs(
         return log, callback or Lines(log)
     shown = Lines(print if in_notebook() else partial(print, file=sys.stderr), "quiet")
     plot = LivePlot() if in_notebook() else Lines(quiet)
-    return lambda line: shown.log(in_keywords(line)), callback or plot
+
+    def show_line(line: str) -> None:
+        shown.log(in_keywords(line))
+
+    return show_line, callback or plot
 
 
 def _train(model: nn.Module, session: Session) -> None:
@@ -250,6 +254,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
     reference = add_reference(model, session, identity.model)
     with world.sync_errors():
         trainable = _start_adapters(model, session)
+        # If another run is started on this model, its error names this folder.
         model.trained_in = str(session.run.folder)
 
     # Test how the model can be trained. All processes use the main process's verdicts, because a
@@ -274,7 +279,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
 
     # Create the loop's state. If one process needs gradient checkpointing, all processes use it.
     with world.sync_errors(), world.computing():
-        state = _prepare(model, session, trainable, probes, batches, schedule)
+        state = _make_state(model, session, trainable, probes, batches, schedule)
     (grad_checkpoint,) = world.any_rank([state.grad_checkpoint])
     state = replace(state, grad_checkpoint=grad_checkpoint)
 
@@ -298,7 +303,7 @@ def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
 
 
 def _identify(model: nn.Module, session: Session) -> RunFingerprint:
-    """Return the run's fingerprint, which must be equal on all processes and in the checkpoint."""
+    """Return the run's fingerprint, after comparing it across processes and with the checkpoint."""
     world, checkpoint = session.world, session.checkpoint
     with world.computing():
         fingerprint = model_fingerprint(model)
@@ -341,7 +346,7 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
     return probes
 
 
-def _prepare(
+def _make_state(
     model: nn.Module,
     session: Session,
     trainable: TrainableParams,
@@ -349,15 +354,34 @@ def _prepare(
     batches: Batches,
     schedule: Schedule,
 ) -> TrainState:
-    """Make the optimizer, and decide on gradient checkpointing."""
-    config, log = session.config, session.log
-    optimizer = LoRAPlus(with_default_rate(config).optimizer, schedule.steps)
+    """Return the loop's state, with a new optimizer."""
+    config = session.config
+    optimizer = LoRAPlus(replace_auto_rate(config).optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
-    warn_about_rates(config, schedule.steps, log)
+    warn_about_rates(config, schedule.steps, session.log)
+
+    probes, grad_checkpoint = _choose_grad_checkpoint(model, session, probes, batches)
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        progress=session.run.progress,
+        batches=batches,
+        schedule=schedule,
+        split=probes.split(model),
+        probes=probes,
+        grad_checkpoint=grad_checkpoint,
+        objective=config.objective,
+    )
+
+
+def _choose_grad_checkpoint(
+    model: nn.Module, session: Session, probes: ModelProbes, batches: Batches
+) -> tuple[ModelProbes, bool]:
+    """Return the probes, with a verdict on checkpointing, and whether to checkpoint gradients."""
+    config, log, checkpoint = session.config, session.log, session.checkpoint
 
     # A resumed run keeps the choice of its first session, because the choice changes the last bits
     # of the results.
-    checkpoint = session.checkpoint
     if checkpoint is not None and config.grad_checkpoint == "auto":
         wanted = checkpoint.identity.grad_checkpoint
         config = replace(config, grad_checkpoint="on" if wanted else "off")
@@ -370,15 +394,4 @@ def _prepare(
     grad_checkpoint = resolve_sound_checkpoint(
         model, config, log, wanted=wanted, sound=probes.checkpoint_sound
     )
-
-    return TrainState(
-        model=model,
-        optimizer=optimizer,
-        progress=session.run.progress,
-        batches=batches,
-        schedule=schedule,
-        split=probes.split(model),
-        probes=probes,
-        grad_checkpoint=grad_checkpoint,
-        objective=config.objective,
-    )
+    return probes, grad_checkpoint

@@ -125,14 +125,14 @@ class LoRAPlus:
         # Each group has one rule. With Muon, the vectors of a group have another rule. With adapter
         # full, vectors (norms and biases) have a rule without decay.
         for group in sorted(set(groups.values())):
-            matrices = {name: array for name, array in parameters.items() if groups[name] == group}
+            members = {name: array for name, array in parameters.items() if groups[name] == group}
             vectors: dict[str, mx.array] = {}
             rule_of_vectors = "adamw" if self.config.optimizer == "muon" else self.config.optimizer
             if self.config.optimizer == "muon" or group == "weights":
-                vectors = {name: array for name, array in matrices.items() if array.ndim < 2}
-                matrices = {name: array for name, array in matrices.items() if array.ndim >= 2}
-            if matrices:
-                self._add(group, group, matrices, self.config.optimizer)
+                vectors = {name: array for name, array in members.items() if array.ndim < 2}
+            others = {name: array for name, array in members.items() if name not in vectors}
+            if others:
+                self._add(group, group, others, self.config.optimizer)
             if vectors:
                 self._add(f"{group}_vectors", group, vectors, rule_of_vectors)
 
@@ -141,10 +141,11 @@ class LoRAPlus:
         self._group_of_rule[key] = group
         parameters = self._widened(parameters)
         join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
-        self._members[key] = members = JoinedParameters(parameters, join=join)
-        self._rules[key] = _RULES[rule](0.0)
-        self._rules[key].init(members.join(parameters))
-        self.state[key] = self._rules[key].state
+        members = JoinedParameters(parameters, join=join)
+        optimizer = _RULES[rule](0.0)  # ``_apply_rule`` sets the rate before each step
+        optimizer.init(members.join(parameters))
+        self._members[key], self._rules[key] = members, optimizer
+        self.state[key] = optimizer.state
 
     def update(
         self, model: nn.Module, gradients: dict[str, Any], usable: mx.array | None = None

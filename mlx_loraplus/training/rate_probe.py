@@ -146,7 +146,7 @@ class Probe:
         for batch in self.loop.step_batches:
             value = self._loss(self.state.model, *arrays_of(batch), *baseline)
             summed = value if isinstance(value, mx.array) else value[0]
-            sums += (summed.item(), batch.supervised, batch.pairs)
+            sums += (summed.item(), batch.target_count, batch.pairs)
 
         world = self.loop.world
         total, supervised, pairs = world.sum(mx.array(sums, mx.float32)).tolist()

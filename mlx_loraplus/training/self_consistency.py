@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.tensor_parallel import is_sharded
-from ..adapters.trial_tokens import probe_tokens
+from ..adapters.token_tables import probe_tokens
 from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
 from ..kernels.head import model_dtype

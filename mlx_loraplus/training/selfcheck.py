@@ -33,8 +33,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from ..adapters.attach import attach_adapters
 from ..adapters.base_layers import QUANTIZED, base_shape, full_weight, plain_layer
 from ..adapters.lora import LoRALinear
+from ..adapters.token_tables import TOKEN_TABLES, table_rows
 from ..adapters.trainable import find_adapters, trainable_summary
-from ..adapters.trial_tokens import TOKEN_TABLES, table_rows
 from ..config import AdapterConfig, OptimizerConfig
 from ..device import gb, kept_random_state, this_machine
 from ..errors import LoRAPlusError

@@ -87,8 +87,8 @@ class ExistingAdapters:
         return math.isclose(config.alpha / divisor, self.first.scale, rel_tol=1e-6)
 
 
-def take_over(model: nn.Module, settings: Settings) -> TrainConfig:
-    """Return a run's config, with defaults taken from the adapters that it starts from, if any.
+def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
+    """Return a run's config; defaults come from the adapters that it starts from, if any.
 
     Args:
         model: The model, which may have adapters.

@@ -173,7 +173,7 @@ class TrainLoop:
         self.step_batches: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
-        # auto compiles on a GPU only. On a CPU, ``trimmed`` drops the padding that repeats shapes.
+        # Without compiling (auto: on a CPU), ``trimmed`` removes the padding that repeats shapes.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
@@ -282,7 +282,7 @@ class TrainLoop:
             sums = self._accumulate((*arrays_of(batch), *baseline), sums)
         sizes = np.zeros(4)
         for batch in self.step_batches:
-            sizes += (batch.supervised, batch.useful, batch.tokens.size, batch.pairs)
+            sizes += (batch.target_count, batch.useful, batch.tokens.size, batch.pairs)
 
         # Sum over the processes.
         (total, gradients), counts = world.sum(

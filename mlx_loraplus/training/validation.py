@@ -51,7 +51,7 @@ def score(
         arrays = arrays_of(batch if on_gpu() else trimmed(batch))
         total = total + score_batch(model, *arrays)
         world.compute(total)
-        tokens += batch.supervised
+        tokens += batch.target_count
 
     # Sum over the processes.
     sums = mx.concatenate([total, mx.array([float(tokens)])])

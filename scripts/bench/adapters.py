@@ -117,7 +117,7 @@ def train(
     def update(n: int) -> Any:
         batch = batches[n]
         return (
-            *learn(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised))),
+            *learn(*accumulate(arrays_of(batch), None), mx.array(float(batch.target_count))),
             optimizer.state,
             parameters(model),
         )

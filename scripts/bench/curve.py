@@ -85,7 +85,7 @@ def measure_point(*, length: int, batch: int, rank: int, vocabulary: int) -> dic
     optimizer.init(model, trainable.groups)
     accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=False)
     made = one_per_row(random_rows(batch, length, vocabulary))
-    arrays, tokens = arrays_of(made), mx.array(float(made.supervised))
+    arrays, tokens = arrays_of(made), mx.array(float(made.target_count))
     model.train()
 
     def update() -> Any:

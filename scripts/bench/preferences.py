@@ -63,7 +63,7 @@ def measure(folder: str, name: str, pairs: int, length: int, steps: int) -> tupl
         labels = np.arange(2 * pairs, dtype=np.float32) % 2
         batch = replace(batch, pairs=2 * pairs, labels=labels)
 
-    count = mx.array(float(batch.pairs or batch.supervised))
+    count = mx.array(float(batch.pairs or batch.target_count))
     arrays = arrays_of(batch)
     model.train()
     with memory_efficient(model):

@@ -30,7 +30,7 @@ from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
 from mlx_loraplus.kernels.head import TrunkAndHead, split_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import make_batches
+from mlx_loraplus.training.make_batches import make_batches
 from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.schedule import Schedule
 from mlx_loraplus.training.trainer import TrainState, train
@@ -146,7 +146,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         rows, width = batch.tokens.shape
         flops = sizes.step_flops(RANK, rows, width, batch.targets.size, grad_checkpoint=checkpoint)
         measured.add_batch(
-            [rows, width, batch.targets.size], batch.useful, batch.supervised, 0, flops
+            [rows, width, batch.targets.size], batch.useful, batch.target_count, 0, flops
         )
     measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
     if trainer == "ours" and split is not None:  # last, since it updates the model once more
@@ -324,11 +324,11 @@ def stock_batch(batch: Batch) -> tuple[mx.array, mx.array]:
     rows, length = batch.tokens.shape
     tokens = np.zeros((rows, length + 1), np.int32)
     tokens[:, :length] = batch.tokens
-    positions = batch.positions[: batch.supervised]
+    positions = batch.positions[: batch.target_count]
     row, step = positions // length, positions % length + 1
-    tokens[row, step] = batch.targets[: batch.supervised]
+    tokens[row, step] = batch.targets[: batch.target_count]
     spans = [(step[row == r].min(), step[row == r].max()) for r in range(rows)]
-    if sum(last - first + 1 for first, last in spans) != batch.supervised:
+    if sum(last - first + 1 for first, last in spans) != batch.target_count:
         raise ValueError("a row is supervised in several places, which stock can't do")
     return mx.array(tokens), mx.array(np.array(spans, np.int32))
 

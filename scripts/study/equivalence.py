@@ -125,14 +125,14 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     losses = []
     for number in range(updates):
         batch = batches[number % len(batches)]
-        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
+        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.target_count)))
         if (
             case.torch_decay and plus
         ):  # on top of A's, so together B's own; after the step, as good as before it
             for adapter in adapters.values():
                 adapter.lora_b = adapter.lora_b * (keep_b / keep_a)
         mx.eval(total, model.trainable_parameters(), optimizer.state)
-        losses.append(total.item() / batch.supervised)
+        losses.append(total.item() / batch.target_count)
     model.eval()
     changes = []
     for adapter in adapters.values():

@@ -148,10 +148,10 @@ def train(model: nn.Module, examples: Any, config: TrainConfig) -> None:
     with memory_efficient(model):
         for n in range(config.iters or 1):
             total, _ = update(
-                *accumulate(arrays_of(batches[n]), None), mx.array(float(batches[n].supervised))
+                *accumulate(arrays_of(batches[n]), None), mx.array(float(batches[n].target_count))
             )
             mx.eval(total, model.parameters(), optimizer.state)
-            print(f"update {n + 1}: loss {total.item() / batches[n].supervised:.3f}", flush=True)
+            print(f"update {n + 1}: loss {total.item() / batches[n].target_count:.3f}", flush=True)
     model.eval()
 
 
@@ -213,7 +213,7 @@ def logits(model: nn.Module, weights: Layers, batches: list[Any]) -> list[mx.arr
     )
     found = []
     for batch in batches:
-        places = mx.array(batch.positions[: batch.supervised])
+        places = mx.array(batch.positions[: batch.target_count])
         found.append(nn.log_softmax(model(mx.array(batch.tokens)).flatten(0, 1)[places]))
         mx.eval(found)
     return found
@@ -223,10 +223,10 @@ def judge(wanted: list[mx.array], found: list[mx.array], batches: list[Any]) -> 
     """Return the loss of the weights wanted and found, and KL(wanted || found), per supervised token."""
     sums = np.zeros(3)
     for good, made, batch in zip(wanted, found, batches, strict=True):
-        targets = mx.array(batch.targets[: batch.supervised])[:, None]
+        targets = mx.array(batch.targets[: batch.target_count])[:, None]
         losses = (-mx.take_along_axis(log, targets, axis=-1).sum().item() for log in (good, made))
         sums += [*losses, (mx.exp(good) * (good - made)).sum().item()]
-    loss_wanted, loss, divergence = sums / sum(batch.supervised for batch in batches)
+    loss_wanted, loss, divergence = sums / sum(batch.target_count for batch in batches)
     return {
         "loss_wanted": round(loss_wanted, 4),
         "loss": round(loss, 4),

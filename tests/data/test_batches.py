@@ -9,7 +9,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches, in_order, one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import plan_batches
+from mlx_loraplus.training.make_batches import plan_batches
 
 
 def examples(count: int) -> list[Example]:
@@ -69,9 +69,11 @@ def test_four_machines_see_together_what_one_sees(pack: bool, machines: int):
             for m, batches in enumerate(ours)
             if (rows := batches.rows_of(n)[m::machines])
         ]
-        assert sum(part.supervised for part in parts) == whole.supervised
-        together = np.concatenate([part.targets[: part.supervised] for part in parts])
-        np.testing.assert_array_equal(np.sort(together), np.sort(whole.targets[: whole.supervised]))
+        assert sum(part.target_count for part in parts) == whole.target_count
+        together = np.concatenate([part.targets[: part.target_count] for part in parts])
+        np.testing.assert_array_equal(
+            np.sort(together), np.sort(whole.targets[: whole.target_count])
+        )
 
 
 def test_shapes_are_known_without_reading_rows():
@@ -88,6 +90,6 @@ def test_shapes_are_known_without_reading_rows():
 
 def test_evaluation_sees_all_rows_in_any_order():
     rows = examples(30)
-    seen = [batch.targets[: batch.supervised] for batch in in_order(rows, 4)]
+    seen = [batch.targets[: batch.target_count] for batch in in_order(rows, 4)]
     assert np.bincount(np.concatenate(seen))[1:].tolist() == [len(row.tokens) - 1 for row in rows]
-    assert one_per_row(rows[:1]).supervised == len(rows[0].tokens) - 1
+    assert one_per_row(rows[:1]).target_count == len(rows[0].tokens) - 1

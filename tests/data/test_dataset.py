@@ -1,146 +1,130 @@
-"""From files to examples: what is reported, and how much memory it takes."""
+"""The token cache: shards are written once and completely, and only reused if nothing changed."""
 
-import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.errors import DataError
-from mlx_loraplus.settings import configure
-from tests.data.reading import GOOD, load, write
+from tests.data.reading import GOOD, LONG, load, texts, write
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-# --- what is reported
+def test_a_table_is_encoded_once(tmp_path: Path, cache: Path, letters):
+    folder, tokenizer = write(tmp_path / "data", train=f"{GOOD}\n{LONG}", valid=GOOD), letters()
+    first = load(tokenizer, folder).examples["train"]
+    made = {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()}
+    again = load(tokenizer, folder, max_seq_length=9, on_long="split", seed=5).examples["train"]
+    assert {path: path.stat().st_mtime_ns for path in cache.rglob("*") if path.is_file()} == made
+    assert (len(first), len(again)) == (2, 3)
+    assert len(list(cache.iterdir())) == 2
+    (tmp_path / "moved").mkdir()
+    (folder / "train.jsonl").rename(tmp_path / "moved" / "train.jsonl")
+    assert load(tokenizer, tmp_path / "moved").examples["train"].place(0) == "train.jsonl:1"
+    assert len(list(cache.iterdir())) == 2, "a file that was moved is known again"
 
 
-def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
-    train = f"{GOOD}\n\n{{\n[]\n{GOOD}\n"
-    folder = write(tmp_path / "data", train=train, valid='{"text": ""}', test=b'{"text": "\xe9"}')
-    for read in (
-        lambda: load(letters(), folder),
-        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
-    ):
-        with pytest.raises(DataError) as error:
-            read()
-        message = str(error.value)
-        for place in (
-            "train.jsonl:3: ",
-            "train.jsonl:4: ",
-            "valid.jsonl:1: 'text' is empty",
-            "test.jsonl:1: not UTF-8",
-        ):
-            assert place in message
-        assert "train.jsonl:1" not in message
-        assert message.endswith("; --on-bad drop skips bad rows")
-        assert "\n" not in message
-
-
-def test_many_bad_rows_are_counted(tmp_path: Path, letters):
-    folder = write(tmp_path / "data", train="{\n" * 1000 + GOOD)
-    for read in (
-        lambda: load(letters(), folder),
-        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
-    ):
-        with pytest.raises(
-            DataError,
-            match=(
-                r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row needs messages, "
-            ),
-        ):
-            read()
-    data = load(letters(), folder, on_bad="drop")
-    assert str(data.reports["train"]) == "1 row, 3 tokens, 2 supervised; 1,000 bad rows dropped"
-    assert len(data.reports["train"].bad_rows) == 100
-
-
-def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, letters):
-    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
-    folder = write(tmp_path / "data", train=f"{GOOD}\n{json.dumps({'messages': turns})}")
-    with pytest.raises(
-        DataError,
-        match=r"train\.jsonl:2: the chat template refuses it \(Conversation roles must alt",
-    ):
-        load(letters("gemma3"), folder)
-
-
-@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
-def test_a_file_without_rows(tmp_path: Path, letters, content: str):
-    with pytest.raises(DataError, match=r"data: no training rows; a row needs messages, "):
-        load(letters(), write(tmp_path / "data", train=content))
-
-
-def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
-    rows = [GOOD, '{"text": "t"}', '{"question": "q", "answer": "a", "id": 3}', GOOD]
-    report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
-    assert report.kinds == {"completion": 2, "question": 1, "text": 1}
-    assert "unused fields: 'id' (1 row, for example train.jsonl:3)" in report.notes
-    assert any(
-        note.startswith("no chat template, so question rows are written as")
-        for note in report.notes
+def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path, letters):
+    folder, tokenizer = (
+        write(tmp_path / "data", train='{"prompt": "a", "completion": "b"}'),
+        letters(),
     )
+    swapped = ["prompt=completion", "completion=prompt"]
+    changes: list[dict[str, Any]] = [{}, {"train_on": "everything"}, {"fields": swapped}]
+    for number, options in enumerate(changes, start=1):
+        load(tokenizer, folder, **options)
+        assert len(list(cache.iterdir())) == number, options
+    for number, other in enumerate(
+        (letters("chatml"), letters("alpaca"), letters(bos="<x>")), start=4
+    ):
+        load(other, folder)
+        assert len(list(cache.iterdir())) == number
+    (folder / "train.jsonl").write_text(GOOD.replace("b", "c"))
+    os.utime(folder / "train.jsonl", (1, 1))
+    examples = load(tokenizer, folder).examples["train"]
+    assert len(list(cache.iterdir())) == 7
+    assert texts(examples, tokenizer) == ["ac</s>"]
 
 
-def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, letters):
-    rows = [GOOD, '{"ask": "q", "say": "a"}', GOOD]
-    fields = ["prompt=ask", "completion=say"]
-    report = load(
-        letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields
-    ).reports["train"]
-    note = (
-        "none of the columns named by --fields ('ask', 'say') was found, so the columns were"
-        " auto-detected (2 rows, for example train.jsonl:1)"
-    )
-    assert report.kinds == {"completion": 3}
-    assert note in report.notes
+def test_a_crash_halfway_leaves_no_shard(
+    tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch
+):
+    import mlx_loraplus.data.dataset as shards
+
+    folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
+    real, calls = shards.encode, []
+
+    def encode(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(shards, "encode", encode)
+    with pytest.raises(KeyboardInterrupt):
+        load(letters(), folder)
+    assert list(cache.iterdir()) == []
+    assert len(load(letters(), folder).examples["train"]) == 2000
 
 
-def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, letters):
-    tokenizer = letters(
-        "chatml", special="<|im_start|> <|im_end|>"
-    )  # a base model with an end of text only
-    folder = write(tmp_path / "data", train=GOOD)
-    assert any(
-        "do not end generation" in note for note in load(tokenizer, folder).reports["train"].notes
-    )
-    sound = letters("chatml", special="<|im_start|>", ends="</s> <|im_end|>")
-    assert load(sound, folder).reports["train"].notes == []
-
-
-# --- memory
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_memory_does_not_grow_with_the_file(tmp_path: Path):
-    """scripts/stress/data_memory measures the same on millions of rows."""
+def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, letters):
+    folder = write(tmp_path / "data", train="\n".join([GOOD] * 100))
     code = f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-from pathlib import Path
-import json
+import mlx_loraplus.data.dataset as shards
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.load_data import load_data
-from mlx_loraplus.training.run_batches import plan_batches
 from tests.data.conftest import make_letters
-def peak():
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-    return int(line.split()[1]) / 1024
-tokenizer = make_letters()
-for rows in (2_000, 10_000):
-    path = Path({str(tmp_path)!r}) / f"{{rows}}.jsonl"
-    row = json.dumps({{"prompt": "xy " * 100, "completion": "xyz " * 100}})
-    path.write_text(f"{{row}}\\n" * rows)
-    config = configure(TrainConfig, {{"data": str(path)}})
-    batches = plan_batches(load_data(config, tokenizer, "train").examples["train"], config.data, 0)
-    batches[0]
-    print(peak())
+shards._MAX_ROWS = 10
+real = shards.encode
+def encode(*arguments, calls=[]):
+    calls.append(1)
+    return os._exit(9) if len(calls) == 5 else real(*arguments)
+shards.encode = encode
+load_data(configure(TrainConfig, {{"data": {str(folder)!r}}}), make_letters())
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    few, many = map(float, done.stdout.split())
-    assert many - few < 20, "MB for 8,000 more rows: 6 MB of text, 28 MB of tokens on disk"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
+    (left,) = cache.iterdir()
+    assert left.name.startswith(".")
+    assert len(load(letters(), folder).examples["train"]) == 100
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch
+):
+    import mlx_loraplus.data.dataset as shards
+
+    file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
+
+    def encode(*arguments: Any) -> Any:
+        with file.open("a") as opened:
+            opened.write(f"\n{GOOD}")
+        return real(*arguments)
+
+    monkeypatch.setattr(shards, "encode", encode)
+    with pytest.raises(DataError, match=r"train\.jsonl changed while it was read"):
+        load(letters(), file)
+
+
+def test_a_fingerprint_tells_other_examples_apart(tmp_path: Path, letters):
+    rows = [GOOD, LONG, GOOD.replace("a", "c")]
+    folder = write(tmp_path / "data", train="\n".join(rows))
+    changes: list[dict[str, Any]] = [
+        {},
+        {"max_seq_length": 12},
+        {"train_on": "everything"},
+        {"valid_split": 0.4},
+    ]
+    prints = [
+        load(letters(), folder, **options).examples["train"].fingerprint() for options in changes
+    ]
+    write(tmp_path / "other", train="\n".join(rows[::-1]))
+    prints.append(load(letters(), tmp_path / "other").examples["train"].fingerprint())
+    assert len(set(prints)) == 5
+    assert load(letters(), folder).examples["train"].fingerprint() == prints[0]

@@ -24,7 +24,7 @@ from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import ConfigError, DataError
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import plan_batches
+from mlx_loraplus.training.make_batches import plan_batches
 from scripts.tiny_model import write_tiny_model
 
 USER = {"role": "user", "content": "Hi"}

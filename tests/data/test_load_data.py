@@ -1,153 +1,146 @@
-"""What is held out for validation, and how often each source is seen."""
+"""From files to examples: what is reported, and how much memory it takes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import Examples
-from mlx_loraplus.data.holdout import group_conversations, split_holdout
-from mlx_loraplus.data.long_rows import truncate_or_split
-from mlx_loraplus.data.sampling_weights import WeightedExamples
-from mlx_loraplus.data.split_report import SplitReport
+from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import plan_batches
-from tests.data.reading import GOOD, load, texts, write
-from tests.data.test_long_rows import shard_of, supervision
-
-# --- valid_split and weights
+from tests.data.reading import GOOD, load, write
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
-def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
-    rows = [json.dumps({"prompt": f"p{n % 40}", "completion": f"c{n}"}) for n in range(80)]
-    file = write(tmp_path / "data", rows="\n".join(rows)) / "rows.jsonl"
-    splits = [load(letters(), file, valid_split=0.25, seed=seed).examples for seed in (1, 1, 2)]
-    for split in splits:
-        train, valid = (set(texts(split[name], letters())) for name in ("train", "valid"))
-        assert len(train | valid) == 80
-        assert len(valid) in (20, 21)
-        assert not {text.split("c")[0] for text in train} & {text.split("c")[0] for text in valid}
-    assert texts(splits[0]["valid"], letters()) == texts(splits[1]["valid"], letters())
-    assert texts(splits[0]["valid"], letters()) != texts(splits[2]["valid"], letters())
+# --- what is reported
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(9, 0), (10, 1), (40, 4)])
-def test_a_single_file_holds_out_a_tenth_and_says_so(
-    tmp_path: Path, letters, count: int, held_out: int
-):
-    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(count)]
-    file = write(tmp_path / "data", rows="\n".join(rows)) / "rows.jsonl"
-    found = load(letters(), file, valid_split=None)
-    assert len(found.examples["valid"]) == held_out
-    assert len(found.examples["train"]) == count - held_out
-    notes = found.reports["valid"].notes
-    assert [f"held out of the {count} training examples" in note for note in notes] == [
-        True
-    ] * bool(held_out)
-    assert len(load(letters(), file, valid_split=0).examples["valid"]) == 0
-
-
-def test_nothing_is_held_out_beside_a_validation_file_or_of_rows_that_begin_alike(
-    tmp_path: Path, letters
-):
-    rows = [json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(20)]
-    folder = write(tmp_path / "data", train="\n".join(rows), valid=GOOD)
-    found = load(letters(), folder, valid_split=None).examples
-    assert (len(found["train"]), len(found["valid"])) == (20, 1)
-
-    alike = [json.dumps({"prompt": "p", "completion": f"c{n}"}) for n in range(20)]
-    file = write(tmp_path / "alike", rows="\n".join(alike)) / "rows.jsonl"
-    assert len(load(letters(), file, valid_split=None).examples["train"]) == 20
-
-
-def test_a_split_that_can_not_be(tmp_path: Path, letters):
-    with pytest.raises(
-        DataError, match="but the data already has validation rows: use one of them"
+def test_every_bad_row_of_every_file_is_told_at_once(tmp_path: Path, letters):
+    train = f"{GOOD}\n\n{{\n[]\n{GOOD}\n"
+    folder = write(tmp_path / "data", train=train, valid='{"text": ""}', test=b'{"text": "\xe9"}')
+    for read in (
+        lambda: load(letters(), folder),
+        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
     ):
-        load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
+        with pytest.raises(DataError) as error:
+            read()
+        message = str(error.value)
+        for place in (
+            "train.jsonl:3: ",
+            "train.jsonl:4: ",
+            "valid.jsonl:1: 'text' is empty",
+            "test.jsonl:1: not UTF-8",
+        ):
+            assert place in message
+        assert "train.jsonl:1" not in message
+        assert message.endswith("; --on-bad drop skips bad rows")
+        assert "\n" not in message
+
+
+def test_many_bad_rows_are_counted(tmp_path: Path, letters):
+    folder = write(tmp_path / "data", train="{\n" * 1000 + GOOD)
+    for read in (
+        lambda: load(letters(), folder),
+        lambda: check_rows(configure(TrainConfig, {"data": str(folder)})),
+    ):
+        with pytest.raises(
+            DataError,
+            match=(
+                r"^1,000 bad rows: train\.jsonl:1 and others: not JSON .*; a row needs messages, "
+            ),
+        ):
+            read()
+    data = load(letters(), folder, on_bad="drop")
+    assert str(data.reports["train"]) == "1 row, 3 tokens, 2 supervised; 1,000 bad rows dropped"
+    assert len(data.reports["train"].bad_rows) == 100
+
+
+def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, letters):
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    folder = write(tmp_path / "data", train=f"{GOOD}\n{json.dumps({'messages': turns})}")
     with pytest.raises(
         DataError,
-        match=r"valid_split 0\.5 needs rows with at least two different prompts, but there are 1",
+        match=r"train\.jsonl:2: the chat template refuses it \(Conversation roles must alt",
     ):
-        load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
-    bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)
-    with pytest.raises(DataError, match=r"^3 bad rows: train\.jsonl:1 and others: no known field"):
-        load(letters(), bad, valid_split=0.5)
-    assert load(letters(), bad, valid_split=0.5, strict=False).problems, (
-        "the preview shows them too"
+        load(letters("gemma3"), folder)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "\ufeff"])
+def test_a_file_without_rows(tmp_path: Path, letters, content: str):
+    with pytest.raises(DataError, match=r"data: no training rows; a row needs messages, "):
+        load(letters(), write(tmp_path / "data", train=content))
+
+
+def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
+    rows = [GOOD, '{"text": "t"}', '{"question": "q", "answer": "a", "id": 3}', GOOD]
+    report = load(letters(), write(tmp_path / "data", train="\n".join(rows))).reports["train"]
+    assert report.kinds == {"completion": 2, "question": 1, "text": 1}
+    assert "unused fields: 'id' (1 row, for example train.jsonl:3)" in report.notes
+    assert any(
+        note.startswith("no chat template, so question rows are written as")
+        for note in report.notes
     )
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    asked=st.lists(st.integers(1, 9), min_size=2, max_size=60),
-    share=st.floats(0.01, 0.99),
-    seed=st.integers(0, 5),
-)
-def test_any_split_parts_the_rows(asked, share, seed):
-    if len(set(asked)) < 2:
-        return
-    shard = shard_of([[False, True]] * len(asked))
-    shard.rows["asked"] = shard.rows["begins"] = asked
-    examples = Examples([shard], shard.spans)
-    train, valid = split_holdout(examples, group_conversations(examples), share, seed)
-    rows = [examples.spans["row"].tolist() for examples in (train, valid)]
-    assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
-    assert rows[0]
-    assert rows[1]
-    assert not {asked[row] for row in rows[0]} & {asked[row] for row in rows[1]}
-
-
-def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
-    sources = []
-    for name, count in (("a", 10), ("b", 4)):
-        rows = [json.dumps({"prompt": "", "completion": f"{name}{n}"}) for n in range(count)]
-        sources.append(write(tmp_path / name, rows="\n".join(rows)) / "rows.jsonl")
-    train = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
-    assert isinstance(train, WeightedExamples)
-    names = [text.removesuffix("</s>") for text in texts(train, letters())]
-    epochs = [[names[i] for i in train.of_epoch(epoch)] for epoch in range(4)]
-    for epoch in epochs:
-        assert (
-            len({name for name in epoch if name[0] == "a"})
-            == len([name for name in epoch if name[0] == "a"])
-            == 5
-        )
-        assert sorted(epoch.count(f"b{n}") for n in range(4)) == [2, 2, 2, 3]
-    assert sorted(name for name in epochs[0] + epochs[1] if name[0] == "a") == sorted(
-        f"a{n}" for n in range(10)
+def test_rows_without_the_columns_that_fields_names_are_noted(tmp_path: Path, letters):
+    rows = [GOOD, '{"ask": "q", "say": "a"}', GOOD]
+    fields = ["prompt=ask", "completion=say"]
+    report = load(
+        letters(), write(tmp_path / "data", train="\n".join(rows)), fields=fields
+    ).reports["train"]
+    note = (
+        "none of the columns named by --fields ('ask', 'say') was found, so the columns were"
+        " auto-detected (2 rows, for example train.jsonl:1)"
     )
-    assert {sum(epoch.count(f"b{n}") for epoch in epochs) for n in range(4)} == {9}
-    again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
-    assert again.fingerprint() == train.fingerprint()
-    shard = shard_of([[False, True]] * 3)
-    with pytest.raises(DataError, match=r"data_weights 0\.1 selects none of 3 rows"):
-        WeightedExamples(Examples([shard], shard.spans), [0.1], 0)
+    assert report.kinds == {"completion": 3}
+    assert note in report.notes
 
 
-@settings(max_examples=60, deadline=None)
-@given(rows=supervision, weight=st.floats(0.1, 2.9), pack=st.booleans(), seed=st.integers(0, 3))
-def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack, seed):
-    shard = shard_of(rows)
-    whole = Examples([shard], truncate_or_split(shard, SplitReport(64, "split")))
-    if round(weight % 1 * len(whole)) + int(weight) == 0:
-        return
-    config = configure(TrainConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})
-    batches = plan_batches(WeightedExamples(whole, [weight], seed), config.data, seed)
-    seen = np.zeros(len(whole), int)
-    for number in range(len(whole) * batches.per_epoch):
-        for row in batches.rows_of(number):
-            np.add.at(seen, row, 1)
-            assert not pack or batches.lengths[row].sum() <= batches.shape_of([row])[1], (
-                "the row has room for them"
-            )
-        if (number + 1) % batches.per_epoch == 0:
-            assert np.ptp(seen) <= 1, "after any number of epochs"
-    assert len(set(seen)) == 1, "after as many epochs as there are rows"
+def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, letters):
+    tokenizer = letters(
+        "chatml", special="<|im_start|> <|im_end|>"
+    )  # a base model with an end of text only
+    folder = write(tmp_path / "data", train=GOOD)
+    assert any(
+        "do not end generation" in note for note in load(tokenizer, folder).reports["train"].notes
+    )
+    sound = letters("chatml", special="<|im_start|>", ends="</s> <|im_end|>")
+    assert load(sound, folder).reports["train"].notes == []
+
+
+# --- memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_file(tmp_path: Path):
+    """scripts/stress/data_memory measures the same on millions of rows."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+from pathlib import Path
+import json
+from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.settings import configure
+from mlx_loraplus.data.load_data import load_data
+from mlx_loraplus.training.make_batches import plan_batches
+from tests.data.conftest import make_letters
+def peak():
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+tokenizer = make_letters()
+for rows in (2_000, 10_000):
+    path = Path({str(tmp_path)!r}) / f"{{rows}}.jsonl"
+    row = json.dumps({{"prompt": "xy " * 100, "completion": "xyz " * 100}})
+    path.write_text(f"{{row}}\\n" * rows)
+    config = configure(TrainConfig, {{"data": str(path)}})
+    batches = plan_batches(load_data(config, tokenizer, "train").examples["train"], config.data, 0)
+    batches[0]
+    print(peak())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    few, many = map(float, done.stdout.split())
+    assert many - few < 20, "MB for 8,000 more rows: 6 MB of text, 28 MB of tokens on disk"

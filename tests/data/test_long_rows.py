@@ -16,7 +16,7 @@ from mlx_loraplus.data.split_report import SplitReport
 from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import plan_batches
+from mlx_loraplus.training.make_batches import plan_batches
 from tests.data.reading import GOOD, LONG, load, texts, write
 
 pytestmark = pytest.mark.usefixtures("cache")

@@ -18,7 +18,7 @@ from mlx_loraplus.data.row_digests import row_digests
 from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import plan_batches
+from mlx_loraplus.training.make_batches import plan_batches
 from scripts.tiny_model import write_tiny_model
 
 USER = {"role": "user", "content": "Hi"}

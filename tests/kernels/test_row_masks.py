@@ -27,7 +27,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.row_masks import RowCache, check_packing, row_caches
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.run_batches import make_batches
+from mlx_loraplus.training.make_batches import make_batches
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState, train
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
@@ -172,7 +172,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
         learned = dict(
             zip(batch.positions[real].tolist(), batch.targets[real].tolist(), strict=True)
         )
-        assert len(learned) == real.sum() == batch.supervised
+        assert len(learned) == real.sum() == batch.target_count
         assert batch.useful == (segments > 0).sum()
         for row in range(batches.batch_size):
             for segment in range(1, segments[row].max() + 1):

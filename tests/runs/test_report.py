@@ -18,7 +18,7 @@ from mlx_loraplus import fuse
 from mlx_loraplus.adapters.stored_files import UNKNOWN_MODEL
 from mlx_loraplus.arguments import command
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.runs.advice import advice
+from mlx_loraplus.runs.advice import give_advice
 from mlx_loraplus.runs.command_line import train_command
 from mlx_loraplus.runs.matplotlib_plots import finish_axes
 from mlx_loraplus.runs.next_steps import next_commands
@@ -85,7 +85,9 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     share = 1 - found.after / found.before
     assert f"Better than the base model: the validation loss is {share:.0%} lower." in head.lead
     found = run.verdict
-    assert head.next_step == f"{str(advice(run, found)).capitalize()}."
+    advice = give_advice(run, found)
+    assert advice is not None
+    assert head.next_step == f"{advice.text.capitalize()}."
     assert head.tiles[0].value == f"{found.before:.3f} → {found.after:.3f}"
     assert re.fullmatch(r"started \d{4}-\d\d-\d\d \d\d:\d\d UTC", head.date)
 

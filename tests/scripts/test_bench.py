@@ -121,7 +121,7 @@ def test_a_batch_of_ours_in_the_form_of_stock_holds_the_same_targets():
         batch.tokens > 0
     )  # the last target stands behind them, where nothing supervised sees it
     np.testing.assert_array_equal(tokens[:, :-1][inputs], batch.tokens[inputs])
-    np.testing.assert_array_equal(tokens[:, 1:][mask], batch.targets[: batch.supervised])
+    np.testing.assert_array_equal(tokens[:, 1:][mask], batch.targets[: batch.target_count])
 
 
 def test_flops_of_a_step_are_those_of_its_matrices(tiny: TinyModel):

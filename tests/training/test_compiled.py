@@ -89,7 +89,7 @@ def steps(
         length = lengths[number % len(lengths)]
         row = Example(np.arange(length, dtype=np.int32) % 9, np.arange(length) > 0)
         batch = lay_out([[row], [row]])
-        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.supervised)))
+        total, _ = update(*accumulate(arrays_of(batch), None), mx.array(float(batch.target_count)))
         mx.eval(model.trainable_parameters(), optimizer.state, total)
         losses.append(total.item())  # pyright: ignore[reportArgumentType]
         memory.append(psutil.Process().memory_info().rss)

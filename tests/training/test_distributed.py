@@ -150,7 +150,9 @@ def test_two_processes_train_on_preferences_as_one(
         names += ["kl", "valid_kl"]
     for name in names:
         values = [[value for _, value in run.losses(name)] for run in (one, other)]
-        np.testing.assert_allclose(*values, rtol=1e-4, atol=1e-5)
+        # Before the first update, all rewards are zero up to rounding, which decides their order.
+        first = 1 if name == "reward_accuracy" else 0
+        np.testing.assert_allclose(values[0][first:], values[1][first:], rtol=1e-4, atol=1e-5)
 
 
 def test_only_the_main_process_writes_and_prints(teams: Runs, two: dict, three: dict):
@@ -303,7 +305,7 @@ def test_shares_are_a_batch_and_packed_ones_have_one_shape(pack: bool):
                 for part in range(size)
                 if (share := shared.rows_of(n)[part::size])
             ]
-            assert sum(part.supervised for part in parts) == one[n].supervised
+            assert sum(part.target_count for part in parts) == one[n].target_count
             assert all(part.tokens.shape[0] <= shared.largest()[0] for part in parts)
             assert not pack or {part.tokens.shape for part in parts} == {shared.largest()}
 

@@ -162,9 +162,9 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_is_kept(smollm2_run
 
 def test_a_loftq_run_keeps_its_base_and_tells_what_quantizing_lost(tmp_path: Path):
     model, tokenizer = ml.load("smollm2-135m")
-    settings = {"data": str(write_rows(tmp_path)), "batch_size": 2, "sample_rows": 0}
+    settings = {"data": str(write_rows(tmp_path)), "batch_size": 2}
     run = ml.finetune(
-        model, tokenizer, adapter_path=str(tmp_path / "run"), iters=1, num_layers=1, adapter="dora", init="loftq",
+        model, tokenizer, adapter_path=str(tmp_path / "run"), iters=1, num_layers=1, adapter="dora", init="loftq", sample_rows=0,
         target_modules=["k_proj", "v_proj"], train_modules=["model.norm"], **settings,
     )  # fmt: skip
     residuals = json.loads((run.folder / RESIDUALS).read_text())

@@ -26,7 +26,7 @@ PACKED: dict[str, Any] = {"pack": True, "grad_checkpoint": "on", "max_seq_length
 PROBES = (
     "mlx_loraplus.training.finetune.probe_model",
     "mlx_loraplus.training.finetune.is_checkpoint_sound",
-    "mlx_loraplus.training.run_batches.check_packing",
+    "mlx_loraplus.training.make_batches.check_packing",
     "mlx_loraplus.training.self_consistency.is_checkpoint_sound",
     "mlx_loraplus.kernels.patch._computes",
 )

@@ -15,7 +15,7 @@ from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import ObjectiveConfig
 from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.files import cache_folder
-from mlx_loraplus.runs.advice import advice
+from mlx_loraplus.runs.advice import give_advice
 from mlx_loraplus.training.preferences import pair_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
@@ -252,7 +252,9 @@ def test_a_falling_chosen_answer_is_reported_once(place: Place):
     assert "a higher beta" in warnings[0]
 
     # The advice at the end is not to train longer.
-    assert is_warning in (advice(run, run.verdict) or "")
+    advice = give_advice(run, run.verdict)
+    assert advice is not None
+    assert is_warning in advice.text
     report = (run.folder / "report.html").read_text()
     assert "less likely than before training" in report
 

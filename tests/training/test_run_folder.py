@@ -176,8 +176,12 @@ def test_names_that_are_no_paths_stay(tmp_path: Path):
 def test_a_run_is_evaluated_with_its_own_model_and_data(
     ended: Place, capsys: pytest.CaptureFixture[str]
 ):
-    cli.train(["--test", "--adapter-path", str(ended.folder / "run")])
-    assert "6 valid examples" in capsys.readouterr().out
+    cli.train(["--test", "--adapter-path", str(ended.folder / "run"), "--rank", "5"])
+    said = capsys.readouterr().out
+    assert "6 valid examples" in said
+    assert "--test scores the run as it is, so these settings have no effect: rank\n" in said
     (ended.folder / "data" / "valid.jsonl").rename(ended.folder / "data" / "test.jsonl")
     cli.train(["--test", "-c", str(ended.folder / "run" / "run.yaml")])
-    assert "6 test examples" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "6 test examples" in said
+    assert "no effect" not in said

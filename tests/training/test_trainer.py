@@ -231,10 +231,10 @@ def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(
     filled = [batch.tokens[batch.used > 0] for batch in picked]
     seen = [int(row[0]) for rows_of_batch in filled for row in rows_of_batch]
     assert sorted(seen) == list(range(len(rows)))
-    assert sum(batch.supervised for batch in picked) == sum(length - 1 for length in lengths)
+    assert sum(batch.target_count for batch in picked) == sum(length - 1 for length in lengths)
     again = Batches(rows, batch_size, seed=3)[epoch * batches.per_epoch]
     assert np.array_equal(again.tokens, picked[0].tokens)
-    assert sum(batch.supervised for batch in in_order(rows, batch_size)) == sum(
+    assert sum(batch.target_count for batch in in_order(rows, batch_size)) == sum(
         length - 1 for length in lengths
     )
 

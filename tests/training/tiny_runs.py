@@ -186,7 +186,7 @@ def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
         optimizer.init(model, trainable_summary(model).groups)
         loss = make_loss(split_model(model))
         accumulate, update = trainer.make_step(model, loss, optimizer, compiled=False)
-        carried, tokens = None, mx.array(float(sum(batch.supervised for batch in batches)))
+        carried, tokens = None, mx.array(float(sum(batch.target_count for batch in batches)))
         for batch in batches[:-1]:
             carried = accumulate(arrays_of(batch), carried)
         update(*accumulate(arrays_of(batches[-1]), carried), tokens)

@@ -7,7 +7,7 @@ from ...errors import ModelError, join_problems
 from .architectures import ARCHITECTURES, fixed_settings, model_type_of
 from .delta_net import delta_net_settings
 from .gemma4 import gemma4_settings
-from .mamba import mamba_settings
+from .granite4 import mamba_settings
 from .metadata_numbers import LARGEST, MetadataNumbers
 from .ministral3 import ministral3_settings
 from .reader import GGUFFile

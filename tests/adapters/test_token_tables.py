@@ -4,7 +4,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from mlx_loraplus.adapters.trial_tokens import TOKEN_TABLES, probe_tokens, table_rows
+from mlx_loraplus.adapters.token_tables import TOKEN_TABLES, probe_tokens, table_rows
 from tests.training.test_self_consistency import family
 
 NAMES = [

@@ -17,9 +17,9 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import Machine, simulate_mac
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
-from mlx_loraplus.memory.compiled_step_memory import MAX_TRACES, trace_bytes
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.memory.trace_memory import MAX_TRACES, trace_bytes
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.trainer import make_step
@@ -66,7 +66,7 @@ def test_a_trace_takes_what_the_law_says(kind: str):
         sizes_before = 0
         for _ in range(3):  # eagerly, traced, and again with the trace
             sums = accumulate(arrays_of(batch), None)
-            total, _ = update(*sums, mx.array(float(batch.supervised)))
+            total, _ = update(*sums, mx.array(float(batch.target_count)))
             mx.eval(model.trainable_parameters(), optimizer.state, total)
             del sums, total
             sizes_before, before = heap(), sizes_before

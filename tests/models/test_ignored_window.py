@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from mlx_loraplus.models.ignored_window import ignored_window
 from mlx_loraplus.models.skeleton import make_skeleton
-from mlx_loraplus.models.sliding_windows import ignored_window
 from tests.families.walk import CONFIGS
 
 ON = {"use_sliding_window": True, "max_window_layers": 0}

@@ -16,7 +16,7 @@ from .special_tokens import fast_tokenizer
 
 
 @dataclass(frozen=True)
-class Encoder:
+class EncodingSettings:
     """Everything that determines how rows become tokens.
 
     Attributes:
