@@ -353,7 +353,7 @@ def _read_yaml(arguments: Sequence[str], known: Collection[str]) -> dict[str, An
     file = path_of(paths[0], "--config", ConfigError)
     check_settings_file(file)
 
-    # The files that a run or a sweep writes into its folder know their own place.
+    # The paths in a file that a run or a sweep wrote still work if its folder was moved.
     beside, command_name, setting = _OWN_FILES.get(file.name, ("", "", ""))
     if beside and (file.parent / beside).is_file():
         if setting not in known:

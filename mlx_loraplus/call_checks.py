@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 # Types → the words for them in messages
 _WORDS = {
-    str: "a text",
+    str: "a string",
     int: "a whole number",
     float: "a number",
     bool: "True or False",

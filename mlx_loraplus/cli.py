@@ -349,7 +349,8 @@ def main(arguments: Arguments = None) -> None:
     else:
         hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
         hint = hint or nearest(name, COMMANDS)
-        sys.stderr.write(f"error: {name!r} is not a command{hint}; give {', '.join(COMMANDS)}\n")
+        known = ", ".join(COMMANDS)
+        sys.stderr.write(f"error: {name!r} is not a command{hint}; give one of {known}\n")
         raise SystemExit(2)
 
 

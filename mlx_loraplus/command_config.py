@@ -46,9 +46,9 @@ class SweepConfig:
     alphas: tuple[Positive, ...] = ()
     """Values of alpha to try. Default: alpha only."""
     iters: Count = 60
-    """Optimizer steps of a full run; each earlier round's runs are a third as long."""
+    """Optimizer steps of a full run; runs are a third as long in each earlier round."""
     rounds: Count = 3
-    """Rounds. Each keeps the best third of its trials for the next; the last are full runs."""
+    """Number of rounds. Each keeps the best third of its trials; the last one makes full runs."""
     seeds: Count = 3
     """Seeds for each trial of the last round and for the baseline; their spread is the noise."""
     valid_rows: Count = 100
@@ -112,8 +112,8 @@ class FuseConfig:
     save_path: UserPath = "fused_model"
     """Folder to write."""
     bits: Literal["auto", 2, 3, 4, 5, 6, 8] = "auto"
-    """Bits of the fused weights; auto: those of the base, and for layers where rounding would lose
-    the change the next larger number that keeps it, or full precision."""
+    """Bits of the fused weights; auto: those of the base; a layer whose change rounding would lose
+    gets the next larger number that keeps it, or full precision."""
     dequantize: bool = False
     """Write the weights of a quantized base in full precision."""
     keep_vision: bool = False
@@ -171,13 +171,13 @@ class ServeConfig:
     folder: Annotated[UserPath, Positional] = "."
     """Folder that holds the runs, at any depth up to four."""
     host: str = "127.0.0.1"
-    """Address to listen at. Any address but this machine's own makes the pages reachable from the
-    network; they then need a token."""
+    """Address to listen at. With an address that is not a loopback address (127.0.0.1), the pages
+    can be reached from the network; they then need a token."""
     port: Annotated[int, Field(ge=0, lt=1 << 16)] = 8765
     """Port to listen at; 0: any free one."""
     token: str | None = None
-    """Token that the address of a page must contain. Default: a new random one if host is not this
-    machine's own, else none."""
+    """Token that the address of a page must contain. Default: a new random one if host is
+    not a loopback address, else none."""
 
 
 @dataclass(frozen=True)

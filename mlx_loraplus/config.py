@@ -91,7 +91,7 @@ KINDS: Mapping[str, KindFacts] = {
 }
 
 # Default rates. In scripts/study/evidence the best eta fell as lambda rose: from 5e-3 at lambda 1
-# to 1e-3 at 16 on one model, and from 2e-3 to 1e-4 on the other. The default is c / sqrt(lambda),
+# to 1e-3 at 16 on one model, and from 1e-3 to 1e-4 on the other. The default is c / sqrt(lambda),
 # with the c given here. It is close to the best rate of the second model, which needed lower rates
 # with Init[2] at every lambda. A low rate is safer: doubling the best rate costs far more than
 # halving it. PiSSA needs the lowest rate.

@@ -29,7 +29,7 @@ def find_conflicts(
     if isinstance(config, SweepConfig) and config.adapter.adapter == "full":
         return [
             "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
-            " train with several learning_rate and compare the runs with mlx_loraplus.compare"
+            " train with several rates and compare the runs with mlx_loraplus.compare"
         ]
     if isinstance(config, SweepConfig) and config.optimizer.learning_rate == "auto":
         return [

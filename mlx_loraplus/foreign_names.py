@@ -92,7 +92,7 @@ MLX_LM: Mapping[str, ForeignSetting] = {
     "clear_cache_threshold": _left_out("memory is managed by the plan"),
     **dict.fromkeys(
         ("wandb", "project_name"),
-        _refused("--report-to names the tracker, and WANDB_PROJECT or its like the project"),
+        _refused("--report-to names the tracker; variables such as WANDB_PROJECT, the project"),
     ),
     "trust_remote_code": _only(False, note=_NO_REMOTE_CODE),
     "hf_dataset": _refused("--data org/name, with --fields for its columns"),
@@ -132,7 +132,7 @@ PEFT: Mapping[str, ForeignSetting] = {
     "modules_to_save": ForeignSetting("train_modules"),
     "layers_to_transform": _only(*_NONE, note="--num-layers N adapts the last N blocks"),
     "layers_pattern": _only(*_NONE, note="--num-layers N adapts the last N blocks"),
-    "exclude_modules": _only(*_NONE, note="name the modules that get one: --target-modules"),
+    "exclude_modules": _only(*_NONE, note="name the modules to adapt: --target-modules"),
     "rank_pattern": _only(*_NONE, note="all adapters of a run have one --rank and one --alpha"),
     "alpha_pattern": _only(*_NONE, note="all adapters of a run have one --rank and one --alpha"),
     "bias": _only("none", note="biases don't train"),

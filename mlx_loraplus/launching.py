@@ -193,7 +193,8 @@ def _check_killed(processes: Sequence[Process]) -> None:
 
     if ends:
         raise LoRAPlusError(
-            f"some of the {len(processes)} processes were killed: {join_problems(ends)}"
+            f"some of the {len(processes)} processes were killed: {join_problems(ends)}; --resume"
+            " continues from the last checkpoint, if there is one"
         )
 
 

@@ -1,4 +1,4 @@
-"""Translate settings of mlx-lm, PEFT, TRL and Unsloth to this package's settings.
+"""Translate the settings of other programs, such as mlx-lm and TRL, to this package's settings.
 
 A setting is translated only if it means the same here. The translation is reported in one line.
 Otherwise, the error names the setting to use. The table of all names is in ``foreign_names.py``.
@@ -165,7 +165,9 @@ def _unpack(work: _Translation) -> None:
         home[name] = value
         if home is work.foreign and name not in ("scale", "keys"):
             del work.foreign[name]
-            hint = "mlx-lm calls it scale" if name == "alpha" else "it has rank, scale and keys"
+            hint = "mlx-lm calls it scale"
+            if name != "alpha":
+                hint = "it has rank, dropout, scale and keys"
             work.problems.append(f"lora_parameters: {name} is unknown: {hint}")
 
     # PEFT's settings of LoftQ.
@@ -300,9 +302,11 @@ def _translate_lr_schedule(work: _Translation, name: str, value: Any) -> None:
         return
 
     iters = work.get("iters", None)
-    updates = iters // work.get("grad_accumulation_steps", 1) if isinstance(iters, int) else steps
+    steps_of_run = (
+        iters // work.get("grad_accumulation_steps", 1) if isinstance(iters, int) else steps
+    )
     ends_near_zero = abs(end) <= _NEAR_ZERO * abs(start)
-    ends_near_last = abs(warmup + steps - updates) <= max(_NEAR_END * updates, warmup + 1)
+    ends_near_last = abs(warmup + steps - steps_of_run) <= max(_NEAR_END * steps_of_run, warmup + 1)
     if form not in _SCHEDULES or not ends_near_zero or not ends_near_last:
         ends = "schedules here end at zero at the last step"
         work.refuse(name, form, f"{ends}; {advice}")

@@ -300,16 +300,16 @@ def check_settings_file(path: Path) -> None:
     """
     folder = path.parent
     if path.name == "adapter_config.json":
-        advice = f"an adapter's: to train on from it, --resume-adapter-file {folder}"
+        advice = f"an adapter's config: to train on from it, --resume-adapter-file {folder}"
     elif path.name == "config.json":
-        advice = f"a model's: give the model as --model {folder}"
+        advice = f"a model's config: give the model as --model {folder}"
     elif path.suffix.lower() in _WEIGHTS:
         advice = "weights: a model goes to --model, an adapter to --resume-adapter-file"
     elif path.suffix.lower() in _ROWS:
         advice = "rows or a history: rows go to --data"
     else:
         return
-    raise ConfigError(f"{path} holds no settings, but is {advice}; -c takes a YAML file")
+    raise ConfigError(f"{path} holds no settings, but {advice}; -c takes a YAML file")
 
 
 def _depth(line: str) -> int:

@@ -102,7 +102,7 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
 
 
 def _advice_on_path(path: Path, names: Sequence[str]) -> str:
-    """Return what to do about what may be a folder."""
+    """Return what to do about a word that may be a path."""
     follow = "values follow their flags"
     if path.is_dir() and {"run", "folder"} & set(names):
         return "this command takes one folder"

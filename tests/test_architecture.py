@@ -115,9 +115,9 @@ def test_a_file_imports_only_rooms_below_its_own():
 
 
 def test_the_page_names_files_that_exist():
-    """The way of one example has twelve steps, and every file on the page is there."""
+    """The path of one example has twelve steps, and every file on the page is there."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    way = page.split("## The way of one example")[1].split("\n## ")[0]
+    way = page.split("## The path of one example")[1].split("\n## ")[0]
     assert len(re.findall(r"^\d+\. `\w+/\w+\.py`", way, flags=re.MULTILINE)) == 12
 
     # Paths are relative to the package, or to the repository

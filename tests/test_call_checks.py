@@ -95,7 +95,7 @@ def test_a_wrong_type_is_one_line(right: dict[str, Any], function: str, name: st
 
 def test_what_the_messages_say(right: dict[str, Any]):
     model, tokenizer = right["model"], right["tokenizer"]
-    with pytest.raises(ml.ConfigError, match=r"complete: prompt must be a text, not None"):
+    with pytest.raises(ml.ConfigError, match=r"complete: prompt must be a string, not None"):
         ml.complete(model, tokenizer, None)  # pyright: ignore[reportArgumentType]
     with pytest.raises(
         ml.ConfigError, match=r"takes runs one after the other, not in a list: write \*"

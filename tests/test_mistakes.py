@@ -286,7 +286,7 @@ MISTAKES = [
     # commands
     ("resume run", "did you mean 'train -c RUN/run.yaml --resume'?"),
     ("trian --model tiny", "did you mean 'train'?"),
-    ("--model tiny", "is not a command; give train, generate"),
+    ("--model tiny", "is not a command; give one of train, generate"),
 ]  # fmt: skip
 
 

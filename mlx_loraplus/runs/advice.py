@@ -76,7 +76,7 @@ def _advice_on_answers(run: Run, found: Verdict) -> Advice | None:
 
 
 def _remedy_for_shortfall(run: Run, found: Verdict) -> Advice:
-    """Return what to do before a model is used whose loss fell, but whose answers are not right."""
+    """Return what to do if the loss fell, but the answers or the ranking fall short."""
     judged = "pairs" if run.config.objective.is_paired else "labels"
     condition = f"check that the {judged} are right, and if they are"
     if ranking_shortfall(run, found) is None:
@@ -87,7 +87,8 @@ def _remedy_for_shortfall(run: Run, found: Verdict) -> Advice:
 def _remedy_by_trend(run: Run, found: Verdict) -> Advice:
     """Return what makes the answers better, as a request."""
     if found.trend == "overfitting":
-        return Advice(f"add examples, because the model overfits since step {found.best_step}")
+        since = found.best_step
+        return Advice(f"add examples, because the model has been overfitting since step {since}")
     if found.trend == "levelled off":
         return Advice(
             "add examples, or try a higher --learning-rate, because the loss has levelled off"
@@ -158,8 +159,8 @@ def _advice_on_divergence(run: Run, found: Verdict) -> str:
         )
     kept = f" (the adapter of step {found.best_step} is kept)" if found.best_step else ""
     return (
-        f"the validation loss is not a number since step {since}{kept}: train from the start with"
-        f" {lower}"
+        f"the validation loss has not been a number since step {since}{kept}: train from the start"
+        f" with {lower}"
     )
 
 
@@ -176,7 +177,7 @@ def remedy_for_fall(run: Run) -> str:
     return f"try {remedies}"
 
 
-def longer(run: Run) -> str:
+def longer_command(run: Run) -> str:
     """Return the command that continues a finished run to twice its length."""
     settings = shell_word(run.folder / "run.yaml")
     if run.config.iters is None:

@@ -13,9 +13,10 @@ _USES_OF_THE_FOLDER = ("resume", "overwrite")
 
 
 def train_command(run: Run) -> str:
-    """Return the command that trains a run again, ready to paste."""
+    """Return the command that trains a run again, in a folder of its own, ready to paste."""
     words = ["mlx_loraplus.train"]
-    for name, value in changed_settings(run).items():
+    again = {"adapter_path": f"{run.config.adapter_path}-again"}
+    for name, value in (changed_settings(run) | again).items():
         words += _flag(name, value)
     return shlex.join(words)
 

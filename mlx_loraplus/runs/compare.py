@@ -39,7 +39,7 @@ from .report_answers import kept_step, shown_answer
 
 _LOSSES = ("validation loss", "training loss")  # need the same objective
 _OF_EXAMPLES = (*_LOSSES, "exact answers")  # need the same examples
-_HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # paths, or repeated by other settings
+_HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # about the folder, or repeated
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _MAX_NAMES = 4  # of settings, in the headline
 _COLUMN_WIDTH = 20  # characters; if columns are narrower, lines are printed instead
@@ -103,7 +103,7 @@ class Comparison(RichDisplay):
 
     @property
     def best(self) -> dict[str, set[int]]:
-        """The numbers of the runs with the best value of each result, where the runs differ."""
+        """The indices of the runs with the best value of each result that differs between runs."""
         first = self.runs[0]
         same_valid = all(run.start["valid"] == first.start["valid"] for run in self.runs)
         same_train = all(run.start["train"] == first.start["train"] for run in self.runs)
@@ -282,7 +282,8 @@ class Comparison(RichDisplay):
             indices = sorted(best["exact answers"])
             _, after, count = self.runs[indices[0]].verdict.exact or (0, 0, 0)
             names = self._join_names(indices)
-            sentences.append(f"The most sample answers are exact with {names}: {after} of {count}.")
+            share = f"{after} of {count}"
+            sentences.append(f"The most exact sample answers, {share}, are those of {names}.")
         return " ".join(sentences)
 
     def _join_names(self, indices: Sequence[int]) -> str:

@@ -1,8 +1,6 @@
 """Pictures of runs in files and notebooks, drawn by matplotlib; ``charts.py`` draws pages."""
 
 import io
-from collections.abc import Mapping
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ from ..files import replacing
 from .history import Run
 
 _MAX_MARKERS = 50  # a curve with more points is a plain line
-_LINE_STYLES = ("-", "--", ":", "-.")
+_LINE_STYLES = ("-", "--")
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
 
 
@@ -35,7 +33,16 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 def draw_losses(axes: Axes, run: Run) -> None:
     """Draw training and validation loss over steps."""
-    _draw_series(axes, run, _LOSSES, log=True)
+    for style, (name, label) in zip(_LINE_STYLES, _LOSSES.items(), strict=True):
+        points = run.losses(name)
+        if not points:
+            continue
+
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) <= _MAX_MARKERS else ""
+        axes.plot(steps, values, style, label=label, marker=marker, markersize=3)
+
+    finish_axes(axes, "steps", log=True)
     label_y(axes, f"loss {loss_unit(run)}")
 
 
@@ -90,17 +97,3 @@ def _use_log_scale(axes: Axes, decades: float) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=6))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_series(axes: Axes, run: Run, names: Mapping[str, str], log: bool) -> None:
-    """Draw one curve for each event key in ``names``."""
-    for style, (name, label) in zip(cycle(_LINE_STYLES), names.items(), strict=False):
-        points = run.losses(name)
-        if not points:
-            continue
-
-        steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) <= _MAX_MARKERS else ""
-        axes.plot(steps, values, style, label=label, marker=marker, markersize=3)
-
-    finish_axes(axes, "steps", log=log)

@@ -2,7 +2,7 @@
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..userpaths import shell_word
-from .advice import give_advice, longer
+from .advice import give_advice, longer_command
 from .history import SETTINGS, Run
 from .verdict import took_effect
 
@@ -43,7 +43,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     if not run.finished:
         commands.append(("resume", resume_command(run)))
     elif (advice := give_advice(run, run.verdict)) and advice.is_longer:
-        commands.append(("longer", longer(run)))
+        commands.append(("longer", longer_command(run)))
 
     # A run that was killed early has saved nothing yet.
     if not run.finished and not any(run.folder.glob("*.safetensors")):

@@ -36,7 +36,7 @@ _MIN_BARS, _MAX_BARS = 10, 32
 _LABEL_WIDTH = 26  # of the label and the number beside a sparkline
 
 
-def quiet(_: str) -> None:
+def no_log(_: str) -> None:
     """Print nothing."""
 
 
@@ -158,7 +158,7 @@ class Terminal(Lines):
     def _display(self) -> Any:
         """Return the current state of the run; rich calls this from another thread."""
         run = self._run
-        return Text("") if run is None else moving(run, self._console.options)
+        return Text("") if run is None else live_display(run, self._console.options)
 
 
 class LivePlot:
@@ -254,7 +254,7 @@ def describe_full_rates(config: TrainConfig) -> str:
     return rates
 
 
-def moving(run: Run, terminal: ConsoleOptions) -> Group:
+def live_display(run: Run, terminal: ConsoleOptions) -> Group:
     """Return the live display: position, time left, losses, speed, memory and rates.
 
     It has the same lines from the first step to the last, so that nothing below it moves.

@@ -26,9 +26,8 @@ from .state import Event
 from .verdict import Trend, divergence, duration, ranked_by_reward, rose_since
 
 REFRESH = 10  # seconds after which the page of a live run loads itself again
-LIVE_SECONDS = (
-    3600.0  # a run that was not heard from for this long was killed; page.js knows it too
-)
+# A run that has not reported for this long counts as killed; page.js has the same number.
+LIVE_SECONDS = 3600.0
 _FRAGMENT = ("steps", "validation loss", "training loss", "spent")  # what a notebook shows
 _CHOICES = {"attention": "attention", "cross_entropy": "cross-entropy"}
 _LOSSES = {"loss": "training", "valid_loss": "validation"}
@@ -221,6 +220,7 @@ def _learning_text(run: Run) -> str:
 
 def _stability_section(run: Run) -> Section:
     """Answer whether training is stable."""
+    # The gradient norm, and the rates that the history has.
     gradient = "Gradient norm before clipping, the largest since the last report"
     rates: dict[str, str] = {}
     for event in run.history:
@@ -232,6 +232,7 @@ def _stability_section(run: Run) -> Section:
         _Series("Learning rates", rates, log=True),
     ]
 
+    # What went wrong.
     skipped = [(event["step"], event["reason"]) for event in run.history if "skipped" in event]
     text = "No step was skipped."
     if skipped:

@@ -41,7 +41,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
     if live:
         text += f", {left}" if (left := time_left(run)) else ""
     elif run.outcome == "not ended":
-        text += "; it was killed, or it trains without being heard from"
+        text += "; it was killed, or it is training without reporting"
     elif (best := best_step(run)) is not None:
         kept = "model" if run.config.adapter.adapter == "full" else "adapter"
         text += f"; the {kept} of step {best:,}, the best, is kept"

@@ -29,7 +29,7 @@ from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
 
 _COOKIE = "mlx_loraplus_token"
-_MAX_DEPTH = 4  # folders between the served folder and a run
+_MAX_DEPTH = 4  # levels below the served folder at which a run is still found
 _HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",  # an address may have the token

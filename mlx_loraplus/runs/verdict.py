@@ -11,11 +11,11 @@ reached at step n, and the loss before training f:
 - levelled off: otherwise
 
 Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
-validations after the first: so little can be chance.
+validations after the first, because such a short history may be chance.
 
-A lower loss is not all that matters. What falls short, although the loss fell, are the answers, if
-fewer than half of the sample answers are exact, and the ranking of preferences, if at most half of
-the validation answers are ranked right; and each, if it was better before training.
+A lower loss is not all that matters. Although the loss fell, the answers fall short if fewer than
+half of the sample answers are exact, and the ranking of preferences falls short if at most half of
+the validation answers are ranked right. Both also fall short if they were better before training.
 """
 
 import math
@@ -46,7 +46,8 @@ class Verdict:
     """What a run has reached.
 
     Attributes:
-        before: The validation loss before training, in nats per token; None without validation.
+        before: The validation loss before training, None without validation; its unit is
+            described in ``history.py``.
         after: The validation loss of the adapter that the run keeps.
         best_step: The step of that adapter.
         trend: How the validation loss developed; None if there are too few steps or validations to
@@ -264,7 +265,7 @@ def took_effect(run: "Run") -> bool:
 
 
 def fall_of_chosen(run: "Run") -> str | None:
-    """Return that training makes the chosen validation answers less likely, or None.
+    """Return a clause saying that the chosen validation answers became less likely, or None.
 
     An objective can be minimized by making both answers less likely, the rejected ones faster.
     """
@@ -296,7 +297,7 @@ def shortfall(run: "Run", found: Verdict) -> str | None:
 
 
 def ranking_shortfall(run: "Run", found: Verdict) -> str | None:
-    """Return that few validation answers, or fewer than before, are ranked right, or None."""
+    """Return how the ranking of the validation answers falls short, as a clause, or None."""
     if found.ranked is None:
         return None
     before, after = found.ranked
@@ -310,7 +311,7 @@ def ranking_shortfall(run: "Run", found: Verdict) -> str | None:
 
 
 def answers_shortfall(found: Verdict) -> str | None:
-    """Return that few sample answers, or fewer than before, are as expected, or None."""
+    """Return how the sample answers fall short, as a clause, or None."""
     if found.exact is None:
         return None
     before, after, count = found.exact

@@ -29,7 +29,7 @@ from ..kernels.head import split_model
 from ..keyword_types import SweepOptions
 from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
-from ..runs.progress import Log, quiet
+from ..runs.progress import Log, no_log
 from ..settings import configure, settings_of
 from ..training.run_checks import check_no_adapters, with_model_name
 from ..training.run_fingerprint import model_fingerprint
@@ -185,7 +185,7 @@ def sweep_rates(
     tokenizer: TokenizerWrapper,
     /,
     *,
-    log: Log = quiet,
+    log: Log = no_log,
     **settings: Unpack[SweepOptions],
 ) -> Sweep:
     """Find the rates that suit ``model`` and ``data``; the model is left unchanged.

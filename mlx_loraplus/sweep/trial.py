@@ -21,7 +21,7 @@ from ..data.dataset import Examples
 from ..kernels.head import split_model
 from ..memory.plan import resolve_grad_checkpoint
 from ..models.find_model import original_of
-from ..runs.progress import quiet
+from ..runs.progress import no_log
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.interrupts import explain_failure
@@ -126,12 +126,12 @@ def trial_state(
     rule: type[LoRAPlus] = LoRAPlus,
 ) -> TrainState:
     """Return a trial's state before its first step; the arguments are those of ``run_trial``."""
-    batches = make_batches(model, train_examples, config, quiet)
+    batches = make_batches(model, train_examples, config, no_log)
     length = schedule_of(config, batches.per_epoch)
     optimizer = rule(config.optimizer, length.steps)
     optimizer.init(model, trainable.groups)
-    requested = resolve_grad_checkpoint(config, model, batches.largest(), quiet)
-    grad_checkpoint = resolve_sound_checkpoint(model, config, quiet, wanted=requested)
+    requested = resolve_grad_checkpoint(config, model, batches.largest(), no_log)
+    grad_checkpoint = resolve_sound_checkpoint(model, config, no_log, wanted=requested)
     return TrainState(
         model,
         split_model(model),

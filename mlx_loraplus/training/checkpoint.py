@@ -49,7 +49,7 @@ from ..files import (
     write_atomically,
 )
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
-from ..runs.progress import Log, quiet
+from ..runs.progress import Log, no_log
 from ..runs.run_folder import CHECKPOINTS, check_names, check_unused, is_run, no_run
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
@@ -180,7 +180,7 @@ def check_folder(config: TrainConfig) -> None:
             " choose another folder"
         )
 
-    find_run(config, quiet, whole=False)
+    find_run(config, no_log, whole=False)
 
 
 def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint | None:

@@ -15,7 +15,7 @@ from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.loading import shared_copy
 from ..runs.history import Run
-from ..runs.progress import quiet
+from ..runs.progress import no_log
 from .distributed import World
 from .finetune import start_state
 from .rate_search import RateSearch, search_rate
@@ -64,13 +64,13 @@ def find_rate(
     world = World.join(config.parallel)
     with world.sync_errors():
         config = resolve_length(config, model)
-        examples = load_examples(config, tokenizer, quiet)
-        check_examples(limits_of(model), examples, tokenizer, quiet)
-        config = resolve_batch(config, model, int(examples["train"].lengths.max()), quiet)
-        check_world(config, model, world, quiet)
+        examples = load_examples(config, tokenizer, no_log)
+        check_examples(limits_of(model), examples, tokenizer, no_log)
+        config = resolve_batch(config, model, int(examples["train"].lengths.max()), no_log)
+        check_world(config, model, world, no_log)
 
     # Search with a copy, which shares the model's arrays and gets the adapters.
-    session = Session(Run(config), tokenizer, examples, None, world, quiet, [])
+    session = Session(Run(config), tokenizer, examples, None, world, no_log, [])
     trial = shared_copy(model)
     state = start_state(trial, session).state
     world.broadcast(trial)

@@ -27,7 +27,7 @@ from ..migration import translate
 from ..models.find_model import original_of
 from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
-from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, quiet
+from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, no_log
 from ..runs.start_event import versions
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length, replace_auto_rate
@@ -179,13 +179,13 @@ def _choose_outputs(
 ) -> tuple[Log, Callback]:
     """Return where to show messages and events; only the main process shows them."""
     if not world.is_main:
-        return quiet, callback or Lines(quiet)
+        return no_log, callback or Lines(no_log)
 
     # Without a log, a notebook shows a live plot and warnings, and a script shows warnings.
     if log is not None:
         return log, callback or Lines(log)
     shown = Lines(print if in_notebook() else partial(print, file=sys.stderr), "quiet")
-    plot = LivePlot() if in_notebook() else Lines(quiet)
+    plot = LivePlot() if in_notebook() else Lines(no_log)
 
     def show_line(line: str) -> None:
         shown.log(in_keywords(line))

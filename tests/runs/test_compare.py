@@ -43,7 +43,9 @@ def test_the_headline_names_the_lowest_loss_and_the_most_exact_answers(place: Pl
     for event in found.runs[0].history:
         if "answers" in event:
             event["answers"] = [prompt["expected"] for prompt in found.runs[0].start["prompts"]]
-    assert found.headline().lead.endswith("The most sample answers are exact with plain: 3 of 3.")
+    assert found.headline().lead.endswith(
+        "The most exact sample answers, 3 of 3, are those of plain."
+    )
 
 
 @pytest.mark.parametrize("width", [20, 59, 60])

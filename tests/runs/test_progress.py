@@ -20,7 +20,7 @@ from mlx_loraplus.runs.progress import (
     Lines,
     Terminal,
     event_lines,
-    moving,
+    live_display,
     sparkline,
     time_left,
     with_browser,
@@ -123,7 +123,7 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
         file=file, width=width, force_terminal=True, legacy_windows=False, color_system=None
     )
     replay(Terminal(console), run)
-    console.print(moving(run, console.options))
+    console.print(live_display(run, console.options))
     shown = raw.getvalue().decode(encoding)
     messages: list[str] = []
     replay(Lines(messages.append), run)
@@ -138,11 +138,11 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
 def test_what_moves_tells_the_time_left_and_is_no_wider_than_the_terminal(folder: Path):
     run = ml.Run.load(folder)
     run.history *= 10
-    assert len(str(moving(run, Console(width=46).options).renderables[1]).split()[-1]) == 20
+    assert len(str(live_display(run, Console(width=46).options).renderables[1]).split()[-1]) == 20
     run.planned, run.progress.seconds = 11, 3720.0
     run.history.append({"step": 6, "valid_loss": 1.0, "valid_seconds": 1.0})
     assert run.config.steps_per_eval == 2
-    assert "step 6/11  0:51:43 left" in str(moving(run, Console().options).renderables[0])
+    assert "step 6/11  0:51:43 left" in str(live_display(run, Console().options).renderables[0])
 
 
 def test_the_time_left_has_the_last_validation(folder: Path):
@@ -242,6 +242,6 @@ def test_what_moves_has_the_same_lines_from_the_start_to_the_end(folder: Path, w
     def lines(events: list[dict]) -> int:
         run.history = events
         console = Console(width=width, file=io.StringIO(), force_terminal=True)
-        return len(console.render_lines(moving(run, console.options)))
+        return len(console.render_lines(live_display(run, console.options)))
 
     assert lines(history[:1]) == lines(history[:3]) == lines(history) == 5

@@ -194,7 +194,7 @@ def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path:
     run = ml.Run.load(tmp_path)
     run.history = run.history[:2]
     head = headline(run)
-    assert "it was killed, or it trains without being heard from" in head.text
+    assert "it was killed, or it is training without reporting" in head.text
     assert [label for label, _ in head.commands] == ["resume"]
     assert head.next_step.startswith("No step is saved yet")
 
@@ -244,7 +244,11 @@ def test_the_command_of_a_run_trains_the_same_again(folder: Path, place: Place, 
     assert program == "mlx_loraplus.train"
     with command(program, TrainConfig, words) as (config, _):
         again = fit_to_length(config, run.steps)
-    assert settings_of(again) == settings_of(run.config) | {"resume": False, "overwrite": False}
+    assert settings_of(again) == settings_of(run.config) | {
+        "resume": False,
+        "overwrite": False,
+        "adapter_path": f"{run.config.adapter_path}-again",
+    }
     assert "--lr-ratio" not in words, "4 is the default"
     assert train_command(run) in text_of(report_page(run))
 

@@ -68,8 +68,8 @@ def test_the_trend_and_its_advice(losses: list[float], trend: str | None, words:
 @pytest.mark.parametrize(
     ("losses", "words"),
     [
-        ([3.0, 2.0, math.nan, math.nan], "not a number since step 20 (the adapter of step 10 is kept)"),
-        ([3.0, math.nan], "not a number since step 10: train from the start with a lower"),
+        ([3.0, 2.0, math.nan, math.nan], "not been a number since step 20 (the adapter of step 10 is kept)"),
+        ([3.0, math.nan], "not been a number since step 10: train from the start with a lower"),
         ([math.nan, math.nan], "not a number even before training: check the model's answers"),
     ],
 )  # fmt: skip
