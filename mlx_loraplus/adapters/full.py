@@ -55,12 +55,6 @@ def unfreeze_weights(model: nn.Module, num_layers: int, original: str) -> None:
     model.trains_weights = True
 
 
-def refreeze_weights(model: nn.Module) -> None:
-    """Undo ``unfreeze_weights``, but keep the values of the weights."""
-    model.freeze()
-    model.trains_weights = False
-
-
 def trains_weights(model: nn.Module) -> bool:
     """Return whether the weights of a model train, or have been trained, without adapters."""
     return bool(getattr(model, "trains_weights", False))

@@ -72,8 +72,8 @@ def save_adapter(
 
     Raises:
         AdapterError: The model has no adapters.
-        OutputError: The folder holds an adapter, a run, a model or data, or cannot be written.
-            Existing files are not changed.
+        OutputError: The folder holds a run, a sweep, a model, data or (without ``overwrite``) an
+            adapter, or cannot be written. Existing files are not changed.
     """
     folder = path_of(adapter_path, "adapter_path", OutputError)
     check_contents(folder, ("a run", "a sweep", "a model", "data"), "--adapter-path")

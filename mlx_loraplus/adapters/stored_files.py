@@ -229,8 +229,8 @@ def check_is_adapter(folder: Path) -> None:
     if _stored_json(folder).get("fine_tune_type") == "full":
         raise AdapterError(
             f"{folder} holds weights that mlx-lm trained (fine_tune_type full), not an adapter:"
-            " convert them to a model with mlx_lm.fuse, --model as in the training, --adapter-path"
-            f" {folder} and --save-path, and give that folder as --model"
+            f" convert them to a model with mlx_lm.fuse --model BASE --adapter-path {folder}"
+            " --save-path fused, and give --model fused"
         )
 
 

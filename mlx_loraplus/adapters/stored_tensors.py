@@ -48,14 +48,16 @@ def group_tensors(
             path, leaf = match.groups()
             layers.setdefault(path, {})[leaf] = array
 
-    # Each A must have a rank. With a PiSSA start, it is twice the rank of the start.
+    # Each layer needs an A. With a PiSSA start, the rank of A is twice that of the start.
     if "lora_a" in leaves:
         for path, arrays in layers.items():
             if not _has_rank(arrays, config.start_rank):
                 unknown.append(f"{path}.lora_a")
 
     if unknown or not layers:
-        reason = f"{unknown[0]} does not belong there" if unknown else "it is empty"
+        reason = "it is empty"
+        if unknown:
+            reason = f"{unknown[0]} is unknown, missing or of the wrong rank"
         raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
     return layers, projections
 

@@ -159,7 +159,8 @@ def _check_divisible(model: nn.Module, kind: str, processes: int) -> None:
     problems = _indivisible(blocks_of(model)[0], processes)
     if problems:
         raise ModelError(
-            f"this model can't be sharded over {processes} processes: {'; '.join(problems)}"
+            f"this model can't be sharded over {processes} processes: {'; '.join(problems)}; use"
+            " another number of processes, or parallel data"
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
-from ..config import DataConfig
+from ..config import TrainConfig
 from ..errors import join_problems
 from .dataset import Examples
 from .fields_advice import ADVICE
@@ -12,7 +12,7 @@ from .split_report import SplitReport
 
 
 def find_problems(
-    settings: DataConfig,
+    config: TrainConfig,
     examples: Mapping[SplitName, Examples],
     reports: Mapping[SplitName, SplitReport],
     needed: str,
@@ -20,11 +20,12 @@ def find_problems(
     """Return the reasons why data can't be trained on.
 
     Args:
-        settings: The data settings.
+        config: The settings of the run.
         examples: The examples of each split.
         reports: The report on the rows of each split.
         needed: The fields that a row needs.
     """
+    settings = config.data
     problems: list[str] = []
 
     # Bad rows
@@ -38,10 +39,12 @@ def find_problems(
     long = sum(report.long for report in reports.values())
     if long and settings.on_long == "error":
         places = list(chain(*(report.long_rows for report in reports.values())))
+        others = (
+            "truncate or drop" if config.objective.has_preferences else "truncate, drop or split"
+        )
         problems.append(
             f"rows longer than max_seq_length {settings.max_seq_length:,}:"
-            f" {join_problems(places, count=long)}; raise it, or choose --on-long truncate, drop or"
-            " split"
+            f" {join_problems(places, count=long)}; raise it, or choose --on-long {others}"
         )
 
     # No rows
@@ -50,10 +53,11 @@ def find_problems(
         report = reports["train"]
         why = "no training rows"
         advice = f"a row needs {needed}"
-        if report.dropped + report.bad:
+        dropped_rows = report.dropped + report.equal + report.bad
+        if dropped_rows:
             reasons = "; ".join(report.dropped_rows())
-            why = f"none of the {report.dropped + report.bad:,} training rows is left ({reasons})"
-        if report.dropped:
+            why = f"none of the {dropped_rows:,} training rows is left ({reasons})"
+        if report.dropped + report.equal:
             advice = f"raise max_seq_length {settings.max_seq_length:,}"
         problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")
     return problems

@@ -30,6 +30,8 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     problems: list[str] = []
     for pair in pairs:
         name, _, column = pair.partition("=")
+        if name in names:
+            problems.append(f"fields: {name} is given twice; to join columns, {name}='{{a}} {{b}}'")
         names[name] = column
         if name not in known or not column:
             problems.append(_pair_problem(pair, known))

@@ -108,15 +108,11 @@ def limit_pairs(shard: Shard, report: SplitReport) -> np.ndarray:
     for index in np.flatnonzero(is_cut):
         one, other = (shard.tokens[span["start"] : span["stop"]] for span in pairs[index])
         differs[index] = not np.array_equal(one, other)
-    equal = len(pairs) - int(differs.sum())
-    if equal:
-        report.notes.append(
-            f"{equal:,} pairs are dropped, because their answers are equal in their first"
-            f" {report.max_seq_length:,} tokens"
-        )
+    report.equal += len(pairs) - int(differs.sum())
 
-    # Count rows, not answers.
-    report.dropped = dropped + len(shard.rows) - len(pairs)
+    # Count rows, not answers. With on_long "error", long rows are reported, and not dropped.
+    if report.on_long != "error":
+        report.dropped = dropped + len(shard.rows) - len(pairs)
     return pairs[differs]
 
 

@@ -32,6 +32,7 @@ class SplitReport:
         cut_rows: Rows that are truncated.
         cut_tokens: Tokens that are lost by truncation.
         dropped: Rows that are dropped because of their length.
+        equal: Pairs that are dropped because truncation made their answers equal.
         drawn: Examples in an epoch, if ``data_weights`` are set.
         notes: Other notes for the user.
     """
@@ -50,6 +51,7 @@ class SplitReport:
     cut_rows: int = 0
     cut_tokens: int = 0
     dropped: int = 0
+    equal: int = 0
     drawn: int | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -80,6 +82,9 @@ class SplitReport:
         elif self.dropped:
             why = f"longer than {self.max_seq_length:,} tokens"
             parts.append(f"{counted(self.dropped, 'row')} dropped ({why})")
+        if self.equal:
+            why = f"equal answers in their first {self.max_seq_length:,} tokens"
+            parts.append(f"{counted(self.equal, 'pair')} dropped ({why})")
         if self.bad:
             parts.append(f"{counted(self.bad, 'bad row')} dropped")
         return parts

@@ -241,7 +241,7 @@ def save_fused(
             if (source / name).is_file():
                 shutil.copy(source / name, folder)
 
-        # The model in memory has a type that this device computes with.
+        # Compare with the model in memory, because this device is fast with its type.
         check_runs_in_mlx_lm(model, folder)
         if report is not None:
             text = json.dumps(report | {"bytes_after": size}, indent=1) + "\n"
@@ -332,8 +332,8 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
         log: Called with the report.
 
     Raises:
-        ModelError: The folder has no such tensors, or their names do not distinguish them from the
-            tensors of the text model.
+        ModelError: With ``keep``, the folder has no such tensors, or their names do not distinguish
+            them from the tensors of the text model.
     """
     tensors = stored_tensors(source)
     others = {

@@ -71,7 +71,10 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
     # If no weight is rounded, the fused model gives the same answers as base + adapter.
     if run and not _compares(config, model):
-        log("no weight is quantized, so the answers are not compared (--sample-tokens 2048 does)")
+        log(
+            "no weight is quantized, so the answers are not compared (--sample-tokens 2048 compares"
+            " them anyway)"
+        )
         run = None
     sample = sample_examples(run, base, tokenizer, config, log) if run else None
 

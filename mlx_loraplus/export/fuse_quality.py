@@ -60,7 +60,7 @@ from ..runs.history import SETTINGS
 from ..runs.progress import Log
 from ..settings import configure
 
-MIN_COSINE = 0.95  # a change counts as preserved from this cosine of intended and actual change
+MIN_COSINE = 0.95  # least cosine of intended and actual change for a change that is preserved
 SAMPLE_TOKENS = 2048  # supervised tokens to compare answers on
 CHUNK_BYTES = 2**26  # bytes of logits that are computed at a time
 BATCH_SIZE = 4
@@ -220,7 +220,8 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> Trai
         return configure(TrainConfig, settings)
     except ConfigError as problem:
         # For example, the file is truncated, or another version wrote it.
-        log(f"the answers are not compared: {files[0]} can't be read: {problem}")
+        where = f"{files[0]} can't be read" if files else "the data can't be used"
+        log(f"the answers are not compared: {where}: {problem}")
         return None
 
 

@@ -32,7 +32,7 @@ _PARTNERS = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
 JOINED = "gate_up_proj"
 """The parameter of transformers 5 that holds gate and up."""
 
-# PEFT takes layers with these names for experts, even if they are the linear layers of shared
+# PEFT treats layers with these names as experts, even if they are the linear layers of shared
 # experts or of dense blocks.
 _TAKEN = ("gate_proj", "up_proj", "down_proj")
 
@@ -57,7 +57,7 @@ def expert_problems(path: str, adapter: Adapter, adapters: Collection[str], kind
     if partner and f"{block}.{partner}" not in adapters:
         return [f"{path} without its {partner}, because transformers stores both in one matrix"]
 
-    # PEFT gives the tensors of single experts the names that they have beside down_proj.
+    # PEFT looks for these tensors under the names that they have if down_proj is adapted too.
     if partner and not is_stacked(kind) and f"{block}.down_proj" not in adapters:
         return [f"{path} without its down_proj, because PEFT would not find its tensors"]
     return []
@@ -182,7 +182,7 @@ def expert_projections(experts: Collection[str], kind: str) -> set[str]:
 
 
 def names_by_parameter(names: Collection[str], kind: str) -> set[str]:
-    """Return the linear layers that PEFT would take for experts if ``target_modules`` named them.
+    """Return the linear layers that PEFT would treat as experts if ``target_modules`` named them.
 
     Their weights can be named in ``target_parameters`` instead.
 

@@ -80,7 +80,7 @@ def read_peft_config(folder: Path) -> PEFTConfig:
 def check_peft_base(
     found: StoredAdapter, modules: Mapping[str, nn.Module], prefix: str, folder: Path
 ) -> None:
-    """Check that an adapter needs nothing else of its base than the model has.
+    """Check that an adapter fits the weights of the model, and has no DoRA on an embedding.
 
     Args:
         found: The adapter's contents.
@@ -94,8 +94,8 @@ def check_peft_base(
     for name, arrays in found.layers.items():
         if "m" in arrays and isinstance(modules.get(prefix + name), EMBEDDINGS):
             raise AdapterError(
-                f"{folder} has a DoRA of the embedding {name}, with one magnitude per column, and"
-                f" here is one per token: {_MERGE}"
+                f"{folder} has a DoRA of the embedding {name}, with one magnitude per column, but"
+                f" adapters here have one per token: {_MERGE}"
             )
 
     # PEFT stores a copy of embeddings and heads below an adapter, which training may have changed.
@@ -106,8 +106,8 @@ def check_peft_base(
         difference = mx.abs(weight - copy).max()
         if (difference > _ROUNDING * mx.abs(copy).max()).item():
             raise AdapterError(
-                f"{folder} was trained over another {name} than this model has, and holds a copy of"
-                f" it: {_MERGE}"
+                f"{folder} was trained on a {name} that differs from this model's, and holds a copy"
+                f" of it: {_MERGE}"
             )
 
 

@@ -39,7 +39,7 @@ _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
 
-# Regular expressions that may need exponential time to match.
+# Limits for the keys of alpha_pattern, because some patterns need exponential time to match.
 _LONGEST_PATTERN = 200
 _NESTED_REPEAT = re.compile(r"[+*}]\)[+*{]")
 

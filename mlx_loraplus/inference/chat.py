@@ -179,7 +179,8 @@ class Conversation:
     def answer(self, prompt: str) -> None:
         """Print the answers of the active models piece by piece; Ctrl-C ends them.
 
-        A model without a chat template only receives the prompt, as in training.
+        A model without a chat template receives the system prompt and this prompt, but no earlier
+        messages, as in training.
         """
         answers = dict.fromkeys(self.active, "")
         wide = self.console.is_terminal and self.console.width >= _MIN_WIDTH

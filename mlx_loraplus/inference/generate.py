@@ -103,10 +103,10 @@ def load(
 
 
 def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]:
-    """Return the first messages of a chat, from the setting ``system``.
+    """Return the first messages of a chat: a system message if ``system`` is given.
 
-    If it is None, there are none, so that the system prompt of the training rows is used. A note is
-    printed if these had several.
+    If it is None, the list is empty, and the system prompt of the training rows is used. If the
+    rows had different system prompts, none is used, and a note is printed.
     """
     if system is not None:
         return [{"role": "system", "content": system}]
@@ -127,7 +127,9 @@ def read_tools(path: str | None, tokenizer: TokenizerWrapper, *, chat: bool) -> 
     if path is None:
         return []
     if not chat or not tokenizer.has_chat_template:
-        reason = "--no-chat leaves the prompt as it is" if not chat else "it has no chat template"
+        reason = "--no-chat leaves the prompt as it is"
+        if chat:
+            reason = "the model has no chat template"
         raise ConfigError(f"--tools {path} can't reach the model: {reason}; leave out --tools")
 
     try:

@@ -153,6 +153,7 @@ def chunks_of(
     """Yield chunks of the rows of ``arrays``, small ones if the head can't be sliced."""
     rows = CHUNK_ROWS
     if not head.is_frozen:
+        # The full logits of a chunk may take as much memory as eight slices.
         rows = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
     for start in range(0, arrays[0].shape[0], rows):
         yield [array[start : start + rows] for array in arrays]
@@ -286,7 +287,7 @@ def _score_slices(
         hidden = mx.depends([hidden], [total, gradient_sum, target_score])[0]
         scores = project(head.layer, hidden, part)  # (targets, width)
 
-        # The last slice may be narrower, and the places of targets in other slices outside it.
+        # The last slice may be narrower. The places of targets in other slices may be outside it.
         if scores.shape[1] < width:
             place = mx.minimum(place, scores.shape[1] - 1)
         inside = slice_of == numbers[number : number + 1]

@@ -1,4 +1,4 @@
-"""The log-probabilities of answers, which the objectives over pairs of answers compare."""
+"""The log-probabilities of answers, which the objectives for preferences compare."""
 
 from collections.abc import Callable
 from typing import Any
@@ -41,7 +41,7 @@ def make_log_probs(
             arrays = (hidden, targets, weights)
             losses = _token_losses(split.head, arrays, choices, learning=learning)
 
-        # Sum over each row. A product with a mask has the same order of summation on every device.
+        # Sum over each row. With a mask, the order of summation is the same on every device.
         rows, length = tokens.shape
         is_in_row = (positions // length)[None] == mx.arange(rows)[:, None]  # (rows, targets)
         sums = mx.where(is_in_row, losses[None], 0.0).sum(axis=1)

@@ -58,7 +58,8 @@ def memory_efficient(
     Args:
         model: The model to train.
         gates: The result of ``find_gated_mlps`` for this model; None to compute it here.
-        choices: How attention is computed; by default as is best for the device.
+        choices: How attention and the gated delta rule are computed; by default, what suits the
+            device best.
     """
     # Inside another such context, the model is already prepared.
     if replaces_attention():

@@ -39,8 +39,9 @@ _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7,
 _JOINED = {"adamw": 4.6, "adam": 4.6, "sgd": 1.4, "lion": 1.5, "adafactor": 0, "muon": 0}
 _MOST_JOINED = 64 << 20
 
-# On a GPU: bytes at a slice of the head's logits, for each of its float32 bytes and each byte per
-# activation. It was measured on a CPU, with the operations that replace a GPU's kernels there.
+# On a GPU: the bytes that a slice of the head's logits needs, for each byte of the slice in float32
+# and each byte per activation. It was measured on a CPU, with the operations that replace a GPU's
+# kernels there.
 _NATIVE_SLICES = 12.2 / 4
 
 # A soft cap of the logits needs more arrays of a slice: the scores, their tanh and its gradient.

@@ -45,7 +45,7 @@ def measure(
         original: Name of the unquantized model, for the error message of adapter full.
 
     Raises:
-        ConfigError: A target matches nothing, or the rank is too large for one.
+        ConfigError: A target matches nothing, or the rank is too large for every target.
         ModelError: The structure of the model is not supported.
     """
     if config.adapter == "full":
@@ -219,7 +219,7 @@ def find_ends(model: nn.Module) -> tuple[Any, Any]:
     # Some families have a second, wider table that holds an entry for each layer.
     table = min(tables, key=lambda base: base_shape(base)[1])
 
-    # The head has the same shape, or at least as many rows. Without one, the table is the head.
+    # The head has the same shape, or else the same number of rows. Without one, it is the table.
     linear = [base for base in outside if isinstance(base, LINEARS)]
     heads = [base for base in linear if base_shape(base) == base_shape(table)]
     if not heads:

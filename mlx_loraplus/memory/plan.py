@@ -94,6 +94,7 @@ class MemoryPlan:
         """Return the largest length, within the context, at which ``rows`` rows fit; or 0."""
         context = self.sizes.context or 1 << 20
 
+        # Lengths start at 1, so the index of the first that does not fit is the largest that fits.
         length = bisect_left(
             range(1, context + 1), True, key=lambda length: not self.fits(rows, round_up(length))
         )
@@ -106,19 +107,22 @@ class MemoryPlan:
         )
 
     def batch_size(self, length: int) -> int:
-        """Return a batch size for rows of this length.
+        """Return a number of examples in a batch, for rows of this length.
 
-        It is the largest of 16, 8 and 4 that fits without checkpointing. If none of them does, it
-        is the largest of 4, 2 and 1 that fits at all, or 1 if none fits.
+        Their rows are the largest of 16, 8 and 4 that fit without checkpointing. If none of them
+        does, they are the largest of 4, 2 and 1 that fit at all. There is at least one example.
         """
+        possible = [rows for rows in (4, 2, 1) if self.fits(rows, length)]
         if self.config.grad_checkpoint != "on":
-            for rows in (16, 8, 4):
-                if self.fits(rows, length, checkpoint=False):
-                    return rows
-        return next((rows for rows in (4, 2, 1) if self.fits(rows, length)), 1)
+            lean = [rows for rows in (16, 8, 4) if self.fits(rows, length, checkpoint=False)]
+            possible = lean + possible
+        most = possible[0] if possible else 1
+        return max(1, most // self.config.objective.rows_per_example)
 
     def suggestions(self, rows: int, length: int) -> list[str]:
         """Return changes of the settings that make a batch fit, the cheapest first."""
+        per_example = self.config.objective.rows_per_example
+        examples = max(1, rows // per_example)
         found: list[str] = []
         eased, flag = self, ""
 
@@ -129,11 +133,12 @@ class MemoryPlan:
             if eased.fits(rows, length):
                 found.append(f"{flag.strip()} (a third more time)")
 
-        # Fewer rows at a time, with the same result.
-        fewer = min(rows, eased.most_rows(length))
-        if 0 < fewer < rows:
-            again = -(-rows // fewer) * self.config.grad_accumulation_steps
-            accumulate = f"--grad-accumulation-steps {again}"
+        # Fewer examples at a time, with the same result if their number divides the batch.
+        most = min(examples, eased.most_rows(length) // per_example)
+        fewer = max((size for size in range(1, most + 1) if examples % size == 0), default=0)
+        if 0 < fewer < examples:
+            accumulation_steps = examples // fewer * self.config.grad_accumulation_steps
+            accumulate = f"--grad-accumulation-steps {accumulation_steps}"
             found.append(f"{flag}--batch-size {fewer} {accumulate} (learns the same)")
 
         # Shorter rows.
@@ -145,30 +150,31 @@ class MemoryPlan:
             return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
 
         # Adapters on fewer blocks.
-        by_blocks = eased.with_fewer_blocks(rows, length, more_than=fewer)
+        by_blocks = eased.with_fewer_blocks(examples, length, more_than=most)
         if by_blocks:
             found.append(flag + by_blocks)
 
         # Fewer and shorter rows.
-        shorter = eased.longest(1)
-        if rows > 1 and 0 < shorter < length:
+        shorter = eased.longest(per_example)
+        if examples > 1 and 0 < shorter < length:
             found.append(f"{flag}--batch-size 1 --max-seq-length {shorter}")
 
         weights = gb(self.sizes.weights)
         return [*found, f"a smaller model, or one of 4 bits: the weights alone take {weights}"]
 
-    def with_fewer_blocks(self, rows: int, length: int, *, more_than: int) -> str:
+    def with_fewer_blocks(self, examples: int, length: int, *, more_than: int) -> str:
         """Return flags to adapt a half or a quarter of the blocks, or "" if that does not help.
 
-        It helps if more than ``more_than`` rows then fit.
+        It helps if more than ``more_than`` examples then fit.
         """
+        per_example = self.config.objective.rows_per_example
         for blocks in (self.sizes.learning // 2, self.sizes.learning // 4):
             if blocks == 0:
                 continue
             smaller = replace(self, sizes=replace(self.sizes, learning=blocks))
-            possible = min(rows, smaller.most_rows(length))
+            possible = min(examples, smaller.most_rows(length) // per_example)
             if possible > more_than:
-                batch = f"--batch-size {possible} " if possible < rows else ""
+                batch = f"--batch-size {possible} " if possible < examples else ""
                 return f"{batch}--num-layers {blocks} (adapts only the last {blocks} blocks)"
         return ""
 
@@ -268,9 +274,9 @@ def resolve_batch(
 
     length = round_up(config.data.max_seq_length if config.data.pack else longest)
     plan = memory_plan_of(config, model)
-    per_example = config.objective.rows_per_example
-    size = max(1, plan.batch_size(length) // per_example)
-    needed, budget = gb(plan.memory(per_example * size, length).total), gb(plan.budget)
+    size = plan.batch_size(length)
+    rows = config.objective.rows_per_example * size
+    needed, budget = gb(plan.memory(rows, length).total), gb(plan.budget)
     log(f"batch_size is {size}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
     return replace(config, data=replace(config.data, batch_size=size))
 

@@ -44,7 +44,7 @@ def plan_headline(plan: "Plan") -> Headline:
             Tile("Longest rows that fit", f"{longest:,} tokens", f"in batches of {plan.rows}"),
             Tile("Download", gb(plan.download), "of weights"),
             Tile("Checkpoints", f"up to {gb(plan.checkpoints)}", "on disk"),
-            Tile("Fusing", f"up to {gb(memory_plan.sizes.fuse())}", "on disk"),
+            Tile("Fusing", f"up to {gb(memory_plan.sizes.fuse())}", "of memory"),
         ],
     )
 
@@ -56,7 +56,7 @@ def plan_sections(plan: "Plan") -> list[Section]:
     changes = [line.removeprefix(TO_FIT) for line in plan.advice if line.startswith(TO_FIT)]
     if changes:
         rows = [(str(number), change) for number, change in enumerate(changes, 1)]
-        sections.append(Section("What makes it fit?", "Each of these:", HTMLTable(rows)))
+        sections.append(Section("What makes it fit?", "Any one of these changes:", HTMLTable(rows)))
 
     # A part that takes nothing, such as the traces of a step that is not compiled, has no bar.
     bars = [(part, float(size), gb(size)) for part, size in plan.parts.items() if size]
@@ -93,7 +93,11 @@ def _assumptions(plan: "Plan") -> list[tuple[str, str]]:
     return [
         ("model", config.model),
         ("machine", str(memory_plan.machine)),
-        ("may be used", f"{gb(memory_plan.budget)}, because the prediction may be off by a tenth"),
+        (
+            "may be used",
+            f"{gb(memory_plan.budget)}: nine tenths of what the machine has for a run, because the"
+            " prediction may be off by a tenth",
+        ),
         ("adapter", f"{kind}: {memory_plan.sizes.trainable:,} numbers are trained"),
         ("optimizer", config.optimizer.optimizer),
         ("batch", f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"),

@@ -116,7 +116,7 @@ class Plan(RichDisplay):
         # Disk space.
         yield Text(
             f"  on disk: {gb(self.download)} of weights, up to {gb(self.checkpoints)} of"
-            f" checkpoints; fusing takes up to {gb(memory_plan.sizes.fuse())}"
+            f" checkpoints; fusing takes up to {gb(memory_plan.sizes.fuse())} of memory"
         )
 
         for advice in self.advice:
@@ -279,8 +279,8 @@ def _batch(memory_plan: MemoryPlan) -> tuple[int, int]:
         length = memory_plan.longest(per_example * (1 if rows == "auto" else rows)) or 64
     else:
         length = round_up(length)
-    rows = memory_plan.batch_size(length) if rows == "auto" else per_example * rows
-    return rows, length
+    size = memory_plan.batch_size(length) if rows == "auto" else rows
+    return per_example * size, length
 
 
 def _largest_that_fits(family: dict[str, MemoryPlan]) -> str:

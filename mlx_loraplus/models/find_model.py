@@ -105,7 +105,7 @@ def list_models() -> str:
         if known.package:
             line += f"  (or embedded: {known.package.install})"
         if name in CHOSEN_BY_MEMORY:
-            line += ", on a Mac the largest of them that trains comfortably in its memory"
+            line += f"; on a GPU, the largest {name} that trains comfortably in its memory"
         lines.append(line)
     return "\n".join(lines)
 
@@ -114,9 +114,10 @@ def find_model(name: str) -> ModelSource:
     """Find a model by its short name, hub id, folder or .gguf file.
 
     A hub model is downloaded, and a .gguf file converted, unless the cache already has it.
-    ``gemma-3`` is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this Mac. On
-    other machines, or without access to the hub, it is the embedded Gemma 3 270M. ``gemma-4`` is
-    the largest Gemma 4, and on machines without a GPU the smallest.
+    ``gemma-3`` is the largest Gemma 3 (instruct, 4 bits) that trains comfortably on this GPU.
+    Without a GPU, or without access to the hub, it is the embedded Gemma 3 270M, if its package is
+    installed. Without a GPU and the package, it is Gemma 3 1B. ``gemma-4`` is the largest Gemma 4
+    that trains comfortably on this GPU; without a GPU, it is the smallest.
 
     Raises:
         ModelError: No model with this name was found, or it can't be downloaded or used.
@@ -209,7 +210,7 @@ def indexed_shards(folder: Path) -> set[str] | None:
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         raise ModelError("its model.safetensors.index.json is broken") from None
     if is_outside:
-        raise ModelError("its model.safetensors.index.json names files outside it")
+        raise ModelError("its model.safetensors.index.json names files outside its folder")
     return shards
 
 
@@ -233,10 +234,11 @@ def find_config(name: str) -> Path:
 
 
 def is_embedded(name: str) -> bool:
-    """Return whether the model with this short name comes from an installed package.
+    """Return whether the model with this short name is taken from an installed package first.
 
-    This is never the case on a GPU. A CPU uses the package if it is installed, because the 4-bit
-    repository would run about 50 times slower there than the same weights in float32.
+    A CPU uses the package if it is installed, because the 4-bit repository would run about 50 times
+    slower there than the same weights in float32. A GPU uses the repository, and the package only
+    if the hub can't be reached.
     """
     from ..device import on_gpu
 

@@ -54,7 +54,7 @@ QUANTIZED = ("4bit", "MXFP4-Q8")
 """The endings of the names of repositories with quantized weights."""
 
 CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
-"""The short names of families. On a Mac, each means the largest model that trains there."""
+"""The short names of families. On a GPU, each means the largest model that trains comfortably."""
 
 
 def sizes(*words: str) -> list[str]:

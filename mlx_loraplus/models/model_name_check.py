@@ -1,4 +1,4 @@
-"""Check the name of a model before the model is searched: obvious mistakes get advice."""
+"""Check the name of a model before the model is searched for: obvious mistakes get advice."""
 
 from pathlib import Path
 

@@ -51,8 +51,9 @@ def positions_note(model: nn.Module, config: dict[str, Any]) -> str | None:
             original = layer.original_max_position_embeddings
             if scaling.get("short_factor") != scaling.get("long_factor"):
                 return (
-                    f"config.json has other positions (short_factor) for texts of up to"
-                    f" {original:,} tokens than for longer ones (long_factor), and mlx-lm uses"
+                    "config.json scales positions differently for texts of up to"
+                    f" {original:,} tokens (short_factor) and longer ones (long_factor), but mlx-lm"
+                    " uses"
                     " long_factor for all; on shorter texts, the outputs differ from those of"
                     " transformers"
                 )

@@ -52,7 +52,8 @@ def read_config(path: Path) -> dict[str, Any]:
     """Return the contents of a config.json.
 
     Raises:
-        ModelError: The file is not JSON, or has no model_type.
+        ModelError: The file is not JSON or has no model_type, or mlx-lm needs a package for this
+            model_type that is not installed.
     """
     try:
         config = json.loads(read_bounded(path))

@@ -81,4 +81,4 @@ def _relatives(model_type: str) -> str:
     if not names:
         chosen = " or ".join(CHOSEN_BY_MEMORY)
         return f"use a newer mlx-lm, or another model, such as {chosen} (--list-models)"
-    return f"use a newer mlx-lm, or a relative of it: {', '.join(names[:4])}"
+    return f"use a newer mlx-lm, or another model of its family: {', '.join(names[:4])}"

@@ -80,7 +80,7 @@ def index_tensors(folder: Path) -> dict[str, Path]:
 
 
 def check_packed(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
-    """Check that weights are quantized if another program than mlx-lm says so in config.json.
+    """Check that weights are quantized if a program other than mlx-lm says so in config.json.
 
     Raises:
         ModelError: They are plain. mlx-lm would load them, and call them quantized.

@@ -200,6 +200,8 @@ def sweep_rates(
     Raises:
         ConfigError: A setting is unknown or not allowed, or all trials of a round diverged.
         DataError: Examples can't be trained on, or there are none to validate on.
+        AdapterError: The model has adapters.
+        DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another sweep, or can't be written.
 
     Example:

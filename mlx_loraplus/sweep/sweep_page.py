@@ -112,7 +112,7 @@ def _shown(loss: float) -> str:
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:
     """Return a chart of the losses over eta with a curve for each lambda, or no chart.
 
-    A curve needs at least two finite losses.
+    A curve needs at least two finite losses. A chart has at most ``_MAX_CURVES`` curves.
     """
     curves: list[Curve] = []
     for value, losses in zip(heatmap.y, heatmap.losses, strict=True):

@@ -125,7 +125,7 @@ def trial_state(
     trainable: TrainableParams,
     rule: type[LoRAPlus] = LoRAPlus,
 ) -> TrainState:
-    """Return a trial's state before its first step; the arguments are those of ``run_trial``."""
+    """Return a trial's state before its first step; ``rule`` is the class of the optimizer."""
     batches = make_batches(model, train_examples, config, no_log)
     length = schedule_of(config, batches.per_epoch)
     optimizer = rule(config.optimizer, length.steps)

@@ -162,7 +162,7 @@ def check_folder(config: TrainConfig) -> None:
     Raises:
         OutputError: Another run is training in the folder; the folder can't be written, is a broken
             link, or is named like a file; or as for ``find_run``.
-        ConfigError: As for ``find_run``.
+        AdapterError, ConfigError: As for ``find_run``.
     """
     folder = Path(config.adapter_path)
     check_links(folder, "adapter_path")

@@ -55,7 +55,10 @@ def tuning_table(tuned: TuningResult, probes: ModelProbes) -> tuple[HTMLTable, l
 
     notes: list[str] = []
     if probes.head is None:
-        notes.append("this model's output head was not found: full logits")
+        notes.append(
+            "could not locate this model's output head: computing full logits, which uses more"
+            " memory"
+        )
     if not tuned.is_complete:
         notes.append("not all ways were tried before the time was up")
     head = (f"a step of {tuned.rows} x {tuned.length} tokens", "seconds", "peak", "")

@@ -127,7 +127,8 @@ class Evaluation(RichDisplay):
     def __rich__(self) -> Table:
         """Return a table of this model's and its base's metrics, with three changed answers.
 
-        If the base has a base itself, it is the adapter that training started from.
+        If the base has a base of its own, it is the model with the adapter that training started
+        from.
         """
         columns = {"model": self}
         if self.base is not None:
@@ -337,7 +338,7 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
 def _score_start(
     model: nn.Module, tokenizer: TokenizerWrapper, config: TrainConfig, split: SplitName
 ) -> Evaluation | None:
-    """Attach and score the adapter that a run started from, or return None if there is none."""
+    """Attach and score the adapter that a run started from; return None without one."""
     if config.resume_adapter_file is None:
         return None
     folder, weights = adapter_files(Path(config.resume_adapter_file))

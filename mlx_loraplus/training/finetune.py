@@ -121,8 +121,8 @@ def finetune(
         >>> model, tokenizer = load("gemma-3")
         >>> run = finetune(model, tokenizer, lr_ratio=16, iters=45)
     """
-    # Names of other programs become ours, data in memory becomes files, and the settings become a
-    # config. A model that has adapters sets what the settings leave open.
+    # Translate names of other programs, store data from memory in files, and make the config.
+    # Settings that are not given are taken from adapters on the model, if it has some.
     given = translate(TrainConfig, dict(settings))
     given = store_data(given)
     given = with_model_name(model, given)
@@ -326,7 +326,7 @@ def _probe(model: nn.Module, session: Session) -> ModelProbes:
     if "language_model" in model:
         session.log(
             "only the text part of this multimodal model is loaded and trained"
-            " (mlx_loraplus.fuse --keep-vision)"
+            " (mlx_loraplus.fuse --keep-vision copies the other parts)"
         )
     check_caches(model)
 

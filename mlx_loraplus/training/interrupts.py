@@ -134,8 +134,8 @@ def too_many_skipped(
 ) -> LoRAPlusError:
     """Return the error that ends a run whose steps are not finite.
 
-    The batches of the last step are written as JSON with the sources of their rows, if there are
-    any: only the main process has them.
+    The batches of the last step are written as JSON with the sources of their rows. Only the main
+    process has batches here; on other processes, nothing is written.
     """
     path = Path(config.adapter_path) / BAD_BATCH
     if batches:
@@ -150,9 +150,9 @@ def too_many_skipped(
         content = {"step": step, "reason": reason, "batches": described}
         write_atomically(path, json.dumps(content).encode())
     return LoRAPlusError(
-        f"{config.max_skipped_steps} steps in a row were not finite, the last is step {step}"
-        f" ({reason}): train again with a lower --learning-rate or --lr-ratio; its batch is in"
-        f" {path}, and --resume continues after it"
+        f"{config.max_skipped_steps} steps in a row were not finite; the last is step {step}"
+        f" ({reason}): train again with a lower --learning-rate or --lr-ratio; the batches of that"
+        f" step are in {path}, and --resume continues with the next step"
     )
 
 
@@ -160,7 +160,8 @@ def too_many_skipped(
 def saved_if_lost(progress: Progress, save: Callable[[], None]) -> Generator[None]:
     """Save the last complete step if another process is lost.
 
-    A step is made only after all processes have taken part in it.
+    A step changes the model only after all processes have contributed to it, so the model is still
+    that of the last complete step.
     """
     try:
         yield

@@ -1,10 +1,10 @@
 """The objective over answers that are labeled desirable or undesirable: KTO.
 
-With r = log pi(y) - log pi_ref(y), summed over an answer's supervised tokens, sg(z) =
-1 / (1 + exp(-z)), and the weights w_D and w_U of ``kto_weights``, the loss of an answer is:
+With r = log pi(y) - log pi_ref(y), summed over an answer's supervised tokens, and the weights w_D
+and w_U of ``kto_weights``, the loss of an answer is:
 
-    desirable      w_D (1 - sg(beta (r - z0)))
-    undesirable    w_U (1 - sg(beta (z0 - r)))
+    desirable      w_D (1 - sigmoid(beta (r - z0)))
+    undesirable    w_U (1 - sigmoid(beta (z0 - r)))
     z0 = max(0, mean of log pi(y') - log pi_ref(y'))        y' are mismatched answers
 
 z0 estimates the KL divergence from the reference. It has no gradient. It is the mean over all
@@ -57,7 +57,7 @@ def labeled_losses(
     beta = objective.beta or BETA["kto"]
     desirable, undesirable = objective.kto_weights
 
-    # 1 - sg(z) is sg(-z).
+    # 1 - sigmoid(z) is sigmoid(-z).
     away = beta * (log_ratios - baseline)
     losses = mx.where(labels > 0, desirable * mx.sigmoid(-away), undesirable * mx.sigmoid(away))
     return losses, beta * log_ratios

@@ -28,7 +28,7 @@ class LiveFiles:
         self._is_complete = True  # whether the file has all events but the newest
 
     def __call__(self, run: Run, event: Event) -> None:
-        """Write an event. The start and the end are written by ``RunWriter``."""
+        """Write an event. ``start_folder`` has written the start; ``RunWriter`` writes the end."""
         if "outcome" in event or not run.folder.is_dir():
             return
 

@@ -305,8 +305,8 @@ class LoRAPlus:
         if different:
             raise ConfigError(
                 "the saved optimizer state belongs to another optimizer or other adapters:"
-                f" {len(different)} arrays differ, {different[0]!r:.80} first; take the run's own,"
-                " or train anew"
+                f" {len(different)} arrays differ, {different[0]!r:.80} first; use the state of"
+                " this run, or train from the start"
             )
 
         for name in self._own_names():

@@ -1,19 +1,20 @@
 """Objectives that compare two answers to one prompt: DPO, IPO, ORPO and SimPO.
 
 With y_w the chosen answer, y_l the rejected one, log pi(y) = log pi(y | x) summed over an answer's
-supervised tokens, |y| their number, and sg(z) = 1 / (1 + exp(-z)), the loss of a pair is:
+supervised tokens, and |y| their number, the loss of a pair is:
 
     h     = [log pi(y_w) - log pi_ref(y_w)] - [log pi(y_l) - log pi_ref(y_l)]
-    DPO     -(1 - e) log sg(beta h) - e log sg(-beta h)            e is label_smoothing
+    DPO     -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)  e is label_smoothing
     IPO     (h' - 1 / (2 beta))**2                                 h' is h of means over the tokens
-    ORPO    -m_w - lambda log sg(o(m_w) - o(m_l))                  m = log pi(y) / |y|
+    ORPO    -m_w - lambda log sigmoid(o(m_w) - o(m_l))             m = log pi(y) / |y|
             o(m) = m - log(1 - exp(m))
-    SimPO   -log sg(beta m_w - beta m_l - gamma)
+    SimPO   -log sigmoid(beta m_w - beta m_l - gamma)
 
 The rewards that are reported are beta (log pi - log pi_ref) for DPO and IPO, lambda m for ORPO and
 beta m for SimPO. These are TRL's conventions. IPO's paper sums over the tokens; its authors
-confirmed the mean. ORPO takes the mean loss of every chosen answer, and not that of all their
-tokens as TRL does, so that a step does not depend on how its pairs are divided into batches.
+confirmed the mean. The first term of ORPO is a mean over the tokens of each chosen answer, not over
+those of all chosen answers as in TRL, so that a step does not depend on how its pairs are divided
+into batches.
 
 Sources: DPO arXiv 2305.18290, label smoothing from its authors' note on cDPO, IPO 2310.12036, ORPO
 2403.07691, SimPO 2405.14734.
@@ -128,7 +129,7 @@ def make_pair_loss(
         *batch, reference = arrays
         sums, counts = log_probs(model, *batch)
 
-        # Each to (pairs, 2). Rows without an answer have no tokens, and count for nothing.
+        # Reshape to (pairs, 2). Rows without an answer have no tokens, and are ignored.
         sums = sums.reshape(-1, 2)
         counts = counts.reshape(-1, 2)
         reference = reference.reshape(-1, 2)

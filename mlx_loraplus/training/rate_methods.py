@@ -1,8 +1,8 @@
 """Ways to find a learning rate before a run, at equal cost.
 
 Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. The
-run's rate is a fixed share of it, ``SHARES`` in ``rate_search.py``. By the equivalence of LoRA+ and
-LoRA with a larger scale, one number is sought: lambda keeps its value.
+run's rate is a fixed share of it, ``SHARES`` in ``rate_search.py``. Only eta is searched: lambda
+keeps its value, because LoRA+ is equivalent to LoRA with a larger scale.
 
 Losses are compared with those of the untrained model on the same batches, because two batches
 differ more than two rates do.
@@ -114,9 +114,9 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
     """Return the rate at which the loss would be lowest along the optimizer's first direction u.
 
     With the gradient g and the Hessian H, it is -<g, u> / <u, H u>, half of the rate at the edge
-    of stability. H u is the difference of the gradients at two points of the line, the start and
-    that of the default rate: nearer points would show how A and B help each other at first, which
-    bends the loss downwards.
+    of stability. H u is estimated from the gradients at two points of the line, the start and the
+    point that the default rate reaches. At nearer points, A and B help each other, which bends the
+    loss downwards.
     """
     direction = _first_direction(probe, default)
     batches = max(1, int((steps - probe.spent) / 2))
@@ -131,7 +131,7 @@ def curvature(probe: Probe, steps: float, default: float) -> Finding:
         losses.append([loss for loss, _ in found])
         slopes.append([_dot(gradients, direction) for _, gradients in found])
 
-    # Compute the bend of the line, which must be a bowl to have a lowest point.
+    # Compute the curvature along the line, which must be positive for a minimum to exist.
     slope, moved = np.mean(slopes, axis=1).tolist()
     change = float(np.mean(losses[1]) - np.mean(losses[0]))
     bend = (moved - slope) / default
@@ -167,7 +167,7 @@ def prodigy(probe: Probe, steps: float, default: float) -> Finding:
         if not math.isfinite(loss):
             break
 
-        # Raise the estimate if the gradients point along the distance moved so far.
+        # Raise the estimate if descent continues in the direction moved so far.
         gradients = {name: found[name] * unit[name] for name in unit}
         weight = (1 - math.sqrt(beta_2)) * rate**2
         numerator = math.sqrt(beta_2) * numerator - weight * _dot(gradients, moved)
@@ -195,7 +195,7 @@ def prodigy(probe: Probe, steps: float, default: float) -> Finding:
 
 
 def trials(probe: Probe, steps: float, default: float) -> Finding:
-    """Train shortly at some rates, the best two for longer, and return the best rate."""
+    """Train briefly at several rates, then at the best two for longer; return the best rate."""
     rates = np.geomspace(default / _TRIAL_SPAN, default * _TRIAL_SPAN, _TRIAL_RATES).tolist()
     tried: list[TriedRate] = []
     for count in (_TRIAL_RATES, _KEPT_TRIALS):
@@ -233,7 +233,7 @@ the rate around which rates are tried."""
 
 
 def _first_direction(probe: Probe, default: float) -> dict[str, mx.array]:
-    """Return how far the optimizer's first steps go at rate 1, if they go as at a tiny rate.
+    """Return the change that the optimizer's first steps make at a tiny rate, scaled to rate 1.
 
     Embeddings, which have a rate of their own, stay where they are.
     """
@@ -262,9 +262,9 @@ def _total(scalars: list[mx.array]) -> float:
 
 
 def _lowest(rates: list[float], changes: np.ndarray) -> float | None:
-    """Return the rate with the lowest change, between the rates; None if no change is a fall.
+    """Return the rate at which the loss falls most, interpolated; None if it never falls.
 
-    A parabola over log(rate), through the lowest point and its neighbors, has its minimum there.
+    It is the minimum of a parabola over log(rate) through the lowest point and its neighbors.
     """
     known = np.where(np.isfinite(changes), changes, np.inf)
     best = int(np.argmin(known))

@@ -25,8 +25,7 @@ METHOD = "range test"
 STEPS = 30
 """The work of a search, in steps: a tenth of a run of 300."""
 MIN_BATCHES = 8
-"""The data must have the batches of this many steps, because a rate that suits few examples is too
-high."""
+"""An epoch must have at least this many steps, because a rate found on few examples is too high."""
 SHARES = {
     "range test": 0.5,
     "line search": 1.0,
@@ -142,7 +141,7 @@ def search_rate(
         found = METHODS[method](probe, STEPS, default)
         steps = probe.spent
 
-    # A rate with three digits can be repeated from what is shown.
+    # Round to three digits, so that the rate that is shown can be given as a setting.
     rate, reason = default, "no rate lowered the loss"
     if found.critical is not None:
         rate, reason = float(f"{SHARES[method] * found.critical:.3g}"), ""
@@ -164,7 +163,7 @@ def _reason_against(state: TrainState) -> str:
     batches = state.batches.per_epoch // schedule.batches_per_step
     if batches < MIN_BATCHES:
         return (
-            f"a search needs the examples of {MIN_BATCHES} steps, and the data has those of"
+            f"a search needs enough examples for {MIN_BATCHES} steps, and the data has enough for"
             f" {batches}"
         )
     if schedule.steps < STEPS:

@@ -57,9 +57,9 @@ def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
         checkpoint = session.checkpoint
         if checkpoint is not None and checkpoint.history[0].get("reference") != digest:
             raise ConfigError(
-                "reference: the reference model is not that of the run to resume: load the model"
-                " as at the run's start, with the adapter that it started from if --reference is"
-                " start"
+                "reference: the run to resume was started with another reference model: load the"
+                " model as it was then; with --reference start, this includes the adapter that the"
+                " run started from"
             )
 
     # Compute or read the log-probabilities of each split.

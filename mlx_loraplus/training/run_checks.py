@@ -50,8 +50,8 @@ def check_world(config: TrainConfig, model: nn.Module, world: World, log: Log) -
     # How the model is loaded must match how it is trained.
     if is_sharded(model) != world.is_tensor_parallel:
         raise ConfigError(
-            "parallel tensor and a model loaded by load(name, group=mx.distributed.init()) need"
-            " each other, and more than one process"
+            "parallel tensor needs more than one process and a model from"
+            " load(name, group=mx.distributed.init()), and such a model needs parallel tensor"
         )
     if config.parallel == "tensor" and world.size == 1:
         log("note: parallel tensor has no effect in one process: --launch 2 starts two")
@@ -71,8 +71,8 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     trained_in = getattr(model, "trained_in", None)
     if trains_weights(model) and trained_in is None:
         raise ConfigError(
-            "attach_adapters made the model's weights train, and a run does so itself: load the"
-            " model again, and give --adapter full"
+            "attach_adapters has made the model's weights trainable, which a run does itself: load"
+            " the model again, and give --adapter full"
         )
     if trains_weights(model):
         raise ConfigError(
@@ -142,7 +142,7 @@ def check_rates(config: TrainConfig, groups: Mapping[str, str]) -> None:
 
 
 def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
-    """Warn about rates at which runs have diverged, and about a warm-up longer than the run.
+    """Warn about rates at which runs have diverged, and about a warm-up that takes the whole run.
 
     The measure is s λ η, the rate at which the output changes at first. With init2, B does not
     start at zero, so only A's rate matters, and the measure is s η.
@@ -150,7 +150,7 @@ def warn_about_rates(config: TrainConfig, steps: int, log: Log) -> None:
     optimizer, adapter = config.optimizer, config.adapter
     if (optimizer.warmup or 0) >= steps:
         warmup = counted(optimizer.warmup or 0, "step")
-        log(f"warning: the warm-up of {warmup} is longer than the run of {steps}")
+        log(f"warning: the warm-up of {warmup} takes the whole run of {steps}")
 
     # The limits were measured with these optimizers and adapters only. A rate that is searched is
     # found on the run's own model and data.

@@ -113,10 +113,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def model_config(model: nn.Module) -> dict[str, Any] | None:
-    """Return the numbers that a model computes with beside its weights, such as RoPE's base.
+    """Return the settings of a model that are not weights, such as RoPE's base.
 
     Returns:
-        The arguments of mlx-lm's model, as JSON has them, or None if they are unknown.
+        The arguments of mlx-lm's model as JSON values, or None if they are unknown.
     """
     arguments: Any = getattr(model, "args", None)
     if not is_dataclass(arguments) or isinstance(arguments, type):

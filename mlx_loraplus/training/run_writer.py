@@ -142,8 +142,8 @@ class RunWriter:
                 write_report(run)
         except KeyboardInterrupt:
             self.session.log(
-                f"warning: {outcome}, all steps are saved, but some files are not written yet:"
-                " write them with --resume"
+                f"warning: {outcome}: all steps are saved, but some files are not written yet;"
+                " --resume writes them"
             )
             raise
         self.session.show(run.history[-1])

@@ -123,7 +123,9 @@ class CheckResult:
         for name, deviation in self.ours.items():
             allowed = max(self.tolerances[0], FACTOR * stock.loss)
             if not deviation.loss <= allowed:
-                found.append(f"{name}: the loss by {deviation.loss:.2g} (allowed: {allowed:.2g})")
+                found.append(
+                    f"{name}: the loss is off by {deviation.loss:.2g} (allowed: {allowed:.2g})"
+                )
             part = self._worst_part(deviation)
             if part:
                 found.append(f"{name}: {part}")
@@ -137,7 +139,7 @@ class CheckResult:
             excess = off / allowed if np.isfinite(off) else np.inf
             if excess > worst:
                 worst = excess
-                phrase = f"the gradients of {part} by {off:.2g} (allowed: {allowed:.2g})"
+                phrase = f"the gradients of {part} are off by {off:.2g} (allowed: {allowed:.2g})"
         return phrase
 
     def __str__(self) -> str:
@@ -219,7 +221,10 @@ def refuse_if_wrong(result: CheckResult) -> None:
 
 
 def _front_with_adapters(model: nn.Module, adapter: AdapterConfig) -> nn.Module | None:
-    """Return the model's front, in which all gradients are different from zero."""
+    """Return the model's front with adapters whose gradients are not zero, or None.
+
+    It is None if the model has no list of blocks that can be shortened.
+    """
     front = front_of(model, blocks=BLOCKS, rows=VOCABULARY)
     if front is None:
         return None
@@ -265,7 +270,10 @@ def _too_large(front: nn.Module) -> str:
     free = machine.budget - mx.get_active_memory()
     if 2 * needed <= free:
         return ""
-    return f"the first blocks in float32 take {gb(needed)}, and {gb(max(free, 0))} are free"
+    return (
+        f"the first blocks in float32 take {gb(needed)}, the check needs twice that, and"
+        f" {gb(max(free, 0))} are free"
+    )
 
 
 def _few_rows(front: nn.Module) -> Arrays:
@@ -378,7 +386,7 @@ def _deviation(found: tuple[float, Gradients], expected: tuple[float, Gradients]
             off[part] = off.get(part, 0.0) + numbers[0]
             size[part] = size.get(part, 0.0) + numbers[1]
 
-    # If a part's gradients are tiny, its distance is relative to all gradients.
+    # If a part's gradients are tiny, its distance is relative to 1% of the norm of all gradients.
     least = 1e-4 * sum(size.values())
     parts = {part: float(np.sqrt(square / max(size[part], least))) for part, square in off.items()}
     whole = float(np.sqrt(sum(off.values()) / sum(size.values())))

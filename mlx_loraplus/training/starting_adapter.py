@@ -179,7 +179,7 @@ def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> Existin
 
 
 def _recorded_settings(folder: str | Path) -> dict[str, Any]:
-    """Return the adapter settings in a run's folder; empty if the folder has no run.yaml."""
+    """Return the adapter settings in a run's folder; empty if it has no valid run.yaml."""
     try:
         config = configure(TrainConfig, read_settings(Path(folder) / SETTINGS), whole=False)
     except ConfigError:
@@ -265,8 +265,8 @@ def _check_given(
         problems.append(f"{name} {getattr(asked, name)} (theirs: {value!s:.80})")
     raise ConfigError(
         "the run starts from adapters with other settings:"
-        f" {join_problems(problems)}; leave them out to train these adapters further, or start"
-        " without these adapters"
+        f" {join_problems(problems)}; leave these settings out to train the adapters further, or"
+        " start without the adapters"
     )
 
 

@@ -116,8 +116,8 @@ def train(
             and after the last step. May be empty.
         config: How often to report, validate and save, whether to compile, and when to stop.
         report: Called with each event, a flat dictionary ready for JSON.
-        save: Called between steps: at each ``steps_per_save``, at each best validation, and at
-            the end.
+        save: Called between steps: at each ``steps_per_save``, at each best validation, at the end,
+            and on a GPU at least every ``SAVE_SECONDS``.
         world: The processes that train together; each calls this function. Default: this process.
 
     Returns:
@@ -173,7 +173,7 @@ class TrainLoop:
         self.step_batches: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved = time.perf_counter()
-        # Without compiling (auto: on a CPU), ``trimmed`` removes the padding that repeats shapes.
+        # Padding makes shapes repeat, for compiled steps. Other steps remove it by ``trimmed``.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
         self._accumulate, self._update = make_step(
@@ -269,7 +269,7 @@ class TrainLoop:
     def sum_batches(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
 
-        The sizes are the numbers of supervised tokens, useful tokens, tokens and pairs.
+        The sizes count supervised tokens, useful tokens, tokens with padding, and pairs or answers.
         """
         state, world = self.state, self.world
 
@@ -277,7 +277,7 @@ class TrainLoop:
         baseline = self.estimate_kl(self.step_batches, world)  # only for kto; else ()
         sums: Sums | None = None
         for batch in self.step_batches:
-            # Evaluate the batch before: the graphs of two batches would need more memory.
+            # Evaluate the previous batch first: the graphs of two batches would need more memory.
             world.compute(sums)
             sums = self._accumulate((*arrays_of(batch), *baseline), sums)
         sizes = np.zeros(4)

@@ -51,6 +51,11 @@ def test_a_row_that_lacks_a_column_is_bad(row: dict, told: str):
     assert told in str(error.value)
 
 
+def test_a_field_that_is_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"^fields: prompt is given twice; .*prompt='{a} {b}'$"):
+        parse_names(["prompt=q", "prompt=r"])
+
+
 @pytest.mark.parametrize(
     "pair",
     ["prompt={a", "prompt=a}", "prompt={}", "prompt={a:3}", "prompt={a!r}", "prompt={{a}}",

@@ -189,12 +189,18 @@ def test_long_answers_are_cut_and_equal_ones_are_dropped(folder: Path):
     data, _ = load(folder, "long.jsonl", max_seq_length=20)
     report = data.reports["train"]
     assert len(data.examples["train"]) == 2
-    assert any("1 pairs are dropped, because their answers are equal" in n for n in report.notes)
+    assert report.dropped_rows() == ["1 pair dropped (equal answers in their first 20 tokens)"]
     assert int(data.examples["train"].lengths.max()) < 20
 
     dropped, _ = load(folder, "long.jsonl", max_seq_length=20, on_long="drop")
     assert len(dropped.examples["train"]) == 1
     assert dropped.reports["train"].dropped == 2
+    with pytest.raises(DataError, match=r"raise it, or choose --on-long truncate or drop$"):
+        load(folder, "long.jsonl", max_seq_length=20, on_long="error")
+
+    (folder / "equal.jsonl").write_text(json.dumps(rows[1]))
+    with pytest.raises(DataError, match=r"\(1 pair dropped .*\); raise max_seq_length 20$"):
+        load(folder, "equal.jsonl", max_seq_length=20)
 
 
 def test_problems_are_reported_by_line(folder: Path):

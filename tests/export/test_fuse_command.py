@@ -347,7 +347,7 @@ def test_a_plain_base_is_fused_without_comparing_answers(
     train.main(["--model", str(model), "--data", str(data), "--iters", "2", "--adapter-path", run])
     fuse.main([run, "--save-path", str(tmp_path / "a")])
     said = capsys.readouterr()
-    assert "the answers are not compared (--sample-tokens 2048 does)" in said.out
+    assert "the answers are not compared (--sample-tokens 2048 compares them anyway)" in said.out
     assert "fusing layers: 0 of 14" in said.err
     assert "answers of" not in said.err
     assert json.loads((tmp_path / "a" / "fuse.json").read_text())["answers"] == {}

@@ -203,7 +203,7 @@ def test_few_examples_or_steps_are_said_and_the_default_is_used(tiny: TinyModel)
     config = config_of()
     few = search_rate(state_of(tiny("llama"), config, count=4 * MIN_BATCHES - 4), config, ALONE)
     assert few.rate == few.default == default_rate(config)
-    assert f"the examples of {MIN_BATCHES} steps, and the data has those of 7" in str(few)
+    assert f"enough examples for {MIN_BATCHES} steps, and the data has enough for 7" in str(few)
 
     config = config_of(iters=STEPS - 1)
     short = search_rate(state_of(tiny("llama"), config), config, ALONE)

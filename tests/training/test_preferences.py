@@ -198,7 +198,7 @@ def test_a_resume_with_another_reference_is_refused(place: Place):
     }  # fmt: skip
     ml.finetune(model, tokenizer, iters=2, **settings)
     model, tokenizer = ml.load(str(place.folder / "model"))
-    with pytest.raises(ConfigError, match="not that of the run to resume"):
+    with pytest.raises(ConfigError, match="was started with another reference model"):
         ml.finetune(model, tokenizer, iters=4, resume=True, **settings)
 
 

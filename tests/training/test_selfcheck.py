@@ -146,7 +146,7 @@ def test_a_wrong_gradient_is_refused_with_figures(
     said = str(caught.value)
     assert "\n" not in said
     assert re.search(
-        r"chunked attention, composed cross-entropy, eager: the gradients of mlp.gate_proj.lora_. by 0.[34]",
+        r"chunked attention, composed cross-entropy, eager: the gradients of mlp.gate_proj.lora_. are off by 0.[34]",
         said,
     ), said
     assert "--selfcheck off trains nevertheless" in said
@@ -175,9 +175,9 @@ def result_of(**ours: Deviation) -> CheckResult:
 def test_the_rounding_of_stock_layers_widens_the_tolerance():
     assert result_of(eager=Deviation(9e-3, 0.1, {"q_proj": 0.23, "v_proj": 0.05})).problems() == []
     (found,) = result_of(eager=Deviation(9e-3, 0.1, {"q_proj": 0.25, "v_proj": 0.05})).problems()
-    assert found == "eager: the gradients of q_proj by 0.25 (allowed: 0.24)"
+    assert found == "eager: the gradients of q_proj are off by 0.25 (allowed: 0.24)"
     (found,) = result_of(eager=Deviation(2e-2, 0.1, {"q_proj": 0.2, "v_proj": 0.05})).problems()
-    assert found == "eager: the loss by 0.02 (allowed: 0.01)"
+    assert found == "eager: the loss is off by 0.02 (allowed: 0.01)"
     nan = float("nan")
     found = result_of(eager=Deviation(nan, nan, {"q_proj": nan, "v_proj": nan})).problems()
     assert len(found) == 2

@@ -176,7 +176,7 @@ def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict
         ("vera", "adapter vera does not work with parallel tensor"),
         ("pissa", "init pissa needs whole weights"),
         ("norms", "train_modules does not work with parallel tensor"),
-        ("not for tensor", "need each other"),
+        ("not for tensor", "such a model needs parallel tensor"),
     ],
 )
 def test_what_cant_be_divided_is_refused(name: str, words: str, two: dict[str, list[dict]]):
@@ -191,7 +191,8 @@ def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
         assert [process.wait(MOST) for process in processes] == [2, 2]
     first, second = ((tmp_path / "team" / f"{rank}.log").read_text() for rank in (0, 1))
     assert [line for line in first.splitlines() if "error" in line] == [
-        "error: this model can't be sharded over 2 processes: it has 1 key heads"
+        "error: this model can't be sharded over 2 processes: it has 1 key heads; use another"
+        " number of processes, or parallel data"
     ]
     assert "error" not in second
 

@@ -97,11 +97,11 @@ class Architecture:
     more_numbers: dict[str, str] = field(default_factory=dict[str, str])
     fixed: dict[str, Any] = field(default_factory=dict[str, Any])  # not stored in GGUF
     scalings: tuple[str, ...] = ("linear", "yarn")  # the kinds of RoPE scaling
-    is_interleaved: bool = False  # the query and key rows
-    adds_one: bool = False  # to norm weights
-    rotates_part: bool = False  # of each head, if partial_rotary_factor says so
-    not_numbers: tuple[str, ...] = ()  # common numbers that are stored in another form
-    may_be_zero: tuple[str, ...] = ()  # numbers
+    is_interleaved: bool = False  # whether llama.cpp interleaves the query and key rows
+    adds_one: bool = False  # whether llama.cpp's norm weights are larger by 1
+    rotates_part: bool = False  # whether partial_rotary_factor may rotate a part of each head
+    not_numbers: tuple[str, ...] = ()  # the names in _COMMON that are stored in another form
+    may_be_zero: tuple[str, ...] = ()  # the names of numbers that may be 0
 
     @property
     def numbers(self) -> dict[str, str]:
@@ -188,7 +188,7 @@ _SPECIAL_CASES = {
     ("llama", "expert_count"): "mixtral",
     ("olmo2", "attention.sliding_window"): "olmo3",
 }
-"""The numbers that only one of two model types with the same architecture in llama.cpp has."""
+"""(llama.cpp's architecture, a number that only this model type stores) → the model type."""
 
 _HUB_NAMES = (
     ("language_model.", ""),
@@ -265,10 +265,12 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         settings["no_rope_layers"] = [int((layer + 1) % 4 != 0) for layer in range(layers)]
     if model_type in ("olmo3", "gpt_oss"):
         period = {"olmo3": 4, "gpt_oss": 2}[model_type]
-        kinds = ("sliding_attention", "full_attention")
-        settings["layer_types"] = [kinds[(layer + 1) % period == 0] for layer in range(layers)]
+        settings["layer_types"] = [
+            "sliding_attention" if (layer + 1) % period else "full_attention"
+            for layer in range(layers)
+        ]
 
-    # Tensors of a model have sizes that another setting determines.
+    # These sizes of tensors equal another setting.
     if model_type.startswith(("qwen3_5", "qwen3_next")):
         settings["linear_value_head_dim"] = config["linear_key_head_dim"]
     if config.get("hidden_size_per_layer_input"):
@@ -279,7 +281,8 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def expected_tensors(config: dict[str, Any]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return GGUF name → (mlx-lm name, shape) for every tensor that a model of this config has.
 
-    If the tensor holds half of the rows of a parameter, ``half_of`` takes its name apart.
+    If a tensor holds half of a parameter's rows, its mlx-lm name has a suffix for that half, which
+    ``half_of`` removes and returns.
 
     Raises:
         ModelError: llama.cpp has no name for a tensor.

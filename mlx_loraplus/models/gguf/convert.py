@@ -145,8 +145,8 @@ def _check_is_model(file: GGUFFile) -> None:
     if kind == "adapter":
         raise ModelError(
             f"{path} is a LoRA adapter, not a model: convert it with mlx_loraplus.export --from"
-            f" gguf --model BASE --adapter-path {path} --save-path imported, and give the folder"
-            " imported"
+            f" gguf --model BASE --adapter-path {path} --save-path imported, and use the folder"
+            " imported as an adapter"
         )
     if kind == "mmproj" or metadata.get("general.architecture") == "clip":
         raise ModelError(
@@ -159,7 +159,7 @@ def _check_is_model(file: GGUFFile) -> None:
     if metadata.get(causal, True) is not True:
         raise ModelError(
             f"{path} is a model that reads texts in both directions ({causal} is"
-            f" {metadata[causal]!r:.40}), as models do that embed texts: give one that generates"
+            f" {metadata[causal]!r:.40}), as embedding models do: give a model that generates text"
         )
 
     # A large model may be split into several files.
@@ -167,7 +167,7 @@ def _check_is_model(file: GGUFFile) -> None:
     if parts != 1:
         raise ModelError(
             f"{path} is one of {parts} parts of a model: join them first, with llama.cpp's"
-            f" llama-gguf-split --merge {path} whole.gguf"
+            " llama-gguf-split --merge FIRST_PART whole.gguf"
         )
 
 

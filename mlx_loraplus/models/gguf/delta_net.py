@@ -27,7 +27,7 @@ def delta_net_metadata(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def delta_net_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a file besides its numbers, and take the rotary ones from ``config``.
+    """Return the settings of a file besides its numbers; move the rotary ones out of ``config``.
 
     Args:
         numbers: Reads the file, and collects the problems with it.

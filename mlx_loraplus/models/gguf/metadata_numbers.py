@@ -23,7 +23,10 @@ class MetadataNumbers:
         return f"{self.architecture.name}.{self.architecture.numbers.get(name, name)}"
 
     def read(self, name: str, default: float | None = None, most: float = LARGEST) -> Any:
-        """Return the number with this name, the hub's or llama.cpp's; 1 if missing or invalid."""
+        """Return the number with this name, the hub's or llama.cpp's.
+
+        If it is invalid, or missing without a default, add a problem and return 1.
+        """
         key = self.key(name)
         found = self.file.metadata.get(key, default)
         kind = int | float if name in REALS else int
@@ -32,9 +35,10 @@ class MetadataNumbers:
         if is_number and (0 < found <= most or (found == 0 and may_be_zero)):
             return found
 
-        allowed = "of at least 0" if may_be_zero else "above 0"
+        number = "a number" if name in REALS else "a whole number"
+        least = "of at least 0" if may_be_zero else "above 0"
         self.problems.append(
-            f"{key} is {found!r:.40}, allowed is a number {allowed} and up to {most:,}"
+            f"{key} is {found!r:.40}, allowed is {number} {least} and up to {most:,}"
         )
         return 1
 

@@ -249,7 +249,8 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, dims = cursor.string(), cursor.number("<I")
     if len(name) > _LONGEST_NAME or not 1 <= dims <= _MOST_DIMENSIONS:
         raise _BadBytesError(
-            f"tensor {name!r:.70} has {dims} dimensions, allowed are 1 to 4, and 64 characters"
+            f"tensor {name!r:.70} has {dims} dimensions and a name of {len(name):,} characters,"
+            f" allowed are 1 to {_MOST_DIMENSIONS} dimensions and {_LONGEST_NAME} characters"
         )
     shape = tuple(cursor.number("<Q") for _ in range(dims))
     return name, shape[::-1], cursor.number("<I"), cursor.number("<Q")
@@ -267,8 +268,8 @@ def _locate(name: str, shape: tuple[int, ...], kind: int, offset: int) -> Tensor
     block_size, _ = GGML_QUANT_SIZES[known]
     if not all(shape) or shape[-1] % block_size:
         raise _BadBytesError(
-            f"tensor {name!r} has the shape {shape}, whose last axis must be a multiple of"
-            f" {block_size}"
+            f"tensor {name!r} has the shape {shape}; its sizes must be above 0, and the last one a"
+            f" multiple of {block_size}"
         )
     nbytes = math.prod(quant_shape_to_byte_shape(shape, known))
     return Tensor(shape, known, offset, nbytes)

@@ -151,7 +151,7 @@ def read_rope_scaling(
 def _attention_problem(
     file: GGUFFile, architecture: str, config: dict[str, Any], original: float
 ) -> str | None:
-    """Return a problem with a factor that llama.cpp applies to rotated vectors and mlx-lm not."""
+    """Return a problem with a factor of rotated vectors that mlx-lm does not apply."""
     if math.isnan(original):
         return "its rope.scaling.original_context_length is not a positive number"
 

@@ -60,7 +60,7 @@ def in_column_order(
 
 
 def gguf_shape(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple[int, ...]:
-    """Return the shape in GGUF of a tensor that has a shape in mlx-lm."""
+    """Return a tensor's shape in GGUF, given its shape in mlx-lm."""
     if name.endswith("ssm_conv1d.weight"):
         return shape[:2]
     if name.endswith((".ssm_a", ".ssm_d")) and config["model_type"] == "granitemoehybrid":
@@ -87,7 +87,7 @@ def _row_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | Non
 
 
 def _value_order(name: str, rows: int, config: dict[str, Any]) -> np.ndarray | None:
-    """Return the row in mlx-lm of each row that belongs to a value head, or None for others."""
+    """Return the row in mlx-lm of each row of a tensor with value heads; None for other tensors."""
     if name.endswith("attn_gate.weight"):
         return value_rows(config)
     if name.endswith(("ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias")):
