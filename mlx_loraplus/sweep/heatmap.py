@@ -1,5 +1,6 @@
 """Losses over two settings, as a picture and as a table for the terminal."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Heatmap:
     y_name: str
     x: tuple[float, ...]  # ascending
     y: tuple[float, ...]
-    losses: np.ndarray  # (y, x); not finite where training diverged
+    losses: np.ndarray  # (y, x); infinite where training diverged, NaN where nothing was tried
     marks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Name → (y, x) indices of a cell; two marks at most."""
 
@@ -65,10 +66,9 @@ class Heatmap:
     def _draw_numbers(self, axes: Axes) -> None:
         norm = self._norm
         for (row, column), loss in np.ndenumerate(self.losses):
-            text, ink = "diverged", "k"
-            if np.isfinite(loss):
-                text = f"{loss:.3f}"
-                ink = "w" if norm(loss) < _DARK_INK_ABOVE else "k"
+            text, ink = loss_text(loss, digits=3), "k"
+            if np.isfinite(loss) and norm(loss) < _DARK_INK_ABOVE:
+                ink = "w"
             axes.text(column, row, text, ha="center", va="center", color=ink, fontsize=8)
 
     def _draw_marks(self, axes: Axes) -> None:
@@ -98,12 +98,20 @@ class Heatmap:
         marks = "".join(f" {initial}" for initial in initials)
 
         loss = self.losses[row, column]
+        text = f"{loss_text(loss)}{marks}"
         if not np.isfinite(loss):
-            return Text(f"diverged{marks}", "dim")
+            return Text(text, "dim")
 
         share = float(norm(loss))
         ink = "black" if share > _DARK_INK_ABOVE else "white"
-        return Text(f"{loss:.4f}{marks}", f"{ink} on {to_hex(_VIRIDIS(share))}")
+        return Text(text, f"{ink} on {to_hex(_VIRIDIS(share))}")
+
+
+def loss_text(loss: float, digits: int = 4) -> str:
+    """Return the text of a cell: its loss, or why it has none."""
+    if math.isnan(loss):
+        return "not tried"
+    return f"{loss:.{digits}f}" if math.isfinite(loss) else "diverged"
 
 
 def _format(values: Sequence[float]) -> list[str]:

@@ -13,7 +13,7 @@ from ..runs.report import REFRESH, plain
 from ..runs.report_headline import sentence
 from ..settings import settings_of
 from ..userpaths import public_name
-from .heatmap import Heatmap
+from .heatmap import Heatmap, loss_text
 from .sweep_result import Sweep, resume_sweep_command, train_best_command
 
 _MAX_CURVES = 5  # that a chart can tell apart
@@ -93,7 +93,7 @@ def _finalists(sweep: Sweep) -> HTMLTable:
 def _grid_of(heatmap: Heatmap) -> HTMLTable:
     """Return the losses as a table with a row for each lambda; the lowest loss is marked."""
     rows = [
-        (f"{heatmap.y_name} {value:.3g}", *map(_shown, losses))
+        (f"{heatmap.y_name} {value:.3g}", *map(loss_text, losses))
         for value, losses in zip(heatmap.y, heatmap.losses, strict=True)
     ]
     head = ("", *(f"{heatmap.x_name} {value:.3g}" for value in heatmap.x))
@@ -103,10 +103,6 @@ def _grid_of(heatmap: Heatmap) -> HTMLTable:
         row, column = divmod(int(np.nanargmin(heatmap.losses)), len(heatmap.x))
         best.add((rows[row][0], column + 1))
     return HTMLTable(rows, head, best=frozenset(best))
-
-
-def _shown(loss: float) -> str:
-    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def _charts_of(heatmap: Heatmap) -> Sequence[Chart]:

@@ -12,8 +12,10 @@ from pathlib import Path
 import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 
 from mlx_loraplus import cli, train
 from mlx_loraplus.adapters.trainable import find_adapters
@@ -21,6 +23,7 @@ from mlx_loraplus.arguments import command
 from mlx_loraplus.command_config import SweepConfig
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
+from mlx_loraplus.sweep.heatmap import Heatmap
 from mlx_loraplus.sweep.sweep import Point, Sweep
 from mlx_loraplus.sweep.sweep_page import sweep_page
 from mlx_loraplus.sweep.trial import Trial, new_adapters
@@ -325,3 +328,12 @@ def test_what_no_sweep_wrote_is_kept_unless_overwritten(place: Path, tmp_path: P
     (tmp_path / name).mkdir()
     with pytest.raises(ml.OutputError, match="is a folder, where a sweep writes a file"):
         ml.sweep_rates(model, tokenizer, adapter_path=str(tmp_path), overwrite=True, **short)
+
+
+def test_a_map_tells_what_was_not_tried():
+    losses = np.array([[math.nan, math.inf, 1.0]])
+    console = Console(width=80)
+    with console.capture() as printed:
+        console.print(Heatmap("map", "eta", "lambda", (1e-4, 1e-3, 1e-2), (4.0,), losses))
+    words = printed.get().split("│")
+    assert [word.strip() for word in words[-4:-1]] == ["not tried", "diverged", "1.0000"]
