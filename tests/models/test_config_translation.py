@@ -8,14 +8,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, quantize_model, save_model
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.config_translation import for_mlx_lm
 from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
 from mlx_loraplus.models.rope_magnitude import positions_note
 from mlx_loraplus.models.rope_parameters import text_part
-from mlx_loraplus.models.skeleton import make_skeleton
+from mlx_loraplus.models.skeleton import make_skeleton, read_config
 from scripts.tiny_model import write_tiny_model
 from tests.families.walk import CONFIGS, write_folder
 
@@ -262,6 +262,19 @@ def test_a_rotary_factor_that_llama_ignores_is_ignored(tmp_path: Path):
     """transformers ignores it too: "llama partial" in scripts/judges/check_rope."""
     folder = write_tiny_model(tmp_path / "model")
     np.testing.assert_array_equal(logits(folder, partial_rotary_factor=0.5), logits(folder))
+
+
+def test_mlx_lms_own_quantization_under_the_other_name_is_told(tmp_path: Path):
+    folder = write_tiny_model(tmp_path / "model")
+    model, config = quantize_model(load_base(folder)[0], read_config(folder / "config.json"), 32, 4)
+    (folder / "model.safetensors").unlink()
+    save_model(folder, model)
+    settings = config.pop("quantization")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(ModelError, match="rename quantization_config to quantization"):
+        load_base(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": settings}))
+    load_base(folder)
 
 
 def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):
