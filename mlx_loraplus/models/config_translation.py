@@ -39,14 +39,20 @@ _FULL_ATTENTION_SIZES = {
 """Entry of ``per_layer_config`` in transformers 5 → the field of mlx-lm's Gemma 4."""
 
 _NEUTRAL = {
+    "clip_qkv": (None,),
     "final_logit_softcapping": (None, 0),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "scale_attn_weights": (None, True),
     "use_bidirectional_attention": (None, False, "vision"),
 }
 """Setting that can change a model's outputs → the values that do not change them; "vision" concerns
 the tokens of images only."""
 
-_ALWAYS = {("nanochat", "final_logit_softcapping"): 15}
-"""Family and setting → the value that mlx-lm uses without reading it."""
+_NEUTRAL_IN = {
+    "nanochat": {"final_logit_softcapping": (None, 15)},
+    "qwen2_moe": {"norm_topk_prob": (None, False)},
+}
+"""Family → the same for its own settings."""
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -118,9 +124,9 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     # Refuse other settings if they change the outputs and no part of the model reads them.
     fields = settings_read(model.modules())
     text = text_part(config)
-    for name, values in _NEUTRAL.items():
-        allowed = (*values, _ALWAYS.get((config["model_type"], name)))
-        if fields and name not in fields and text.get(name) not in allowed:
+    neutral = _NEUTRAL | _NEUTRAL_IN.get(config["model_type"], {})
+    for name, values in neutral.items():
+        if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
                 f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's"
                 f" {config['model_type']} ignores, so its outputs would be wrong; use a newer"

@@ -152,6 +152,10 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         (CONFIGS["gemma4_text"] | {"use_bidirectional_attention": "all"}, "use_bidirectional"),
         (CONFIGS["nanochat"] | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (CONFIGS["qwen2_moe"] | {"norm_topk_prob": True}, "norm_topk_prob True"),
+        (CONFIGS["olmoe"] | {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
+        (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
+        (CONFIGS["gpt_bigcode"] | {"scale_attn_weights": False}, "scale_attn_weights False"),
         (
             CONFIGS["cohere2"] | {"layer_types": ["full_attention", "sliding_attention"]},
             "layer_types",
@@ -177,6 +181,8 @@ def test_what_a_family_can_not_do_is_refused(config: dict[str, Any], told: str):
         ("gemma4_text", {"use_bidirectional_attention": "vision"}),  # 12B, 26B and 31B
         ("gemma4_text", {"use_bidirectional_attention": None}),
         ("nanochat", {"final_logit_softcapping": 15.0}),
+        ("qwen2_moe", {"norm_topk_prob": False, "clip_qkv": None}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}),
     ],
 )
 def test_a_setting_that_changes_nothing_for_text_is_accepted(family: str, setting: dict[str, Any]):
