@@ -48,7 +48,10 @@ _NEUTRAL = {
 """Setting that can change a model's outputs → the values that do not change them; "vision" concerns
 the tokens of images only."""
 
-_NEUTRAL_IN = {
+_NEUTRAL_IN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v3": {"rope_interleave": (None, True)},
+    "glm4_moe_lite": {"rope_interleave": (None, True)},
+    "gpt_oss": {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7)},
     "nanochat": {"final_logit_softcapping": (None, 15)},
     "qwen2_moe": {"norm_topk_prob": (None, False)},
 }

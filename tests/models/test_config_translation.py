@@ -8,11 +8,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.utils import _get_classes, quantize_model, save_model
+from mlx_lm.utils import quantize_model, save_model
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.config_translation import for_mlx_lm
-from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
+from mlx_loraplus.models.loading import check_quantized, load_base, load_stock, stored_dtypes
 from mlx_loraplus.models.rope_magnitude import positions_note
 from mlx_loraplus.models.rope_parameters import text_part
 from mlx_loraplus.models.skeleton import make_skeleton, read_config
@@ -153,6 +153,9 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
         (CONFIGS["gemma4_text"] | {"use_bidirectional_attention": "all"}, "use_bidirectional"),
         (CONFIGS["nanochat"] | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (CONFIGS["qwen2_moe"] | {"norm_topk_prob": True}, "norm_topk_prob True"),
+        (CONFIGS["deepseek_v3"] | {"rope_interleave": False}, "rope_interleave False"),
+        (CONFIGS["glm4_moe_lite"] | {"rope_interleave": False}, "rope_interleave False"),
+        (CONFIGS["gpt_oss"] | {"swiglu_limit": 10.0}, "swiglu_limit 10"),
         (CONFIGS["olmoe"] | {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
         (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
         (CONFIGS["gpt_bigcode"] | {"scale_attn_weights": False}, "scale_attn_weights False"),
@@ -181,6 +184,8 @@ def test_what_a_family_can_not_do_is_refused(config: dict[str, Any], told: str):
         ("gemma4_text", {"use_bidirectional_attention": "vision"}),  # 12B, 26B and 31B
         ("gemma4_text", {"use_bidirectional_attention": None}),
         ("nanochat", {"final_logit_softcapping": 15.0}),
+        ("deepseek_v3", {"rope_interleave": True}),
+        ("gpt_oss", {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
         ("qwen2_moe", {"norm_topk_prob": False, "clip_qkv": None}),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}),
     ],
@@ -239,8 +244,8 @@ def test_fields_that_mlx_lm_requires_are_kept(family: str, tmp_path: Path):
     parameters = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": parameters}))
     saved = load_base(tmp_path)[1]
-    model_class, args_class = _get_classes(saved)
-    model_class(args_class.from_dict(saved))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    load_stock(tmp_path)
 
 
 @pytest.mark.parametrize(
