@@ -17,8 +17,45 @@ from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, w
 
 _OTHER_NAMES = {"num_experts": "num_local_experts", "num_local_experts": "num_experts"}
 
-_NEUTRAL = {"final_logit_softcapping": (None, 0), "use_bidirectional_attention": (None, False)}
-"""Setting that can change a model's outputs → the values that do not change them."""
+_EXAONE_NAMES = {"num_layers": "num_hidden_layers", "layer_norm_epsilon": "rms_norm_eps"}
+"""Field of EXAONE 3 that mlx-lm reads → its name in transformers 5."""
+
+_PATTERNS = {
+    "cohere2": "sliding_window_pattern",
+    "gemma3_text": "sliding_window_pattern",
+    "qwen3_5_moe_text": "full_attention_interval",
+    "qwen3_5_text": "full_attention_interval",
+    "qwen3_next": "full_attention_interval",
+}
+"""Family → the field in which mlx-lm reads that every nth layer has full attention."""
+
+_MAMBA_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+"""Kind of layer in transformers 5 → its name in mlx-lm's Granite 4."""
+
+_FULL_ATTENTION_SIZES = {
+    "head_dim": "global_head_dim",
+    "num_key_value_heads": "num_global_key_value_heads",
+}
+"""Entry of ``per_layer_config`` in transformers 5 → the field of mlx-lm's Gemma 4."""
+
+_NEUTRAL = {
+    "clip_qkv": (None,),
+    "final_logit_softcapping": (None, 0),
+    "scale_attn_by_inverse_layer_idx": (None, False),
+    "scale_attn_weights": (None, True),
+    "use_bidirectional_attention": (None, False, "vision"),
+}
+"""Setting that can change a model's outputs → the values that do not change them; "vision" concerns
+the tokens of images only."""
+
+_NEUTRAL_IN: dict[str, dict[str, tuple[Any, ...]]] = {
+    "deepseek_v3": {"rope_interleave": (None, True)},
+    "glm4_moe_lite": {"rope_interleave": (None, True)},
+    "gpt_oss": {"swiglu_alpha": (None, 1.702), "swiglu_limit": (None, 7)},
+    "nanochat": {"final_logit_softcapping": (None, 15)},
+    "qwen2_moe": {"norm_topk_prob": (None, False)},
+}
+"""Family → the same for its own settings."""
 
 
 def load_config(folder: Path) -> dict[str, Any]:
@@ -65,7 +102,14 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
             is_missing = part.get(name) is None and part.get(other) is not None
             if is_read and is_missing:
                 part[name] = part[other]
-        _add_window_pattern(part)
+        if part.get("model_type") == "exaone":
+            older = {name: part[other] for name, other in _EXAONE_NAMES.items() if other in part}
+            part.update(older | part)
+
+        # It also lists the kinds of the layers, and what differs between them.
+        _add_full_attention_pattern(part)
+        _rename_mamba_layers(part)
+        _add_full_attention_sizes(part)
     return made
 
 
@@ -83,7 +127,8 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     # Refuse other settings if they change the outputs and no part of the model reads them.
     fields = settings_read(model.modules())
     text = text_part(config)
-    for name, values in _NEUTRAL.items():
+    neutral = _NEUTRAL | _NEUTRAL_IN.get(config["model_type"], {})
+    for name, values in neutral.items():
         if fields and name not in fields and text.get(name) not in values:
             raise ModelError(
                 f"its config.json has {name} {text[name]!r:.40}, which mlx-lm's"
@@ -145,13 +190,13 @@ def _fields_of(config: dict[str, Any]) -> set[str]:
         return set()
 
 
-def _add_window_pattern(part: dict[str, Any]) -> None:
-    """Add Gemma 3's ``sliding_window_pattern`` to a config that lists its ``layer_types``.
+def _add_full_attention_pattern(part: dict[str, Any]) -> None:
+    """Add the field that mlx-lm reads instead of ``layer_types``.
 
     A pattern of n means that every nth layer has full attention.
     """
-    kinds = part.get("layer_types")
-    if part.get("model_type") != "gemma3_text" or not isinstance(kinds, list):
+    name, kinds = _PATTERNS.get(part.get("model_type", "")), part.get("layer_types")
+    if name is None or not isinstance(kinds, list):
         return
 
     # Find the numbers of the layers with full attention, counted from 1.
@@ -163,11 +208,42 @@ def _add_window_pattern(part: dict[str, Any]) -> None:
             " requires"
         )
 
-    # If the config also has the pattern, it must agree.
-    stored = part.get("sliding_window_pattern", pattern)
-    if stored != pattern:
+    # If the config also has the pattern, it must give the same layers.
+    stored = part.get(name)
+    if stored is None:
+        part[name] = pattern
+    elif full != list(range(stored, len(kinds) + 1, stored)):
         raise ModelError(
-            f"its config.json has sliding_window_pattern {stored}, but its layer_types say"
-            f" {pattern}: remove the wrong one"
+            f"its config.json has {name} {stored}, but its layer_types say {pattern}: remove the"
+            " wrong one"
         )
-    part["sliding_window_pattern"] = pattern
+
+
+def _rename_mamba_layers(part: dict[str, Any]) -> None:
+    """Give the layers of a Granite 4 the names that mlx-lm knows."""
+    kinds = part.get("layer_types")
+    if part.get("model_type") == "granitemoehybrid" and isinstance(kinds, list):
+        part["layer_types"] = [_MAMBA_KINDS.get(kind, kind) for kind in kinds]
+
+
+def _add_full_attention_sizes(part: dict[str, Any]) -> None:
+    """Add the sizes of Gemma 4's layers with full attention, from a ``per_layer_config``."""
+    layers = part.get("per_layer_config")
+    if part.get("model_type") not in ("gemma4_text", "gemma4_unified_text") or not isinstance(
+        layers, dict
+    ):
+        return
+
+    # mlx-lm has one size for all of these layers, and another for all other layers.
+    kinds = enumerate(part.get("layer_types") or [])
+    full = {number for number, kind in kinds if kind == "full_attention"}
+    sizes = list(layers.values())
+    is_one = all(size == sizes[0] and set(size) <= set(_FULL_ATTENTION_SIZES) for size in sizes)
+    if {int(number) for number in layers} != full or not is_one:
+        raise ModelError(
+            "its per_layer_config changes more than head_dim and num_key_value_heads of the layers"
+            " with full attention, and mlx-lm can do no more; use another model"
+        )
+    for name, ours in _FULL_ATTENTION_SIZES.items():
+        if sizes and name in sizes[0]:
+            part.setdefault(ours, sizes[0][name])

@@ -233,6 +233,12 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
     method = quantization.get("quant_method")
     is_known = method in _QUANTIZATIONS or not quantization
     if "quantization" not in original and not is_known:
+        if method is None and "bits" in quantization:
+            raise ModelError(
+                "its config.json has a quantization_config without quant_method, which mlx-lm can't"
+                " read: if mlx-lm quantized the model, rename quantization_config to quantization;"
+                " otherwise use a version of the model in bfloat16"
+            )
         raise ModelError(
             f"its config.json has the quantization {method!r}, which mlx-lm does not know; allowed"
             f" are {', '.join(_QUANTIZATIONS)}, and mlx-lm's own: use a version of the model in"

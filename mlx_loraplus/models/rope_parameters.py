@@ -7,6 +7,7 @@ module adds the older fields. ``check_rope`` then checks that the layers that ml
 config, whether the family reads the older or the newer fields.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -54,6 +55,20 @@ def settings_read(modules: Iterable[Any]) -> set[str]:
         for holder in (getattr(module, "args", None), getattr(module, "config", None)):
             names |= set(getattr(holder, "__dataclass_fields__", ()))
     return names
+
+
+def _settings_required(modules: Iterable[Any]) -> set[str]:
+    """Return the names of the config settings that mlx-lm can't make a model without."""
+    holders = [
+        getattr(module, "args", None) or getattr(module, "config", None) for module in modules
+    ]
+    return {
+        field.name
+        for holder in holders
+        if dataclasses.is_dataclass(holder)
+        for field in dataclasses.fields(holder)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -115,11 +130,11 @@ def without_unread_rope(
         model: The model that mlx-lm made from ``config``.
     """
     parts = (model, getattr(model, "language_model", None), getattr(model, "model", None))
-    read = settings_read(parts)
+    read, required = settings_read(parts), _settings_required(parts)
 
     kept: dict[str, Any] = {}
     for name, value in config.items():
-        is_read = name in read and value is not None
+        is_read = name in read and (value is not None or name in required)
         if name in TEXT_PARTS and isinstance(value, dict):
             kept[name] = without_unread_rope(value, original.get(name, {}), model)
         elif name in original or is_read:

@@ -101,7 +101,15 @@ def check_packed(config: Mapping[str, Any], tensors: Iterable[str]) -> None:
 
 def find_packed(tensors: Iterable[str]) -> str | None:
     """Return the name of a tensor that only quantized weights have, or None."""
-    return next((name for name in sorted(tensors) if name.endswith(_PACKED)), None)
+    names = set(tensors)
+
+    # A scale without a weight, as in the routers of Gemma 4, is a parameter of its own.
+    def is_packed(name: str) -> bool:
+        if name.endswith(".scale"):
+            return f"{name.removesuffix('scale')}weight" in names
+        return name.endswith(_PACKED)
+
+    return next((name for name in sorted(names) if is_packed(name)), None)
 
 
 def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:

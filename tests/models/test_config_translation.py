@@ -8,14 +8,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.utils import quantize_model, save_model
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.config_translation import for_mlx_lm
-from mlx_loraplus.models.loading import check_quantized, load_base, stored_dtypes
+from mlx_loraplus.models.loading import check_quantized, load_base, load_stock, stored_dtypes
 from mlx_loraplus.models.rope_magnitude import positions_note
-from mlx_loraplus.models.skeleton import make_skeleton
+from mlx_loraplus.models.rope_parameters import text_part
+from mlx_loraplus.models.skeleton import make_skeleton, read_config
 from scripts.tiny_model import write_tiny_model
-from tests.families.walk import CONFIGS
+from tests.families.walk import CONFIGS, write_folder
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -148,12 +150,102 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
             "final_logit_softcapping 30.0, which mlx-lm's gemma3_text ignores",
         ),
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (CONFIGS["gemma4_text"] | {"use_bidirectional_attention": "all"}, "use_bidirectional"),
+        (CONFIGS["nanochat"] | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        (CONFIGS["qwen2_moe"] | {"norm_topk_prob": True}, "norm_topk_prob True"),
+        (CONFIGS["deepseek_v3"] | {"rope_interleave": False}, "rope_interleave False"),
+        (CONFIGS["glm4_moe_lite"] | {"rope_interleave": False}, "rope_interleave False"),
+        (CONFIGS["gpt_oss"] | {"swiglu_limit": 10.0}, "swiglu_limit 10"),
+        (CONFIGS["olmoe"] | {"clip_qkv": 8.0}, r"clip_qkv 8\.0"),
+        (CONFIGS["gpt2"] | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse"),
+        (CONFIGS["gpt_bigcode"] | {"scale_attn_weights": False}, "scale_attn_weights False"),
+        (
+            CONFIGS["cohere2"] | {"layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types",
+        ),
+        (CONFIGS["cohere2"] | {"layer_types": ["sliding_attention"] * 2}, "sliding_window_pattern"),
+        (CONFIGS["gemma4_text"] | {"per_layer_config": {"0": {"head_dim": 32}}}, "per_layer_con"),
+        (
+            CONFIGS["gemma4_text"]
+            | {"per_layer_config": {key: {"intermediate_size": 32} for key in "13"}},
+            "per_layer_config",
+        ),
     ],
 )
 def test_what_a_family_can_not_do_is_refused(config: dict[str, Any], told: str):
     with pytest.raises(ModelError, match=told) as raised:
         make_skeleton(config)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "setting"),
+    [
+        ("gemma4_text", {"use_bidirectional_attention": "vision"}),  # 12B, 26B and 31B
+        ("gemma4_text", {"use_bidirectional_attention": None}),
+        ("nanochat", {"final_logit_softcapping": 15.0}),
+        ("deepseek_v3", {"rope_interleave": True}),
+        ("gpt_oss", {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}),
+        ("qwen2_moe", {"norm_topk_prob": False, "clip_qkv": None}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True}),
+    ],
+)
+def test_a_setting_that_changes_nothing_for_text_is_accepted(family: str, setting: dict[str, Any]):
+    make_skeleton(CONFIGS[family] | setting)
+
+
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+SIZES = {"per_layer_config": {"01": {"head_dim": 32, "num_key_value_heads": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("family", "newer", "older"),
+    [
+        ("cohere2", WINDOWS, {"sliding_window_pattern": 2}),
+        ("qwen3_next", LINEAR, {"full_attention_interval": 2}),
+        ("qwen3_5", LINEAR, {"full_attention_interval": 2}),
+        ("qwen3_5_moe", LINEAR, {"full_attention_interval": 2}),
+        ("granitemoehybrid", LINEAR, {"layer_types": ["mamba", "attention"]}),
+        (
+            "exaone",
+            {"num_hidden_layers": 2, "rms_norm_eps": 1e-5},
+            {"num_layers": 2, "layer_norm_epsilon": 1e-5},
+        ),
+        (
+            "gemma4_text",
+            WINDOWS | SIZES,
+            {"global_head_dim": 32, "num_global_key_value_heads": 1},
+        ),
+    ],
+)
+def test_fields_that_transformers_5_renamed_are_read(
+    family: str, newer: dict[str, Any], older: dict[str, Any]
+):
+    config = CONFIGS[family]
+    part = {name: value for name, value in text_part(config).items() if name not in older} | newer
+    read = text_part(
+        for_mlx_lm(config | {"text_config": part} if "text_config" in config else part)
+    )
+    assert {name: read.get(name) for name in older} == older
+
+
+def test_a_pattern_may_be_longer_than_the_model():
+    config = CONFIGS["qwen3_next"] | {"full_attention_interval": 4}
+    read = for_mlx_lm(config | {"layer_types": ["linear_attention"] * 2})
+    assert read["full_attention_interval"] == 4
+
+
+@pytest.mark.parametrize("family", ["exaone4", "glm4_moe"])
+def test_fields_that_mlx_lm_requires_are_kept(family: str, tmp_path: Path):
+    """What is fused has this config, and mlx-lm must be able to load it."""
+    write_folder(family, tmp_path)
+    config = {name: value for name, value in CONFIGS[family].items() if "rope_" not in name}
+    parameters = {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": parameters}))
+    saved = load_base(tmp_path)[1]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    load_stock(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +273,19 @@ def test_a_rotary_factor_that_llama_ignores_is_ignored(tmp_path: Path):
     """transformers ignores it too: "llama partial" in scripts/judges/check_rope."""
     folder = write_tiny_model(tmp_path / "model")
     np.testing.assert_array_equal(logits(folder, partial_rotary_factor=0.5), logits(folder))
+
+
+def test_mlx_lms_own_quantization_under_the_other_name_is_told(tmp_path: Path):
+    folder = write_tiny_model(tmp_path / "model")
+    model, config = quantize_model(load_base(folder)[0], read_config(folder / "config.json"), 32, 4)
+    (folder / "model.safetensors").unlink()
+    save_model(folder, model)
+    settings = config.pop("quantization")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    with pytest.raises(ModelError, match="rename quantization_config to quantization"):
+        load_base(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization": settings}))
+    load_base(folder)
 
 
 def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):

@@ -11,6 +11,7 @@ import pytest
 
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.loading import load_base, load_folder, stored_dtypes
+from mlx_loraplus.models.weight_files import find_packed
 from scripts.tiny_model import write_tiny_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -95,3 +96,10 @@ def test_a_folder_may_have_wildcards_in_its_path(tmp_path: Path, name: str):
     np.testing.assert_array_equal(answer(folder), answer(expected))
     assert load_folder(folder)[1].encode("a") == load_folder(expected)[1].encode("a")
     assert stored_dtypes(folder) == stored_dtypes(expected)
+
+
+def test_only_a_scale_of_a_weight_says_that_weights_are_quantized():
+    """Gemma 4's routers have a scale of their own."""
+    router = ["router.proj.weight", "router.scale", "router.per_expert_scale"]
+    assert find_packed(router) is None
+    assert find_packed([*router, "q_proj.weight", "q_proj.scale"]) == "q_proj.scale"
