@@ -165,9 +165,8 @@ def _unpack(work: _Translation) -> None:
         home[name] = value
         if home is work.foreign and name not in ("scale", "keys"):
             del work.foreign[name]
-            hint = "mlx-lm calls it scale"
-            if name != "alpha":
-                hint = "it has rank, dropout, scale and keys"
+            known = "it has rank, dropout, scale and keys"
+            hint = "mlx-lm calls it scale" if name == "alpha" else known
             work.problems.append(f"lora_parameters: {name} is unknown: {hint}")
 
     # PEFT's settings of LoftQ.
@@ -301,12 +300,10 @@ def _translate_lr_schedule(work: _Translation, name: str, value: Any) -> None:
         work.refuse(name, value, advice)
         return
 
-    iters = work.get("iters", None)
-    steps_of_run = (
-        iters // work.get("grad_accumulation_steps", 1) if isinstance(iters, int) else steps
-    )
+    iters, batches = work.get("iters", None), work.get("grad_accumulation_steps", 1)
+    length = iters // batches if isinstance(iters, int) else steps
     ends_near_zero = abs(end) <= _NEAR_ZERO * abs(start)
-    ends_near_last = abs(warmup + steps - steps_of_run) <= max(_NEAR_END * steps_of_run, warmup + 1)
+    ends_near_last = abs(warmup + steps - length) <= max(_NEAR_END * length, warmup + 1)
     if form not in _SCHEDULES or not ends_near_zero or not ends_near_last:
         ends = "schedules here end at zero at the last step"
         work.refuse(name, form, f"{ends}; {advice}")
