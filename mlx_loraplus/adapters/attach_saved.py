@@ -158,7 +158,7 @@ def _trainable_in_full(
 
 def _fill(adapter: Adapter, arrays: Mapping[str, mx.array], config: StoredConfig) -> None:
     """Set the arrays of ``adapter`` to the stored arrays, whose shapes have been checked."""
-    # Set the base first, because ``settle`` computes values from it.
+    # Set the base first, because ``update_derived`` computes values from it.
     packing = config.base_quantization
     if packing is not None:
         packed = {name: arrays[f"{adapter.child}.{name}"] for name in packing.names}
@@ -168,5 +168,5 @@ def _fill(adapter: Adapter, arrays: Mapping[str, mx.array], config: StoredConfig
     if isinstance(adapter, LoRA):
         a, b = own.pop("lora_a"), own.pop("lora_b")
         adapter.set_lora_matrices(a, b, start_rank=config.start_rank)
-        adapter.settle()
+        adapter.update_derived()
     adapter.update(own)

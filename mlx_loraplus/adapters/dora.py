@@ -53,7 +53,7 @@ class DoRA(LoRA):
         rows, _ = base_shape(base)
         return {**super().shapes(base, rank), "m": (*experts, rows)}
 
-    def settle(self) -> None:
+    def update_derived(self) -> None:
         """Compute ‖W‖² of the base, and set m so that the outputs equal those of W + s B A."""
         # Evaluate now, so that only one full weight is in memory at a time.
         self._squares = mx.square(full_weight(self.base, mx.float32)).sum(axis=-1)

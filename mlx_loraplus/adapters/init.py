@@ -41,7 +41,7 @@ def initialize(adapter: LoRA, config: AdapterConfig) -> tuple[float, float] | No
     elif config.init != "init1":
         residuals = _approximate(adapter, config)
 
-    adapter.settle()
+    adapter.update_derived()
     mx.eval(adapter.parameters())
     return residuals
 

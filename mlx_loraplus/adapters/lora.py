@@ -206,7 +206,7 @@ class LoRA(Adapter):
         fan_in = math.prod(shapes["lora_a"]) // (rank * experts)
         self.lora_a = uniform(shapes["lora_a"], fan_in)
         self.lora_b = mx.zeros(shapes["lora_b"])
-        self.settle()
+        self.update_derived()
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
@@ -256,7 +256,7 @@ class LoRA(Adapter):
         """Subtract the current A and B, so that the outputs are those of the base alone."""
         self._start_a, self._start_b = self.lora_a, self.lora_b
 
-    def settle(self) -> None:
+    def update_derived(self) -> None:
         """Compute what depends on the base and on the initial A and B, once these are set.
 
         LoRA has nothing to compute; DoRA computes its magnitudes.

@@ -32,7 +32,7 @@ _CONTEXT_NAMES = (
 )
 """The names of the context length in model configs."""
 
-_SPARE_TOKENS = 1.01
+_VOCABULARY_TOLERANCE = 1.01
 """A vocabulary may be larger than the embedding by this factor, because some models leave out the
 last few tokens, such as placeholders for images."""
 
@@ -217,7 +217,7 @@ def _check_tokenizer(limits: Limits, tokenizer: TokenizerWrapper) -> None:
     that were added to the vocabulary are not counted; they are refused where they are used.
     """
     own = getattr(tokenizer, "vocab_size", 0)
-    if limits.embedding and own > _SPARE_TOKENS * limits.embedding:
+    if limits.embedding and own > _VOCABULARY_TOLERANCE * limits.embedding:
         raise DataError(
             f"the tokenizer has a vocabulary of {own:,} tokens, and the model's embedding has"
             f" {limits.embedding:,} rows, so this tokenizer belongs to another model; use the"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
-from ..files import describe_entry, is_no_file
+from ..files import describe_entry, is_not_ordinary_file
 from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .hub_rows import dataset_rows
@@ -186,7 +186,7 @@ def _find_local(name: str) -> Source | None:
         return _dataset_source(name, _load_dataset_dict(name, path))
     if path.is_dir():
         return _folder_source(path)
-    if is_no_file(path):
+    if is_not_ordinary_file(path):
         raise DataError(
             f"can't read {name!r}: it is {describe_entry(path)}; give a folder or an ordinary file"
         )
@@ -228,7 +228,7 @@ def _folder_source(folder: Path) -> Source:
     # A split must not be left out silently because its file can't be read
     for path in sorted(folder.iterdir()):
         is_split = path.suffix.lower() in SUFFIXES and stem_of(path) in SPLIT_NAMES
-        if is_split and is_no_file(path):
+        if is_split and is_not_ordinary_file(path):
             raise DataError(
                 f"can't read {path}: it is {describe_entry(path)}; replace it with an ordinary"
                 " file, or remove it"

@@ -66,7 +66,16 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     """
     # These are imported here so that --help starts fast.
     from ..adapters.stored_files import is_model_folder, model_for
-    from .written_files import ADAPTER, GGUF, HUB, MODEL, PEFT, check_kinds, is_one_of, what_stays
+    from .written_files import (
+        ADAPTER,
+        GGUF,
+        HUB,
+        MODEL,
+        PEFT,
+        check_files_and_folders,
+        is_one_of,
+        kept_files_note,
+    )
 
     # The folder of a run with adapter full is a whole model.
     is_whole = is_model_folder(config.adapter_path)
@@ -81,7 +90,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     if config.to is not None:
         refused = (*refused, "an adapter")
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
-    check_kinds(save_path, ours)
+    check_files_and_folders(save_path, ours)
 
     loaded = _load(config, name, log, is_whole=is_whole)
 
@@ -103,7 +112,7 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
 
     # Report the written files, and the files that were already there.
     log(f"{save_path}: {', '.join(written)}")
-    if line := what_stays(save_path, ours):
+    if line := kept_files_note(save_path, ours):
         log(line)
     if config.to is None:
         log(f"try it: mlx_loraplus.generate {shell_word(config.save_path)} --prompt '...'")

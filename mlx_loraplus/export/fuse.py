@@ -291,7 +291,7 @@ def _save_weights(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
-def leave_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
+def copy_report(fused: Path, folders: Iterable[Path], log: Log) -> None:
     """Copy a fused model's fuse.json to each run folder, and update the run's report."""
     for folder in folders:
         if not is_run(folder):

@@ -18,7 +18,7 @@ from ..models.loading import load_folder, shared_copy, stored_dtypes
 from ..rich_display import tracked
 from ..userpaths import public_name, public_names, shell_word
 from .base_tensor_names import stored_tensors
-from .fuse import find_vision, fuse_adapter, leave_report, save_fused, size_on_disk
+from .fuse import copy_report, find_vision, fuse_adapter, save_fused, size_on_disk
 from .fuse_quality import (
     Answers,
     collect_answers,
@@ -30,7 +30,7 @@ from .fuse_quality import (
 )
 from .fused_layer import is_quantized
 from .whole_model import copy_model, whole_model_of
-from .written_files import MODEL, check_kinds, what_stays
+from .written_files import MODEL, check_files_and_folders, kept_files_note
 
 
 def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
@@ -58,7 +58,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         overwrite=config.overwrite,
         refused=("a run", "a sweep", "an adapter", "data"),
     )
-    check_kinds(save_path, MODEL)
+    check_files_and_folders(save_path, MODEL)
     run = data_settings(config, folders, log)
 
     # Load the base, and apply the adapters to a copy that shares its arrays.
@@ -109,8 +109,8 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     written = save_fused(
         model, tokenizer, base_config, source.path, save_path, vision=vision, report=report
     )
-    leave_report(save_path, folders, log)
-    if line := what_stays(save_path, MODEL):
+    copy_report(save_path, folders, log)
+    if line := kept_files_note(save_path, MODEL):
         log(line)
     if line := renamed_weights_note(source.path, save_path):
         log(line)

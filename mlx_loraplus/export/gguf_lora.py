@@ -160,8 +160,8 @@ def load_gguf_lora(model: nn.Module, path: Path) -> nn.Module:
     weights: dict[str, mx.array] = {}
     for module, tensors in names.items():
         for leaf, array in _joined(arrays, tensors, path).items():
-            is_turned = array.ndim == 2 and (leaf == "lora_b" or tensors[0] != _EMBEDDING)
-            weights[f"{module}.{leaf}"] = mx.array(array.T if is_turned else array)
+            is_transposed = array.ndim == 2 and (leaf == "lora_b" or tensors[0] != _EMBEDDING)
+            weights[f"{module}.{leaf}"] = mx.array(array.T if is_transposed else array)
 
     stored = StoredConfig.model_validate({"lora_parameters": {"scale": scale or alpha}})
     return attach_saved(model, stored, weights, {}, path)

@@ -22,7 +22,7 @@ from .fuse import find_vision, quantize_plain, save_fused, size_on_disk
 from .fuse_quality import collect_answers, data_settings, losses, sample_examples
 from .fused_layer import is_quantized
 from .hub import licence_of, model_card
-from .written_files import MODEL, check_kinds, what_stays
+from .written_files import MODEL, check_files_and_folders, kept_files_note
 
 
 def whole_model_of(weights: Mapping[str, float], model: str | None) -> Path | None:
@@ -63,7 +63,7 @@ def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> 
     """
     save_path = Path(config.save_path)
     check_free(save_path, [str(folder), *config.data], overwrite=config.overwrite)
-    check_kinds(save_path, MODEL)
+    check_files_and_folders(save_path, MODEL)
     model, tokenizer, base_config = load_folder(folder)
     vision = find_vision(model, folder, keep=config.keep_vision, log=log)
 
@@ -86,7 +86,7 @@ def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> 
     log(f"writing {save_path}")
     size = size_on_disk(folder)
     written = save_fused(model, tokenizer, base_config, folder, save_path, vision=vision)
-    if line := what_stays(save_path, MODEL):
+    if line := kept_files_note(save_path, MODEL):
         log(line)
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"{folder} has no adapter to fuse, so its weights are copied: {save_path} ({sizes})")

@@ -37,7 +37,7 @@ def is_one_of(patterns: tuple[str, ...]) -> Callable[[str], bool]:
     return is_ours
 
 
-def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
+def check_files_and_folders(save_path: Path, patterns: tuple[str, ...]) -> None:
     """Check that no folder in ``save_path`` has the name of a file to write, or the reverse.
 
     Raises:
@@ -61,7 +61,7 @@ def check_kinds(save_path: Path, patterns: tuple[str, ...]) -> None:
             )
 
 
-def what_stays(save_path: Path, patterns: tuple[str, ...]) -> str:
+def kept_files_note(save_path: Path, patterns: tuple[str, ...]) -> str:
     """Return a line that lists the other files in ``save_path``, or "" if there are none."""
     others = others_in(save_path, is_one_of(patterns))
     if not others:

@@ -6,7 +6,7 @@ folder.
 
 from .atomic import replacing, sync, temporary_name, write_atomically
 from .bounded_reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
-from .broken_links import check_links, describe_entry, is_no_file
+from .broken_links import check_links, describe_entry, is_not_ordinary_file
 from .cache import cache_folder, write_error
 from .folder_kinds import Contents, check_apart, check_contents
 from .folders import (
@@ -32,7 +32,7 @@ __all__ = [
     "check_unlocked",
     "describe_entry",
     "is_lfs_pointer",
-    "is_no_file",
+    "is_not_ordinary_file",
     "locked",
     "open_ordinary",
     "others_in",

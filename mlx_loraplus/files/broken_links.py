@@ -31,6 +31,6 @@ def describe_entry(path: Path) -> str:
     return "a folder" if path.is_dir() else "not an ordinary file"
 
 
-def is_no_file(path: Path) -> bool:
+def is_not_ordinary_file(path: Path) -> bool:
     """Return whether a path exists, but is not an ordinary file."""
     return os.path.lexists(path) and not path.is_file()

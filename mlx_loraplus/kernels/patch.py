@@ -193,14 +193,14 @@ def _checkpointed(kind: type[nn.Module]) -> type[nn.Module]:
 
         parameters = self.trainable_parameters()
         if args and isinstance(args[0], mx.array):
-            x, parameters = _learned_before(args[0], parameters)
+            x, parameters = _parameters_first(args[0], parameters)
             args = (x, *args[1:])
         return mx.checkpoint(run)(parameters, args, kwargs)
 
     return type(kind.__name__, (kind,), {"__call__": __call__})
 
 
-def _learned_before(x: mx.array, parameters: dict[str, Any]) -> tuple[mx.array, dict[str, Any]]:
+def _parameters_first(x: mx.array, parameters: dict[str, Any]) -> tuple[mx.array, dict[str, Any]]:
     """Return both unchanged. The backward pass computes the parameters' gradients before that of x.
 
     Without this order, MLX first follows the gradient of x down to the first block, and keeps what

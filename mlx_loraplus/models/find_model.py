@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, nearest
-from ..files import describe_entry, is_no_file, read_bounded
+from ..files import describe_entry, is_not_ordinary_file, read_bounded
 from ..hub_access import hub_reachable, reason_of
 from ..userpaths import similar_paths
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
@@ -190,7 +190,7 @@ def unreadable_file(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     for path in sorted(folder.iterdir()):
-        if path.suffix in _MODEL_SUFFIXES and is_no_file(path) and not path.is_dir():
+        if path.suffix in _MODEL_SUFFIXES and is_not_ordinary_file(path) and not path.is_dir():
             return f"its {path.name} is {describe_entry(path)}"
     return None
 

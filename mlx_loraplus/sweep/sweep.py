@@ -48,7 +48,7 @@ CUT = 3  # each round keeps one trial in three
 _RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
 
 # Settings that may change on --resume: they say how to search, name paths, or are part of a trial.
-FREE = {
+RESUME_MAY_CHANGE_SWEEP = {
     "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds",
     "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
 }  # fmt: skip
@@ -87,7 +87,7 @@ class _Search:
 
         try:
             for _, steps in early:
-                points = self._halve(points, steps)
+                points = self._run_round(points, steps)
 
             # The last round: full runs with several seeds, the baseline among them.
             for seed in range(self.config.seed, self.config.seed + self.config.seeds):
@@ -116,7 +116,7 @@ class _Search:
         if self.sweep.trials:
             self.log(f"resume: {len(self.sweep.trials)} trials have already ended")
 
-    def _halve(self, points: list[Point], steps: int) -> list[Point]:
+    def _run_round(self, points: list[Point], steps: int) -> list[Point]:
         """Run one round, and return the best third of its points."""
         losses = {point: self._loss_of(point, steps, self.config.seed) for point in points}
         finite = [point for point in points if math.isfinite(losses[point])]
@@ -246,7 +246,9 @@ def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples)
     settings = settings_of(config)
     fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
     return {
-        "settings": {name: settings[name] for name in settings if name not in FREE},
+        "settings": {
+            name: settings[name] for name in settings if name not in RESUME_MAY_CHANGE_SWEEP
+        },
         "model": model_fingerprint(model),
         "rows": " ".join(fingerprints),
     }

@@ -149,7 +149,7 @@ def run_trial(
     *,
     untrained: float,
     rule: type[LoRAPlus] = LoRAPlus,
-    on_the_way: bool = False,
+    validate_during: bool = False,
     finish: Callable[[], None] = lambda: None,
 ) -> tuple[Trial, Outcome]:
     """Attach new adapters to ``model``, train and score them, and remove them again.
@@ -161,7 +161,7 @@ def run_trial(
         untrained: The base's loss. A trial counts as diverged and is cut if its training loss
             exceeds ``DIVERGED`` times this loss, or if a step is skipped.
         rule: The class of the optimizer; studies use others than LoRA+.
-        on_the_way: Validate every ``steps_per_eval`` steps too, not only at the end.
+        validate_during: Validate every ``steps_per_eval`` steps too, not only at the end.
         finish: Called after training, while the adapters are still attached.
     """
     started = time.perf_counter()
@@ -181,10 +181,10 @@ def run_trial(
         loss = accuracy = math.nan
         outcome: Outcome = "finished"
         with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
-            valid = examples.valid if on_the_way else ()
+            valid = examples.valid if validate_during else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":
-                if on_the_way:
+                if validate_during:
                     validations = [event for event in history if "valid_loss" in event]
                     loss = validations[-1]["valid_loss"]
                     accuracy = validations[-1]["valid_accuracy"]

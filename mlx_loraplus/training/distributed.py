@@ -160,7 +160,7 @@ class World:
     def sync_errors(self) -> Generator[None]:
         """Raise an error on all processes if the block fails on any of them.
 
-        The message says what failed on which rank; the first process shows it.
+        The message says what failed on which rank; the main process shows it.
 
         Raises:
             LoRAPlusError: The type is that of the error raised here. If only other processes
@@ -214,7 +214,7 @@ class World:
             )
 
     def broadcast(self, model: nn.Module) -> None:
-        """Copy the first process's trainable parameters to all processes, bit-exactly."""
+        """Copy the main process's trainable parameters to all processes, bit-exactly."""
         if self.size == 1:
             return
 
@@ -228,7 +228,7 @@ class World:
 
     @contextmanager
     def copied(self, folder: Path | None) -> Generator[Path | None]:
-        """Yield the first process's folder on all processes, or None if it has none.
+        """Yield the main process's folder on all processes, or None if it has none.
 
         The other processes get a temporary copy.
         """
@@ -236,7 +236,7 @@ class World:
             yield folder
             return
 
-        # The first process tells the others the names and sizes of the files.
+        # The main process sends the others the names and sizes of the files.
         files: list[Path] = []
         if folder is not None and self.is_main:
             files = sorted(folder.iterdir())
@@ -304,7 +304,7 @@ class World:
         return np.array(gathered).reshape(self.size, -1)
 
     def _send(self, mine: list[mx.array]) -> list[mx.array]:
-        """Return the first process's bytes; the other processes add zeros to them."""
+        """Return the main process's bytes; the other processes add zeros to them."""
         if not self.is_main:
             mine = [mx.zeros_like(data) for data in mine]
         return self._all_sum(mine)
@@ -323,7 +323,7 @@ class World:
         return sums
 
     def _agreed(self, error: LoRAPlusError) -> LoRAPlusError:
-        """Mark an error that all processes raise, so that only the first process shows it."""
+        """Mark an error that all processes raise, so that only the main process shows it."""
         error.reported = not self.is_main
         return error
 

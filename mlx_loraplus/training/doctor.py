@@ -32,7 +32,7 @@ from ..models.find_model import is_stored
 from ..pages.save_path import check_save_path
 from ..settings import configure
 from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown, tuning_table
-from .fastest_step import Freedom, largest_batch, tune_step, way_of
+from .fastest_step import OpenChoices, largest_batch, tune_step, way_of
 from .model_probes import probe_model
 from .optimizer import LoRAPlus
 from .run_checks import check_model_name
@@ -68,7 +68,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
         path = check_save_path(config.save_path, overwrite=config.overwrite)
     if config.model is not None:
         check_model_name(config.model)
-    machine = describe_fully()
+    machine = describe_machine()
     log(to_markdown(("machine", ""), machine))
 
     found: list[ModelExamination] = []
@@ -84,7 +84,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
         refuse_if_wrong(each.check)
 
 
-def describe_fully() -> list[tuple[str, str]]:
+def describe_machine() -> list[tuple[str, str]]:
     """Return the facts about this machine that a bug report needs."""
     machine, facts = this_machine(), machine_facts()
     rows = [
@@ -219,7 +219,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
         log(f"{to_markdown(table.head, table.rows)}\n{allowed}")
 
     # Time the ways to compute a step.
-    freedom = Freedom((True,), (True, False) if on_gpu() else ())
+    freedom = OpenChoices((True,), (True, False) if on_gpu() else ())
     budget = memory_plan_of(config, model).budget
     start = way_of(state, config)
     tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)

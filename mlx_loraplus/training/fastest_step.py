@@ -99,7 +99,7 @@ class TuningResult:
 
 
 @dataclass(frozen=True)
-class Freedom:
+class OpenChoices:
     """What may be varied besides the kernels' choices, because the user left it open.
 
     Attributes:
@@ -121,7 +121,7 @@ def tune_step(
     state: TrainState,
     batch: Batch,
     start: StepWay,
-    freedom: Freedom,
+    freedom: OpenChoices,
     budget: int,
 ) -> TuningResult:
     """Time the ways to compute a step, and return the best one.
@@ -146,7 +146,7 @@ def tune_step(
 
 def search_ways(
     start: StepWay,
-    freedom: Freedom,
+    freedom: OpenChoices,
     measure: Callable[[StepWay], StepTiming],
     budget: int,
     clock: Callable[[], float] = time.monotonic,

@@ -52,7 +52,7 @@ from .run_fingerprint import (
     RunFingerprint,
     compare_content,
     identifying_settings,
-    keep_intervals,
+    keep_first_choices,
     model_config,
     model_fingerprint,
 )
@@ -161,7 +161,7 @@ def finetune(
             checkpoint = read_checkpoint(copy)
         if checkpoint is not None:
             run.progress = checkpoint.progress
-            run.config = keep_intervals(config, checkpoint.identity)
+            run.config = keep_first_choices(config, checkpoint.identity)
 
         # Trackers open first, so that their messages appear above a live display.
         callbacks: list[Callback] = []

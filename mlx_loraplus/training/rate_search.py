@@ -24,7 +24,7 @@ from .trainer import TrainState
 METHOD = "range test"
 STEPS = 30
 """The work of a search, in steps: a tenth of a run of 300."""
-MIN_BATCHES = 8
+MIN_STEPS = 8
 """An epoch must have at least this many steps, because a rate found on few examples is too high."""
 SHARES = {
     "range test": 0.5,
@@ -160,11 +160,11 @@ def search_rate(
 def _reason_against(state: TrainState) -> str:
     """Return why a search is not possible for this run, or ""."""
     schedule = state.schedule
-    batches = state.batches.per_epoch // schedule.batches_per_step
-    if batches < MIN_BATCHES:
+    steps_per_epoch = state.batches.per_epoch // schedule.batches_per_step
+    if steps_per_epoch < MIN_STEPS:
         return (
-            f"a search needs enough examples for {MIN_BATCHES} steps, and the data has enough for"
-            f" {batches}"
+            f"a search needs enough examples for {MIN_STEPS} steps, and the data has enough for"
+            f" {steps_per_epoch}"
         )
     if schedule.steps < STEPS:
         return f"a search takes the work of {STEPS} steps, and the run has {schedule.steps}"

@@ -84,7 +84,7 @@ def identifying_settings(model: nn.Module, config: TrainConfig) -> dict[str, Any
     return stored_settings(config) | {"model": name}
 
 
-def keep_intervals(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
+def keep_first_choices(config: TrainConfig, stored: RunFingerprint) -> TrainConfig:
     """Return the settings of a resumed run, with what its first session chose.
 
     The defaults of the intervals depend on the number of steps, which may change.

@@ -26,7 +26,7 @@ from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
 from .fastest_step import (
-    Freedom,
+    OpenChoices,
     StepTiming,
     StepWay,
     TuningResult,
@@ -186,23 +186,23 @@ def _tune(
 
 def _freedom(
     session: Session, state: TrainState, plan: MemoryPlan | None, rows: int, length: int
-) -> Freedom:
+) -> OpenChoices:
     """Return the choices that the settings leave open."""
     config, world = session.config, session.world
     compiled = (True, False) if config.compile == "auto" and on_gpu() else ()
 
     # Another machine of the run may have less memory than this one.
     if config.grad_checkpoint != "auto" or world.size > 1 or plan is None:
-        return Freedom(compiled=compiled)
+        return OpenChoices(compiled=compiled)
 
     # Try it without checkpointing only if the plan, which keeps a reserve, says that it fits.
     if state.grad_checkpoint:
         needed = plan.memory(rows, length, checkpoint=False).total
         without = (False,) if needed <= plan.machine.budget else ()
-        return Freedom(without, compiled)
+        return OpenChoices(without, compiled)
 
     # Try it with checkpointing only if that gives the right gradients.
-    return Freedom((True,) if is_checkpoint_sound(state.model) else (), compiled)
+    return OpenChoices((True,) if is_checkpoint_sound(state.model) else (), compiled)
 
 
 def _notes_on(result: TuningResult, plan: MemoryPlan | None) -> str:

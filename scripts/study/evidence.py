@@ -199,7 +199,7 @@ class Evidence:
 
         trial, outcome = run_trial(
             self.model, config, TrialExamples(self.train, self.valid), untrained=self.untrained, rule=RULES[rule],
-            on_the_way=final, finish=judge if final else lambda: None,
+            validate_during=final, finish=judge if final else lambda: None,
         )  # fmt: skip
         if outcome != "finished":
             raise KeyboardInterrupt

@@ -30,7 +30,7 @@ class GainLinear(LoRALinear):
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:
         return {**super().shapes(base, rank), "gain": (base_shape(base)[0],)}
 
-    def settle(self) -> None:
+    def update_derived(self) -> None:
         self.gain = self._start = mx.ones(base_shape(self.base)[0])
 
     def __call__(self, x: mx.array) -> mx.array:

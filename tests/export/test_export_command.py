@@ -9,7 +9,7 @@ from mlx_loraplus import fuse, load
 from mlx_loraplus.adapters.storage import write_adapter
 from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
-from mlx_loraplus.export.written_files import GGUF, PEFT, what_stays
+from mlx_loraplus.export.written_files import GGUF, PEFT, kept_files_note
 from mlx_loraplus.models.loading import load_folder
 from tests.export.test_gguf_lora import adapted
 
@@ -134,7 +134,7 @@ def test_other_files_stay_beside_what_is_replaced(
 ):
     main(words(place, *more))
     out = place / "out"
-    assert not what_stays(out, ours), "every file that is written is known as ours"
+    assert not kept_files_note(out, ours), "every file that is written is known as ours"
     foreign = {"config.json", "model.safetensors", "notes.txt", "run.yaml", "sub/adapter.gguf"}
     for name in foreign | set(ours):
         (out / name).parent.mkdir(exist_ok=True)

@@ -16,7 +16,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.cli import _spell_out_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of
-from mlx_loraplus.export.written_files import MODEL, what_stays
+from mlx_loraplus.export.written_files import MODEL, kept_files_note
 from mlx_loraplus.models.loading import load_folder
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import randomize_adapters
@@ -322,7 +322,7 @@ def test_other_files_stay_beside_a_model_that_is_replaced(trained: Path, tmp_pat
 
 def test_every_file_of_a_fused_model_is_known_as_ours(trained: Path, tmp_path: Path):
     fused(trained, tmp_path / "out")
-    assert not what_stays(tmp_path / "out", MODEL)
+    assert not kept_files_note(tmp_path / "out", MODEL)
 
 
 def test_a_folder_that_is_no_run_gets_no_report(trained: Path, tmp_path: Path):

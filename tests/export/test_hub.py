@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 from mlx_loraplus import load_adapter
 from mlx_loraplus.export.hub import model_card, write_repository
-from mlx_loraplus.export.written_files import HUB, what_stays
+from mlx_loraplus.export.written_files import HUB, kept_files_note
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder
 from tests.export.test_export_command import TOKEN, words
@@ -229,4 +229,4 @@ def test_what_the_hub_gets_has_no_path_of_this_machine(place: Path):
         content = file.read_bytes()
         assert place.name.encode() not in content, file.name
         assert b"/home/me" not in content, file.name
-    assert not what_stays(place / "hub", HUB)
+    assert not kept_files_note(place / "hub", HUB)

@@ -20,7 +20,7 @@ from mlx_loraplus.runs.report_headline import headline
 from mlx_loraplus.sweep.sweep_page import sweep_page
 from mlx_loraplus.sweep.sweep_result import Sweep
 from mlx_loraplus.sweep.trial import Point, Trial
-from mlx_loraplus.training.doctor import describe_fully
+from mlx_loraplus.training.doctor import describe_machine
 from mlx_loraplus.training.doctor_page import ModelExamination, doctor_page
 from mlx_loraplus.training.fastest_step import StepTiming, StepWay, TuningResult
 from mlx_loraplus.training.model_probes import ModelProbes
@@ -224,7 +224,7 @@ def test_a_browser_shows_the_doctor(tmp_path: Path, chromium: Any):
     tuned = TuningResult(timings[0], timings, 4, 512, is_complete=False)
     skipped = ModelExamination("a model", probes, CheckResult(skipped="too large"), tuned)
     wrong = replace(check, deviations={STOCK: replace(deviation, loss=math.nan)})
-    facts = describe_fully()
+    facts = describe_machine()
     for name, found in (
         ("correct", [ModelExamination("gemma-3", probes, check, tuned)]),
         ("not checked", [skipped]),

@@ -16,7 +16,7 @@ from mlx_loraplus.kernels.head import Head, TrunkAndHead
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.fastest_step import (
     SECONDS,
-    Freedom,
+    OpenChoices,
     StepTiming,
     StepWay,
     largest_batch,
@@ -34,7 +34,7 @@ from tests.training.tiny_runs import examples
 
 MIB = 2**20
 START = StepWay(StepChoices("chunked", 4 * MIB), False, False)
-ALL = Freedom((True, False), (True, False))
+ALL = OpenChoices((True, False), (True, False))
 
 
 def costs(
@@ -44,7 +44,9 @@ def costs(
     return lambda way: StepTiming(way, seconds(way), peak(way))
 
 
-def found(measure: Any, freedom: Freedom = ALL, budget: int = 100, clock: Any = lambda: 0.0) -> Any:
+def found(
+    measure: Any, freedom: OpenChoices = ALL, budget: int = 100, clock: Any = lambda: 0.0
+) -> Any:
     return search_ways(START, freedom, measure, budget, clock)
 
 
@@ -65,7 +67,7 @@ def test_each_choice_is_varied_and_the_fastest_is_kept():
 
 
 def test_only_what_is_open_is_varied():
-    _, timings, _ = found(costs(lambda _: 1.0), Freedom())
+    _, timings, _ = found(costs(lambda _: 1.0), OpenChoices())
     assert {timing.way.compiled for timing in timings} == {False}
     assert {timing.way.grad_checkpoint for timing in timings} == {False}
 
@@ -135,7 +137,7 @@ def test_tuning_leaves_everything_as_it_was(tiny: TinyModel, optimizer: str):
     before, moments = model.parameters(), dict(state.optimizer.arrays())
 
     batch = largest_batch(state.batches, slice(None))
-    result = tune_step(state, batch, way_of(state, config), Freedom((True,)), 10**12)
+    result = tune_step(state, batch, way_of(state, config), OpenChoices((True,)), 10**12)
     assert result.is_complete
     assert len(result.timings) == 6
     assert all(timing.seconds and timing.peak for timing in result.timings)
@@ -154,7 +156,7 @@ def test_a_compiled_way_is_timed(tiny: TinyModel):
     before = state.model.parameters()
     batch = largest_batch(state.batches, slice(None))
     way = StepWay(StepChoices("native"), False, True)
-    result = tune_step(state, batch, way, Freedom(), 10**12)
+    result = tune_step(state, batch, way, OpenChoices(), 10**12)
     assert result.timings[0].seconds is not None
     assert same(state.model.parameters(), before)
 

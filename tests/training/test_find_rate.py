@@ -21,7 +21,7 @@ from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.rate_methods import METHODS, Finding, TriedRate
 from mlx_loraplus.training.rate_probe import FORWARD, probing
-from mlx_loraplus.training.rate_search import MIN_BATCHES, STEPS, RateSearch, search_rate
+from mlx_loraplus.training.rate_search import MIN_STEPS, STEPS, RateSearch, search_rate
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState
 from scripts.tiny_model import write_sums, write_tiny_model
@@ -201,9 +201,9 @@ def test_the_probe_reads_the_batches_of_the_run_and_counts_its_work(tiny: TinyMo
 
 def test_few_examples_or_steps_are_said_and_the_default_is_used(tiny: TinyModel):
     config = config_of()
-    few = search_rate(state_of(tiny("llama"), config, count=4 * MIN_BATCHES - 4), config, ALONE)
+    few = search_rate(state_of(tiny("llama"), config, count=4 * MIN_STEPS - 4), config, ALONE)
     assert few.rate == few.default == default_rate(config)
-    assert f"enough examples for {MIN_BATCHES} steps, and the data has enough for 7" in str(few)
+    assert f"enough examples for {MIN_STEPS} steps, and the data has enough for 7" in str(few)
 
     config = config_of(iters=STEPS - 1)
     short = search_rate(state_of(tiny("llama"), config), config, ALONE)
