@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_loraplus.data.encode_prompt import encode_prompt
+from mlx_loraplus.data.encode_prompt import content_of_answer, encode_prompt
 from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.special_tokens import end_tokens
 from mlx_loraplus.data.tokenize import Encoded, encode
+from mlx_loraplus.models.prompt_format import PromptFormat
 from tests.data.conftest import LetterTokenizer
 
 CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}
@@ -200,6 +202,16 @@ def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
     )
 
 
+def learned_turns(encoded: Encoded, tokenizer: TokenizerWrapper) -> list[str]:
+    """Return the text of each run of supervised tokens."""
+    turns: list[str] = []
+    for example in encoded.examples:
+        places = np.flatnonzero(example.supervised)
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        turns += [tokenizer.decode(example.tokens[run]) for run in runs]
+    return turns
+
+
 def encoded_row(
     letters: LetterTokenizer, template: str, kind: str, train_on: Any
 ) -> tuple[Encoded, TokenizerWrapper]:
@@ -257,6 +269,42 @@ def test_the_prompt_is_the_same_in_training_and_generation(letters: LetterTokeni
             tokenizer.decode(ids).partition("<|end|>")[2] for ids in (prompt, trained)
         )
     assert prompt == trained
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_second_prompt_of_a_chat_is_that_of_training(letters: LetterTokenizer, template: str):
+    """The model has written the first answer as it was trained to."""
+    encoded, tokenizer = encoded_row(letters, template, "two turns", "turns")
+    texts = [text for text in learned_turns(encoded, tokenizer) if "xyzzy" in text]
+    generated = texts[0]
+    for end in end_tokens(tokenizer):
+        generated = generated.removesuffix(end)
+
+    content = content_of_answer(generated, "zork", tokenizer, form=PromptFormat())
+    earlier = [user("zork"), bot(content)]
+    prompt = tokenizer.decode(encode_prompt("grue", tokenizer, earlier=earlier))
+    example = encoded.examples[0]
+    last = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))[-1]
+    trained = tokenizer.decode(example.tokens[:last])
+    if template == "channels":
+        prompt, trained = (text.partition("<|end|>")[2] for text in (prompt, trained))
+    assert prompt == trained
+
+
+@pytest.mark.parametrize(
+    ("template", "generated", "content"),
+    [
+        ("chatml", "  xyzzy\n", "  xyzzy\n"),
+        ("unclosed_thoughts", "frobozz\n</think>\n\nxyzzy", "<think>\nfrobozz\n</think>\n\nxyzzy"),
+        ("unclosed_thoughts", "frob", "<think>\nfrob"),  # interrupted
+    ],
+)
+def test_an_answer_keeps_its_blanks_and_thoughts(
+    letters: LetterTokenizer, template: str, generated: str, content: str
+):
+    tokenizer = letters(template, **TEMPLATES[template])
+    form = PromptFormat()
+    assert content_of_answer(generated, "zork", tokenizer, form=form) == content
 
 
 @pytest.mark.parametrize("kind", ["completion", "two turns", "thoughts inside", "assistant first"])
