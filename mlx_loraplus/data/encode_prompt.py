@@ -105,7 +105,9 @@ def content_of_answer(
 
     # Thoughts in a content begin with the tag that opens them, which the prompt has written.
     tags = find_open_tags(asked)
-    return asked[asked.rindex(tags[0]) :] + text if tags else text
+    if tags is None or tags[1] not in text:
+        return text
+    return asked[asked.rindex(tags[0]) :] + text
 
 
 def _chat_before_answer(

@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_loraplus.data.encode_prompt import content_of_answer, encode_prompt
+from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.special_tokens import end_tokens
 from mlx_loraplus.data.tokenize import Encoded, encode
-from mlx_loraplus.models.prompt_format import PromptFormat
 from tests.data.conftest import LetterTokenizer
 
 CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}
@@ -202,16 +200,6 @@ def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
     )
 
 
-def learned_turns(encoded: Encoded, tokenizer: TokenizerWrapper) -> list[str]:
-    """Return the text of each run of supervised tokens."""
-    turns: list[str] = []
-    for example in encoded.examples:
-        places = np.flatnonzero(example.supervised)
-        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
-        turns += [tokenizer.decode(example.tokens[run]) for run in runs]
-    return turns
-
-
 def encoded_row(
     letters: LetterTokenizer, template: str, kind: str, train_on: Any
 ) -> tuple[Encoded, TokenizerWrapper]:
@@ -271,42 +259,6 @@ def test_the_prompt_is_the_same_in_training_and_generation(letters: LetterTokeni
     assert prompt == trained
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_the_second_prompt_of_a_chat_is_that_of_training(letters: LetterTokenizer, template: str):
-    """The model has written the first answer as it was trained to."""
-    encoded, tokenizer = encoded_row(letters, template, "two turns", "turns")
-    texts = [text for text in learned_turns(encoded, tokenizer) if "xyzzy" in text]
-    generated = texts[0]
-    for end in end_tokens(tokenizer):
-        generated = generated.removesuffix(end)
-
-    content = content_of_answer(generated, "zork", tokenizer, form=PromptFormat())
-    earlier = [user("zork"), bot(content)]
-    prompt = tokenizer.decode(encode_prompt("grue", tokenizer, earlier=earlier))
-    example = encoded.examples[0]
-    last = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))[-1]
-    trained = tokenizer.decode(example.tokens[:last])
-    if template == "channels":
-        prompt, trained = (text.partition("<|end|>")[2] for text in (prompt, trained))
-    assert prompt == trained
-
-
-@pytest.mark.parametrize(
-    ("template", "generated", "content"),
-    [
-        ("chatml", "  xyzzy\n", "  xyzzy\n"),
-        ("unclosed_thoughts", "frobozz\n</think>\n\nxyzzy", "<think>\nfrobozz\n</think>\n\nxyzzy"),
-        ("unclosed_thoughts", "frob", "<think>\nfrob"),  # interrupted
-    ],
-)
-def test_an_answer_keeps_its_blanks_and_thoughts(
-    letters: LetterTokenizer, template: str, generated: str, content: str
-):
-    tokenizer = letters(template, **TEMPLATES[template])
-    form = PromptFormat()
-    assert content_of_answer(generated, "zork", tokenizer, form=form) == content
-
-
 @pytest.mark.parametrize("kind", ["completion", "two turns", "thoughts inside", "assistant first"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_every_learned_turn_ends_generation(letters: LetterTokenizer, template: str, kind: str):
@@ -331,27 +283,6 @@ def test_thoughts_stand_in_one_block_with_the_tags_of_the_template(
     encoded, tokenizer = encoded_row(letters, template, row, "turns")
     assert learned(encoded, tokenizer).replace("\n", "") == text
     assert not encoded.notes
-
-
-def test_a_block_that_the_prompt_opens_is_closed_before_the_answer(letters: LetterTokenizer):
-    encoded, tokenizer = encoded_row(letters, "unclosed_thoughts", "two turns", "turns")
-    answers = [f"\n</think>\n\n{content}</s>" for content in ("quux", "xyzzy")]
-    assert learned(encoded, tokenizer) == "\n".join(answers)
-    assert not encoded.notes
-
-
-def test_thoughts_come_before_calls(letters: LetterTokenizer):
-    encoded, tokenizer = encoded_row(letters, "calls_first", "thoughts before a call", "turns")
-    text = learned(encoded, tokenizer)
-    assert text.index("frobozz") < text.index("</think>") < text.index("plover")
-
-
-def test_thoughts_that_are_left_out_are_not_said_to_be_elsewhere(letters: LetterTokenizer):
-    """The prompt writes an empty block, and the template removes thoughts."""
-    tokenizer = letters("cuts_thoughts", **CHATML)
-    tokenizer.chat_template += "{%- if add_generation_prompt %}{{- '<think></think>' }}{%- endif %}"
-    (encoded,) = encode([make_row(ROWS["thoughts inside"][0], 1)], tokenizer)
-    assert encoded.notes == ["the chat template leaves out thoughts, so they are not trained on"]
 
 
 def test_results_of_tools_inside_a_turn_are_not_learned(letters: LetterTokenizer):
