@@ -271,11 +271,11 @@ def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]
     if find_open_tags(turn.prompt) is not None or text.startswith(block.opening):
         return []
 
-    # Words before the block are a header, which belongs there; the answer comes after the block.
+    # Words before the block are a header, which belongs there; an answer does not.
     before, found, after = text.partition(block.opening)
     is_inside = _SPECIAL_TOKENS.fullmatch(before) is not None if found else block.is_own
-    if found:
-        is_inside = is_inside or bool(find_lost(answer_only(message), after))
+    if found and find_lost(answer_only(message), after):
+        return ["the chat template writes thoughts after the content or tool calls of an answer"]
     if not is_inside:
         return []
     return [f"the chat template writes thoughts inside the answer, not in {block.opening}"]

@@ -11,6 +11,7 @@ from mlx_loraplus.data.tokenize import Encoded, encode
 from mlx_loraplus.models.prompt_format import PromptFormat
 from tests.data.conftest import LetterTokenizer
 from tests.data.test_template_kinds import (
+    CALL,
     CHATML,
     ROWS,
     TEMPLATES,
@@ -78,6 +79,12 @@ def test_thoughts_come_before_calls(letters: LetterTokenizer):
     encoded, tokenizer = encoded_row(letters, "calls_first", "thoughts before a call", "turns")
     text = learned(encoded, tokenizer)
     assert text.index("frobozz") < text.index("</think>") < text.index("plover")
+
+    # Without turns, thoughts can't be put before the answer.
+    message = bot("<think>\nfrobozz\n</think>", tool_calls=[CALL])
+    row = make_row({"messages": [user("zork"), message]}, 1)
+    (encoded,) = encode([row], tokenizer, "everything")
+    assert any("thoughts after the content or tool calls" in note for note in encoded.notes)
 
 
 def test_thoughts_that_are_left_out_are_not_said_to_be_elsewhere(letters: LetterTokenizer):
