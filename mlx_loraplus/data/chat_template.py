@@ -236,6 +236,12 @@ class ChatTemplate:
             if whole.startswith(prompt + header):
                 prompt += header
 
+        if not prompt:
+            raise BadRowError(
+                "the chat begins with an assistant turn, before which this chat template writes"
+                " nothing that the model could be asked with; remove that turn"
+            )
+
         # A prompt that opens a block has a place for thoughts: other forms of the chat use it.
         if thoughts and find_open_tags(prompt) is not None:
             raise UnsupervisableError("the prompt opens a block of thoughts")
@@ -274,11 +280,6 @@ class ChatTemplate:
             raise BadRowError(
                 "the chat begins with an assistant turn, which this chat template does not show;"
                 " remove that turn"
-            )
-        if not header:
-            raise BadRowError(
-                "the chat begins with an assistant turn, before which this chat template writes"
-                " nothing that the model could be asked with; remove that turn"
             )
         return header
 

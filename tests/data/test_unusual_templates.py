@@ -173,11 +173,13 @@ def test_a_first_turn_without_any_text_before_it_is_refused(letters):
     """The model could not be asked for it, and its first token could not be learned."""
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = (
-        "{%- for message in messages %}{{- message.content + '<|im_end|>' }}"
+        "{%- for message in messages if message.content %}{{- message.content + '<|im_end|>' }}"
         "{%- if message.role == 'user' %}{{- '<|im_start|>' }}{%- endif %}{%- endfor %}"
     )
     question, answer = CHAT.fields["messages"][:2]
-    row = Row("chat", {"messages": [answer, question, answer]}, 1)
-    (encoded,) = encode([row], tokenizer)
-    assert str(encoded.problem).endswith("; remove that turn")
-    assert not encoded.examples
+    system = {"role": "system", "content": ""}
+    for first in ([answer], [system, answer]):
+        row = Row("chat", {"messages": [*first, question, answer]}, 1)
+        (encoded,) = encode([row], tokenizer)
+        assert str(encoded.problem).endswith("; remove that turn")
+        assert not encoded.examples
