@@ -31,6 +31,7 @@ from .thoughts import (
 )
 from .turn_start import (
     after_last_message,
+    close_block,
     common_length,
     find_seam,
     fit_to_prompt,
@@ -235,6 +236,12 @@ class ChatTemplate:
             if whole.startswith(prompt + header):
                 prompt += header
 
+        if not prompt:
+            raise BadRowError(
+                "the chat begins with an assistant turn, before which this chat template writes"
+                " nothing that the model could be asked with; remove that turn"
+            )
+
         # A prompt that opens a block has a place for thoughts: other forms of the chat use it.
         if thoughts and find_open_tags(prompt) is not None:
             raise UnsupervisableError("the prompt opens a block of thoughts")
@@ -244,11 +251,13 @@ class ChatTemplate:
             # The answer ends with its end token. What follows only treats blocks of thoughts.
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
+            answer = close_block(answer, prompt, message)
             return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block), rest)
 
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
-        header = prompt.removeprefix(history) or after_last_message(prompt, messages[turn - 1])
+        header = prompt.removeprefix(history) if prompt.startswith(history) else ""
+        header = header or after_last_message(prompt, messages[turn - 1])
         seam = find_seam(prompt, whole, header)
         is_hidden = seam is None or shows_later(messages[:turn], whole, seam)
         if is_hidden or opens_later(whole[seam:], prompt):

@@ -28,6 +28,7 @@ from .thoughts import (
     Message,
     ThoughtBlock,
     answer_of,
+    answer_only,
     find_open_tags,
     has_block_after_empty_block,
     thoughts_of,
@@ -195,7 +196,7 @@ class ChatWriter:
             written = self.template.write_turn(form, turn, chat.tools)
         except UnsupervisableError:
             return []
-        return _check_place(written, self.template.thought_block)
+        return _check_place(written, chat.messages[turn], self.template.thought_block)
 
     def _write_turns(self, chat: SupervisedChat, form: ChatForm) -> WrittenChat:
         """Return the chat as one row that marks as many turns as possible, and rows for the others.
@@ -210,8 +211,7 @@ class ChatWriter:
         for turn in chat.turns:
             rendered[turn] = self.template.write_turn(form, turn, chat.tools)
             notes += _check_turn(chat.messages[turn], turn, rendered[turn].answer)
-            if thoughts_of(chat.messages[turn]):
-                notes += _check_place(rendered[turn], self.template.thought_block)
+            notes += _check_place(rendered[turn], chat.messages[turn], self.template.thought_block)
 
         # Begin with the last turn, because its prompt contains most of the other turns.
         rows: list[WrittenRow] = []
@@ -261,15 +261,21 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     return notes
 
 
-def _check_place(turn: Turn, block: ThoughtBlock) -> list[str]:
-    """Return a note if a turn with thoughts has special tokens before the block of thoughts."""
+def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]:
+    """Return a note if a turn has special tokens or its answer before the block of thoughts."""
+    # Thoughts that are left out have a note of their own.
+    if not thoughts_of(message) or "thoughts" in find_lost(message, turn.answer):
+        return []
+
     text = turn.answer.lstrip()
     if find_open_tags(turn.prompt) is not None or text.startswith(block.opening):
         return []
 
-    # Words before the block are a header, which belongs there.
-    before, found, _ = text.partition(block.opening)
+    # Words before the block are a header, which belongs there; an answer does not.
+    before, found, after = text.partition(block.opening)
     is_inside = _SPECIAL_TOKENS.fullmatch(before) is not None if found else block.is_own
+    if found and find_lost(answer_only(message), after):
+        return ["the chat template writes thoughts after the content or tool calls of an answer"]
     if not is_inside:
         return []
     return [f"the chat template writes thoughts inside the answer, not in {block.opening}"]

@@ -1,4 +1,4 @@
-"""Encode a prompt for generation, with the same tokens as in training."""
+"""Encode a prompt for generation, with the same tokens as in training; read what it generates."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import DataError
 from ..models.prompt_format import PromptFormat
 from .chat_template import ChatTemplate
-from .special_tokens import fast_tokenizer, leading_bos
-from .template_check import check_template
+from .messages import BadRowError
+from .special_tokens import end_tokens, fast_tokenizer, leading_bos
+from .template_check import ANSWER, check_template
+from .template_forms import ChatForm
+from .thoughts import find_open_tags
 
 
 def encode_prompt(
@@ -38,17 +41,13 @@ def encode_prompt(
     """
     form = form or PromptFormat()
     bos = leading_bos(tokenizer)
-    system = form.system or ""
-    if earlier and earlier[0]["role"] == "system":
-        system, earlier = earlier[0]["content"], earlier[1:]
+    system, messages = _chat_before_answer(prompt, earlier, form)
 
     # A chat template writes BOS itself.
     if not chat:
         text = prompt
     elif tokenizer.has_chat_template:
         check_template(tokenizer)
-        first = [{"role": "system", "content": system}] if system.strip() else []
-        messages = [*first, *earlier, {"role": "user", "content": prompt}]
         template = ChatTemplate(tokenizer)
         text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
         bos = []
@@ -61,3 +60,62 @@ def encode_prompt(
     if not ids:
         raise DataError("the prompt is empty; give at least one word")
     return ids
+
+
+def content_of_answer(
+    text: str,
+    prompt: str,
+    tokenizer: TokenizerWrapper,
+    *,
+    earlier: Sequence[dict[str, str]] = (),
+    form: PromptFormat,
+) -> str:
+    """Return the content of a generated answer, without what a chat template writes around it.
+
+    The template writes that text itself when the answer is one of the earlier messages of the next
+    prompt.
+
+    Args:
+        text: The generated text, without the token that ends generation.
+        prompt: The user's message that was answered.
+        tokenizer: The model's tokenizer.
+        earlier: Messages before the prompt, as in ``encode_prompt``.
+        form: The format that the model was trained with.
+    """
+    if not tokenizer.has_chat_template:
+        return text
+
+    # Write an ordinary answer to the same prompt, as in training.
+    ends = end_tokens(tokenizer)
+    template = ChatTemplate(tokenizer, ends=ends)
+    _, messages = _chat_before_answer(prompt, earlier, form)
+    answer = {"role": "assistant", "content": ANSWER}
+    asked = template.render(messages, ask=True, thinking=form.thinking)
+    try:
+        turn = template.write_turn(ChatForm([*messages, answer], {}), len(messages), None)
+    except BadRowError:
+        return text
+
+    # Remove what surrounds it from the generated text too.
+    before, _, after = turn.answer.partition(ANSWER)
+    for end in ends:
+        after = after.removesuffix(end)
+    if turn.prompt == asked and text.startswith(before):
+        return text.removeprefix(before).removesuffix(after)
+
+    # Thoughts in a content begin with the tag that opens them, which the prompt has written.
+    tags = find_open_tags(asked)
+    if tags is None or tags[1] not in text:
+        return text
+    return asked[asked.rindex(tags[0]) :] + text
+
+
+def _chat_before_answer(
+    prompt: str, earlier: Sequence[dict[str, str]], form: PromptFormat
+) -> tuple[str, list[dict[str, str]]]:
+    """Return the system prompt, and all messages of the chat that the model answers."""
+    system = form.system or ""
+    if earlier and earlier[0]["role"] == "system":
+        system, earlier = earlier[0]["content"], earlier[1:]
+    first = [{"role": "system", "content": system}] if system.strip() else []
+    return system, [*first, *earlier, {"role": "user", "content": prompt}]

@@ -103,6 +103,12 @@ def answer_of(message: Message) -> str:
     return _split_content(message)[1]
 
 
+def answer_only(message: Message) -> dict[str, Any]:
+    """Return a message without its thoughts."""
+    fields = {name: value for name, value in message.items() if name not in THOUGHT_KEYS}
+    return {**fields, "content": answer_of(message)}
+
+
 def _split_content(message: Message) -> tuple[str, str]:
     """Return the thoughts at the start of a message's content, and the rest of the content.
 

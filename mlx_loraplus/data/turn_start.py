@@ -83,6 +83,29 @@ def without_second_opening(answer: str, prompt: str) -> str:
     return answer.lstrip().removeprefix(tags[0]).lstrip("\n")
 
 
+def close_block(answer: str, prompt: str, message: Message) -> str:
+    """Return an answer that closes the block of thoughts that its prompt opens.
+
+    Some templates open the block and write the content directly after it.
+
+    Args:
+        answer: The text of the turn after its prompt.
+        prompt: The prompt, which may open the block.
+        message: The message of the turn.
+    """
+    tags = find_open_tags(prompt)
+    content = answer_of(message).strip()
+    if tags is None or content.startswith(tags[0]):
+        return answer
+
+    # A closing tag inside the content is ordinary text.
+    thoughts = thoughts_of(message).strip()
+    begins_with_content = bool(content) and answer.lstrip().startswith(content)
+    if tags[1] in answer and (thoughts or not begins_with_content):
+        return answer
+    return f"{thoughts}\n{tags[1]}\n\n{answer.lstrip()}"
+
+
 def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
     """Return the answer as the continuation of a block of thoughts that the prompt writes."""
     # The prompt may have closed the block that the answer closes again, or writes again.

@@ -17,6 +17,7 @@ from rich.text import Text
 from ..adapters.storage import load_adapter
 from ..adapters.stored_files import is_model_folder, model_for
 from ..command_config import ChatConfig
+from ..data.encode_prompt import content_of_answer
 from ..data.template_check import check_template
 from ..errors import LoRAPlusError, nearest
 from ..models.loading import shared_copy
@@ -195,9 +196,16 @@ class Conversation:
 
         # If an answer is interrupted, keep the part that was generated.
         for name, text in answers.items():
+            content = content_of_answer(
+                text,
+                prompt,
+                self.tokenizer,
+                earlier=[*self.system, *self.history[name]],
+                form=format_of(self.models[name]),
+            )
             self.history[name] += [
                 {"role": "user", "content": prompt},
-                {"role": "assistant", "content": text},
+                {"role": "assistant", "content": content},
             ]
 
     def _answer_in_columns(self, prompt: str, answers: dict[str, str]) -> None:

@@ -52,6 +52,10 @@ TEMPLATES: dict[str, dict[str, str]] = {
     "empty_blocks": CHATML,  # an empty block for the last turn, whatever its thoughts
     # The prompt opens a block (thinking=True) or writes an empty one; a chat only closes it
     "closes_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <think> </think>"},
+    # The prompt opens a block, and the content of the last turn follows without its end (Nemotron Nano 2)
+    "unclosed_thoughts": {"special": "<|bot|> <|user|> <|system|> <|tool|> <|call|> <think> </think>"},
+    "calls_first": CHATML,  # calls before the content, so thoughts in the content come too late (MiniCPM3)
+    "system_if_asked": CHATML,  # a default system message, only in the prompt
     "own_tags": CHATML | {"special": "<|im_start|> <seed:think> </seed:think>"},
     "next_role_ends": {"special": "<|system|> <|assistant|>", "ends": "<|endoftext|> <|user|> <|observation|>"},
     "inlined_results": CHATML,  # what a tool returns stands inside the assistant's turn
@@ -143,6 +147,8 @@ WITH_CALLS = {
     "response_markers",
     "id_calls",
     "merged_turns",
+    "unclosed_thoughts",
+    "calls_first",
 }
 CONTENT_WITH_CALL = {
     "hermes_tools",
@@ -153,11 +159,13 @@ CONTENT_WITH_CALL = {
     "role_calls",
     "next_role_ends",
     "id_calls",
+    "unclosed_thoughts",
+    "calls_first",
 }
 NO_THOUGHTS = {
     "alpaca", "chatml", "llama2", "llama3", "mistral", "hermes_tools", "gemma3", "phi3", "zephyr", "empty_call",
     "bracket_calls", "python_calls", "llama3_calls", "llama4_calls", "role_calls", "plain_roles",
-    "next_role_ends", "inlined_results", "id_calls",
+    "next_role_ends", "inlined_results", "id_calls", "system_if_asked", "calls_first",
 }  # fmt: skip
 NO_THOUGHTS_WITHOUT_CALLS = {"cuts_thoughts", "response_markers", "merged_turns"}
 STRICT = {"gemma3": {"assistant first", "two users"}, "bracket_calls": {"assistant first"}}

@@ -167,3 +167,19 @@ def test_thoughts_in_other_tags_than_the_templates_get_its_tags(letters):
     text = bracketed(encoded.examples[0], tokenizer)
     assert "thinking>" not in text
     assert "Why\n</think>" in text
+
+
+def test_a_first_turn_without_any_text_before_it_is_refused(letters):
+    """The model could not be asked for it, and its first token could not be learned."""
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = (
+        "{%- for message in messages if message.content %}{{- message.content + '<|im_end|>' }}"
+        "{%- if message.role == 'user' %}{{- '<|im_start|>' }}{%- endif %}{%- endfor %}"
+    )
+    question, answer = CHAT.fields["messages"][:2]
+    system = {"role": "system", "content": ""}
+    for first in ([answer], [system, answer]):
+        row = Row("chat", {"messages": [*first, question, answer]}, 1)
+        (encoded,) = encode([row], tokenizer)
+        assert str(encoded.problem).endswith("; remove that turn")
+        assert not encoded.examples

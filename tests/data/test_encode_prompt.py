@@ -1,0 +1,95 @@
+"""What a model generates, read as an earlier message of the next prompt; prompts that open thoughts."""
+
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_loraplus.data.encode_prompt import content_of_answer, encode_prompt
+from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.special_tokens import end_tokens
+from mlx_loraplus.data.tokenize import Encoded, encode
+from mlx_loraplus.models.prompt_format import PromptFormat
+from tests.data.conftest import LetterTokenizer
+from tests.data.test_template_kinds import (
+    CALL,
+    CHATML,
+    ROWS,
+    TEMPLATES,
+    bot,
+    encoded_row,
+    learned,
+    user,
+)
+
+
+def learned_turns(encoded: Encoded, tokenizer: TokenizerWrapper) -> list[str]:
+    """Return the text of each run of supervised tokens."""
+    turns: list[str] = []
+    for example in encoded.examples:
+        places = np.flatnonzero(example.supervised)
+        runs = np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
+        turns += [tokenizer.decode(example.tokens[run]) for run in runs]
+    return turns
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_second_prompt_of_a_chat_is_that_of_training(letters: LetterTokenizer, template: str):
+    """The model has written the first answer as it was trained to."""
+    encoded, tokenizer = encoded_row(letters, template, "two turns", "turns")
+    texts = [text for text in learned_turns(encoded, tokenizer) if "xyzzy" in text]
+    generated = texts[0]
+    for end in end_tokens(tokenizer):
+        generated = generated.removesuffix(end)
+
+    content = content_of_answer(generated, "zork", tokenizer, form=PromptFormat())
+    earlier = [user("zork"), bot(content)]
+    prompt = tokenizer.decode(encode_prompt("grue", tokenizer, earlier=earlier))
+    example = encoded.examples[0]
+    last = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))[-1]
+    trained = tokenizer.decode(example.tokens[:last])
+    if template == "channels":
+        prompt, trained = (text.partition("<|end|>")[2] for text in (prompt, trained))
+    assert prompt == trained
+
+
+@pytest.mark.parametrize(
+    ("template", "generated", "content"),
+    [
+        ("chatml", "  xyzzy\n", "  xyzzy\n"),
+        ("unclosed_thoughts", "frobozz\n</think>\n\nxyzzy", "<think>\nfrobozz\n</think>\n\nxyzzy"),
+        ("unclosed_thoughts", "frob", "frob"),  # interrupted
+    ],
+)
+def test_an_answer_keeps_its_blanks_and_thoughts(
+    letters: LetterTokenizer, template: str, generated: str, content: str
+):
+    tokenizer = letters(template, **TEMPLATES[template])
+    form = PromptFormat()
+    assert content_of_answer(generated, "zork", tokenizer, form=form) == content
+
+
+def test_a_block_that_the_prompt_opens_is_closed_before_the_answer(letters: LetterTokenizer):
+    encoded, tokenizer = encoded_row(letters, "unclosed_thoughts", "two turns", "turns")
+    answers = [f"\n</think>\n\n{content}</s>" for content in ("quux", "xyzzy")]
+    assert learned(encoded, tokenizer) == "\n".join(answers)
+    assert not encoded.notes
+
+
+def test_thoughts_come_before_calls(letters: LetterTokenizer):
+    encoded, tokenizer = encoded_row(letters, "calls_first", "thoughts before a call", "turns")
+    text = learned(encoded, tokenizer)
+    assert text.index("frobozz") < text.index("</think>") < text.index("plover")
+
+    # Without turns, thoughts can't be put before the answer.
+    message = bot("<think>\nfrobozz\n</think>", tool_calls=[CALL])
+    row = make_row({"messages": [user("zork"), message]}, 1)
+    (encoded,) = encode([row], tokenizer, "everything")
+    assert any("thoughts after the content or tool calls" in note for note in encoded.notes)
+
+
+def test_thoughts_that_are_left_out_are_not_said_to_be_elsewhere(letters: LetterTokenizer):
+    """The prompt writes an empty block, and the template removes thoughts."""
+    tokenizer = letters("cuts_thoughts", **CHATML)
+    tokenizer.chat_template += "{%- if add_generation_prompt %}{{- '<think></think>' }}{%- endif %}"
+    (encoded,) = encode([make_row(ROWS["thoughts inside"][0], 1)], tokenizer)
+    assert encoded.notes == ["the chat template leaves out thoughts, so they are not trained on"]
