@@ -218,7 +218,7 @@ MISTAKES = [
     ("train --model tiny --data sums --launch 9", "batch_size 8 leaves some of 9 processes"),
     ("train --model hf.co/org/name --data sums", "give its hub id, org/name"),
     ("train --model tiny --data sums --quiet", "did you mean '--verbosity'?"),
-    ("train --model tiny --data commas.jsonl", "leave the commas between rows out"),
+    ("train --model tiny --data commas.jsonl", "remove the commas between rows"),
     ("export --from peft --adapter-path run --save-path new", "run is an adapter of this package, not of PEFT"),
     ("export --from gguf --adapter-path model.gguf --model tiny --save-path new", "model.gguf is not a LoRA"),
     ("export --from gguf --adapter-path gguf --model tiny --save-path new", "gguf is a folder: give the .gguf file"),

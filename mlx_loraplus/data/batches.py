@@ -44,7 +44,7 @@ class Batch:
     useful: int  # number of input tokens without padding
     used: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
-    # number of pairs, each with two rows, the chosen answer first; or of labeled answers
+    # number of pairs (each has two rows, the chosen answer first), or of labeled answers
     pairs: int = 0
     reference: np.ndarray | None = None  # log pi_ref of the answer in each row: (rows,) float32
     labels: np.ndarray | None = None  # 1 for a desirable answer, else 0: (rows,) float32

@@ -13,7 +13,7 @@ from .written_chat import SupervisedChat, WrittenChat, WrittenRow
 
 
 def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: WrittenChat) -> list[str]:
-    """Return notes on the unsupervised content that the template leaves out."""
+    """Return notes on unsupervised content that is left out, and on what the template rewrites."""
     lost: set[str] = set()
 
     # Search for messages without supervision outside the supervised text. Otherwise the words
@@ -29,7 +29,7 @@ def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: Written
         if "tool calls" in missing:
             lost.add("tool calls")
 
-    # A tool's name is part of its call, which is checked there.
+    # The names in tool messages are not checked here: the calls contain the same names.
     if _ignores(template, "name", ("system", "user", "assistant"), chat, written):
         lost.add("names of speakers ('name')")
     if chat.tools and not _shows_tools(template, written.form.messages, chat.tools):
@@ -104,7 +104,7 @@ def _note_rewritten(template: ChatTemplate, chat: SupervisedChat, form: ChatForm
 def _note_early_ends(
     template: ChatTemplate, chat: SupervisedChat, rows: Sequence[WrittenRow]
 ) -> list[str]:
-    """Return notes on tokens inside answers that end generation, although the row has none."""
+    """Return notes on tokens that end generation inside an answer but do not occur in the row."""
     own_text = "".join(str(message) for message in chat.messages)
     ends = [end for end in template.ends if end not in own_text]
     answers = [row.text[start:stop] for row in rows for start, stop in row.spans]

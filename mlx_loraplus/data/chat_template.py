@@ -248,7 +248,7 @@ class ChatTemplate:
 
         # With most templates, the chat begins with the prompt.
         if whole.startswith(prompt):
-            # The answer ends with its end token. What follows only treats blocks of thoughts.
+            # The answer ends with its end token. The lines below only change blocks of thoughts.
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
             answer = close_block(answer, prompt, message)

@@ -105,7 +105,8 @@ class ChatWriter:
         """Return the chat in the first form without losses, otherwise in the first usable form.
 
         Raises:
-            BadRowError: No form is usable; the problem of the first one that the template accepts.
+            BadRowError: No form is usable. The error is that of the first form that the template
+                accepts, or of the last form if the template refuses all of them.
         """
         first_problem: BadRowError | None = None
         best: WrittenChat | None = None

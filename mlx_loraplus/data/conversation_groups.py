@@ -3,7 +3,8 @@
 Two rows belong together if
 
 - their conversations begin alike, up to and including the user's first message; or
-- the text or the prompt of one is a beginning of the other's text; see ``beginnings``.
+- the text or the prompt of one is a beginning of the other's text; see
+  ``prefix_digests``.
 
 A text that more than ``MOST_BRANCHES`` conversations continue is a common opening, such as an
 instruction, and joins no conversations. The time is linear in the data, except for sorting a few

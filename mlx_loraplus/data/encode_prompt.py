@@ -31,7 +31,7 @@ def encode_prompt(
         tokenizer: A tokenizer that has a fast version.
         chat: Whether to write the prompt in the training format, instead of unchanged.
         earlier: Messages that a chat template puts before the prompt. If the first is a system
-            message, it replaces the one that the model was trained with; empty, it removes it.
+            message, it replaces the one that the model was trained with; an empty one removes it.
         form: The format that the model was trained with.
         tools: The tools that the model may call; a chat template writes them into the prompt.
 

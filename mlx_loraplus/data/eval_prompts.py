@@ -6,6 +6,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import TrainConfig
+from ..errors import counted
 from ..models.prompt_format import RAW_FORMS, PromptFormat
 from .dataset import Examples
 from .encode_prompt import encode_prompt
@@ -18,7 +19,7 @@ _LONGEST_ANSWER = 64
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt. If it comes from a row, it includes the answer in the data."""
+    """A prompt for a sample answer. If it comes from a row, ``expected`` is the row's answer."""
 
     source: str  # location of the row, such as "valid.jsonl:17"
     tokens: list[int]  # token ids of the prompt
@@ -110,8 +111,8 @@ def choose_format(
     notes: list[str] = []
     if others:
         notes.append(
-            f"{others:,} rows have another prompt format than most; generate and chat will write"
-            f" prompts {prompted}"
+            f"the prompt format of {counted(others, 'row')} differs from that of most rows;"
+            f" generate and chat will write prompts {prompted}"
         )
 
     # Likewise, generation uses one system prompt.
@@ -127,9 +128,11 @@ def choose_format(
 
 
 def _choose_system(examples: Examples) -> tuple[str | None, bool]:
-    """Return the system prompt of more than half of the rows, and whether there is none.
+    """Return the system prompt of more than half of the rows, and whether the prompts are mixed.
 
-    Rows without a system prompt count as having an empty one, and rows of text do not count.
+    They are mixed if no prompt is that common, or if no shard has kept it. A row without a system
+    prompt counts as one with an empty prompt, which is returned as None. Rows of kind text do not
+    count.
     """
     first = examples.first_of_rows()
     has_prompt = examples.of_rows("kind")[first] != KIND_NAMES.index("text")

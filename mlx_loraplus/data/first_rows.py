@@ -12,7 +12,7 @@ from .row_problems import RowProblems
 from .rows import make_rows
 from .sources import find_sources
 
-# Number of rows of each file that are checked
+# Maximum number of valid rows of each file that are read
 _FIRST_ROWS = 100_000
 
 
@@ -20,9 +20,10 @@ def check_rows(config: TrainConfig) -> None:
     """Check the first rows of every file without a tokenizer, before the model is downloaded.
 
     Raises:
-        DataError: The data can't be found, ``valid_split`` is set although there are validation
-            files, or ``on_bad`` is "error" and there are bad rows. The message reports them
-            together.
+        ConfigError: The setting ``fields`` is wrong.
+        DataError: The data can't be found or read, ``valid_split`` is set although there are
+            validation files, or ``on_bad`` is "error" and there are bad rows. One message reports
+            the bad rows of all files.
     """
     names = parse_names(config.data.fields)
     make, needed = row_format(config.objective)

@@ -87,9 +87,9 @@ def split_holdout(
     _, groups, sizes = np.unique(conversations, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {share} needs rows with at least two different prompts, but there are"
-            f" {len(sizes)} (rows that begin with the same messages or text count as one): provide"
-            " a validation file instead"
+            f"valid_split {share} needs rows with at least two different prompts, but there is only"
+            " one (rows that begin with the same messages or text count as one): provide a"
+            " validation file instead"
         )
 
     # Take groups in random order until there are enough examples, but leave one for training

@@ -1,8 +1,8 @@
-"""Find the columns of a row that ask for something which no row can ask for.
+"""Find columns that seem to change how a row is trained on, but have no effect.
 
-A message may have a weight, and so may a data set (``data_weights``), but a row has none. Without a
-report, such a column would be ignored like any other, and the row would be trained on against its
-wish.
+A message may have a weight, and so may a whole data set (``data_weights``), but a row may not. A
+row with a weight of 0 is refused, because it would otherwise be trained on. Other such columns, and
+those with token ids or the name of a split, are reported.
 """
 
 from collections.abc import Collection, Mapping

@@ -74,8 +74,9 @@ class LabeledExamples(ComparedExamples):
 
     @cached_property
     def _distance(self) -> int:
-        """The distance from which mismatched answers are taken."""
-        return min(range(1, min(len(self) - 1, _FARTHEST) + 1), key=self._count_matched, default=1)
+        """The distance from which mismatched answers are taken, as the module describes."""
+        farthest = min(len(self) - 1, _FARTHEST)
+        return min(range(1, farthest + 1), key=self._count_matched, default=1)
 
     def _count_matched(self, distance: int) -> int:
         """Return how many examples have the prompt of the example ``distance`` places before."""
@@ -127,7 +128,7 @@ class MismatchedAnswers(Examples):
 def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: str) -> list[str]:
     """Return notes on the labels and prompts of a split.
 
-    The paper advises weights with w_D n_D / (w_U n_U) in [1, 4/3], where n_D and n_U are the
+    The KTO paper advises weights with w_D n_D / (w_U n_U) in [1, 4/3], where n_D and n_U are the
     numbers of desirable and undesirable answers. A tenth more or less is not reported.
     """
     notes: list[str] = []
@@ -138,8 +139,9 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     # Report answers for which there is no other prompt.
     if examples.matched:
         notes.append(
-            f"the KL is estimated with {examples.matched:,} of {count:,} answers to the same prompt"
-            " instead of another one, because the same prompts repeat; add rows with other prompts"
+            f"{examples.matched:,} of the {count:,} mismatched answers, from which the KL is"
+            " estimated, belong to the same prompt, because prompts repeat; add rows with other"
+            " prompts"
         )
     if split != "train":
         return notes

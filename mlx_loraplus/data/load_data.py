@@ -61,8 +61,8 @@ def load_examples(
     """Return the examples of "train" and "valid", and report how their rows were used."""
     if not config.data.data:
         log(
-            "data: no --data given, so the built-in demo set is used: requests in plain English"
-            " to JSON commands"
+            "data: no --data given, so the built-in demo set is used, which maps requests in plain"
+            " English to JSON commands"
         )
     data = load_data(config, tokenizer, "train", "valid", log=log)
 

@@ -9,7 +9,7 @@ A message has a role and a content. Three forms are accepted::
 The content may also be a list of text parts, which are joined.
 
 A message may have a field that switches its training on or off: "weight" with 0 or 1 (OpenAI,
-Mistral), or "train", "training" (axolotl) or "loss" (ms-swift) with a boolean, 0 or 1.
+Mistral), or "train", "training" (axolotl), "train_on" or "loss" (ms-swift) with a boolean, 0 or 1.
 """
 
 import json

@@ -20,8 +20,8 @@ _CONVERT = {
 }
 
 
-def type_hint(path: Path) -> str:
-    """Return a hint for a file whose type is not read, or ""."""
+def file_type_hint(path: Path) -> str:
+    """Return a hint for a file whose type is not supported, or ""."""
     for suffixes, advice in _CONVERT.items():
         if path.suffix.lower() in suffixes.split():
             return f" ({advice})"
@@ -34,10 +34,10 @@ def show_name(path: Path) -> str:
 
 
 def check_spaces(names: Sequence[str]) -> None:
-    """Check that several names are not one path with spaces, which a shell has divided.
+    """Check that several names are not the parts of one path with spaces, divided by a shell.
 
     Raises:
-        DataError: They are.
+        DataError: Joined with spaces, the names are an existing path.
     """
     joined = " ".join(names)
     if len(names) > 1 and Path(joined).exists():
@@ -49,7 +49,7 @@ def missing_hint(name: str) -> str:
     if hub_id := hub_id_in(name):
         return f" (its hub id is {hub_id})"
     if name.startswith(("https://", "http://")):
-        return " (addresses are not read: download the file first)"
+        return " (URLs are not supported: download the file first)"
 
     # A shell expands a pattern only without quotes.
     if any(character in name for character in _PATTERN):

@@ -45,7 +45,7 @@ class Pairs(ComparedExamples):
         chosen: The chosen answers, as examples.
         rejected: The rejected answers, as examples.
         lengths: Number of input tokens of the longer answer, (pairs,).
-        targets: Number of supervised tokens of both answers, (pairs,).
+        target_counts: Number of supervised tokens of both answers, (pairs,).
     """
 
     def __init__(self, shards: Sequence[Shard], answers: np.ndarray):

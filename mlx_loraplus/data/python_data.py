@@ -68,7 +68,7 @@ def _is_data_set(item: Any) -> bool:
 
 
 def _has_splits(data: Mapping[Any, Any]) -> bool:
-    """Return whether a mapping holds rows under the name of a split, and not only texts."""
+    """Return whether a key of a mapping is the name of a split and its value is not a text."""
     for key, rows in data.items():
         is_split = isinstance(key, str) and key.lower() in SPLIT_NAMES
         if is_split and not isinstance(rows, str):

@@ -24,7 +24,7 @@ def notes_on(
     notes = [*encoded.notes, *row.notes]
     if row.untrained and encoding.train_on == "everything":
         notes.append(
-            "messages marked as not to be trained on are trained on, because --train-on is"
+            "messages that are excluded from training are trained on anyway, because --train-on is"
             " everything"
         )
     if row.unused:

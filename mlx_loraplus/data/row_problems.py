@@ -43,5 +43,5 @@ def explain_line(line: bytes, error: json.JSONDecodeError) -> str:
     if line.strip() == b"{":
         return "not JSON (a row over several lines): write each row on one line"
     if line.strip().endswith(b"},"):
-        return "not JSON (a comma after the row): leave the commas between rows out"
+        return "not JSON (a comma after the row): remove the commas between rows"
     return f"not JSON ({error.msg} at column {error.colno})"

@@ -35,8 +35,8 @@ def check_shards(files: Sequence[Path]) -> None:
         if found < count:
             raise DataError(
                 f"{files[0].parent} has only {found} of the {count} shards of {stem}: get the"
-                f" others, or number these anew, from {stem}-00000-of-{found:05} on, to use them"
-                " alone"
+                f" others, or renumber these, beginning with {stem}-00000-of-{found:05}, to use"
+                " them alone"
             )
 
 

@@ -12,11 +12,12 @@ from .thoughts import Message, answer_of
 
 
 def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], str]]:
-    """Yield changed chats, each with the advice to change it so.
+    """Yield changed chats, each with advice that describes the change.
 
     Args:
         messages: The messages in OpenAI's form.
     """
+    # Remove a field that is not needed.
     fields = {field for message in messages for field in message}
     for field in sorted(fields - NEEDED_FIELDS):
         yield (
@@ -28,10 +29,12 @@ def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], 
             f"remove the field {field!r:.40} from all messages",
         )
 
+    # Remove the content of messages that have tool calls.
     bare_calls = [_without_content(message) for message in messages]
     if bare_calls != list(messages):
         yield bare_calls, "remove the content beside tool calls"
 
+    # Join the system message with the first message of the user.
     if [message["role"] for message in messages[:2]] == ["system", "user"]:
         content = "\n\n".join(str(message["content"]) for message in messages[:2])
         first = {**messages[1], "content": content}
@@ -40,6 +43,7 @@ def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], 
             "put the system message at the start of the first user message",
         )
 
+    # Join consecutive messages of one role.
     for role in ("assistant", "user"):
         joined = _join_neighbours(messages, role)
         if len(joined) < len(messages):
@@ -47,7 +51,7 @@ def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], 
 
 
 def without_field(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
-    """Return messages of which those of some roles lack a field."""
+    """Return the messages, without a field in those of some roles."""
     return [
         {name: value for name, value in message.items() if name != field}
         if message["role"] in roles
@@ -64,7 +68,7 @@ def _without_content(message: Message) -> Message:
 
 
 def _join_neighbours(messages: Sequence[Message], role: str) -> list[Message]:
-    """Return messages of which those of a role are joined with the next ones of that role."""
+    """Return the messages, with consecutive messages of a role joined into one."""
     joined: list[Message] = []
     for message in messages:
         last = joined[-1] if joined else None

@@ -24,7 +24,7 @@ from ..files import describe_entry, is_not_ordinary_file
 from ..hub_access import hub_reachable
 from .demo import demo_rows
 from .hub_rows import dataset_rows
-from .missing_data import check_spaces, missing_hint, show_name, type_hint
+from .missing_data import check_spaces, file_type_hint, missing_hint, show_name
 from .readers import READERS, RawRow
 from .shard_files import check_shards, find_unused, stem_of
 
@@ -195,7 +195,7 @@ def _find_local(name: str) -> Source | None:
 
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"unsupported file type: {name!r}{type_hint(path)}; give one of"
+            f"unsupported file type: {name!r}{file_type_hint(path)}; give one of"
             f" {', '.join(SUFFIXES)}, or a folder"
         )
     (table,) = _tables_of([path])
@@ -374,15 +374,18 @@ def _dataset_source(name: str, dataset: Any) -> Source:
     if "train" not in dataset:
         raise DataError(f"{name} has no split named train; its splits are {', '.join(dataset)}")
 
+    # Report the splits that are not used with the training rows
     unused = [key for key in dataset if key.lower() not in SPLIT_NAMES]
     notes = [f"unused splits: {', '.join(unused):.300}"] if unused else []
 
+    # Several splits of the data set may belong to one of ours, such as "dev" and "validation"
     source: dict[SplitName, list[Table]] = {}
     for key, rows in dataset.items():
         split = SPLIT_NAMES.get(key.lower())
         if split is None:
             continue
 
+        # The digest of the rows is that of the files that hold them
         files = [Path(entry["filename"]) for entry in rows.cache_files]
         if not files:
             raise DataError(

@@ -20,7 +20,8 @@ KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except those of ``prefix_digests.text_digests``.
+    The digests ignore white space and case, except in the system message on which ``system``,
+    ``text`` and ``prompt`` depend.
     """
 
     line: int  # line or row number

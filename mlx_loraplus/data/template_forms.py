@@ -25,7 +25,8 @@ class ChatForm:
     """A chat in one form that a chat template may expect."""
 
     messages: Sequence[Message]
-    thoughts: Mapping[int, str]  # to put before the answers: of messages without their thoughts
+    # by message index, the thoughts to put before the rendered answer; the message has none itself
+    thoughts: Mapping[int, str]
 
 
 @dataclass(frozen=True)

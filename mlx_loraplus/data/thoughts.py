@@ -84,7 +84,7 @@ def thoughts_of(message: Message) -> str:
 
 
 def thought_places(message: Message) -> list[str]:
-    """Return the keys of a message that hold thoughts; of equal thoughts, only the first one's."""
+    """Return the keys of a message that hold thoughts; of equal thoughts, only the first key."""
     held = {key: message.get(key) for key in THOUGHT_KEYS}
     held["content"] = _split_content(message)[0]
 
@@ -176,7 +176,7 @@ def put_before(answer: str, prompt: str, thoughts: str, block: ThoughtBlock) -> 
 
     Args:
         answer: The text of the turn after its prompt. It may begin with the thoughts already.
-        prompt: The prompt. If it opens or closes a block of thoughts, nothing is put between.
+        prompt: The prompt. If it ends with a tag of the block, the answer is returned unchanged.
         thoughts: The thoughts to write; may be empty.
         block: How the chat template writes thoughts.
     """

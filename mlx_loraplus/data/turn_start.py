@@ -47,7 +47,7 @@ def find_seam(prompt: str, whole: str, header: str) -> int | None:
 def after_last_message(prompt: str, message: Message) -> str:
     """Return the last message of a prompt as the template writes it, with the text that follows.
 
-    It is the header of a turn for which the template has no other, as in Mistral's templates.
+    This text serves as a turn's header if the template writes none, as in Mistral's templates.
     """
     content = answer_of(message).strip()
     place = prompt.rfind(content) if content else -1

@@ -29,13 +29,13 @@ def is_temporary(name: str) -> bool:
     return _TEMPORARY.fullmatch(name) is not None
 
 
-def _lasting(path: Path) -> Path:
-    """Return a path with the lasting names of temporary folders, which is what users know."""
+def _final_path(path: Path) -> Path:
+    """Return a path with the final names of temporary folders, for messages to the user."""
     names: list[str] = []
     for part in path.parts:
         found = _TEMPORARY.fullmatch(part)
-        lasting = found[2][1:] if found and found[2] else part
-        names.append(lasting)
+        final_name = found[2][1:] if found and found[2] else part
+        names.append(final_name)
     return Path(*names)
 
 
@@ -43,13 +43,13 @@ def _lasting(path: Path) -> Path:
 def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
     """Open a temporary file for writing, and rename it to ``path`` if the block succeeds.
 
-    The content is on the disk before the file is renamed. The temporary file has a random
-    name and its folder stays open, so no other process can redirect the output. A link at ``path``
-    is replaced, not followed. The permissions of an older file are kept.
+    If ``durable``, the content is on the disk before the file is renamed. The temporary file has a
+    random name and its folder stays open, so no other process can redirect the output. A link at
+    ``path`` is replaced, not followed. The permissions of an older file are kept.
 
     Args:
         path: The file to replace.
-        durable: Whether the content must survive a power cut, which takes several milliseconds.
+        durable: Whether the content must survive a power cut. This takes several milliseconds.
 
     Raises:
         OutputError: The folder can't be created or written, or the disk is full. An older file is
@@ -76,7 +76,7 @@ def replacing(path: Path, *, durable: bool = True) -> Generator[BinaryIO]:
         if durable:
             _flush_to_disk(folder)
     except OSError as error:
-        raise write_error(_lasting(path), error) from error
+        raise write_error(_final_path(path), error) from error
     finally:
         if folder is not None:
             with suppress(OSError):

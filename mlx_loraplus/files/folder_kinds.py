@@ -40,16 +40,17 @@ _FREE_NAME = "runs/first"
 
 
 def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None:
-    """Check that a folder is no place of other files, and holds nothing that must not be mixed.
+    """Check that the files to write in a folder will not be mixed with those of something else.
 
     Args:
         folder: The folder to write; it may not exist.
-        refused: What it must not hold.
+        refused: What the folder must not hold.
         flag: The flag that gives the folder, for the error message.
 
     Raises:
-        OutputError: It holds one of these; or it is a folder of the system, the home folder, in
-            the folder of this package, or the current folder with other files.
+        OutputError: The folder holds one of ``refused``; is a folder of the system; is or contains
+            the home folder; is inside this package; is the current folder and holds other files;
+            or is new and has the name of a file.
     """
     _check_place(folder, flag)
     if not folder.exists():
@@ -65,10 +66,10 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
 
 
 def _check_place(folder: Path, flag: str) -> None:
-    """Check that a folder is not one that belongs to other files.
+    """Check that a folder is not a place for other files, such as the home folder.
 
     Raises:
-        OutputError: It is.
+        OutputError: The folder is such a place.
     """
     # The home folder is inside the root, and inside the folder of all home folders.
     place = folder.resolve()
@@ -98,10 +99,10 @@ def _marks(name: str, kind: Contents) -> bool:
 
 
 def _check_name(folder: Path, flag: str) -> None:
-    """Check that the name of a new folder is not meant for a file.
+    """Check that the name of a new folder does not have the suffix of a file.
 
     Raises:
-        OutputError: It is.
+        OutputError: The name has such a suffix.
     """
     suffix = folder.suffix.lower()
     if suffix in FILE_SUFFIXES:

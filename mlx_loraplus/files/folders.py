@@ -188,7 +188,7 @@ def check_free(
     if any(path.iterdir()) and not overwrite:
         raise OutputError(
             f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"
-            " it that have the names to write"
+            " it that have the same names"
         )
 
 

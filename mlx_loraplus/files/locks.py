@@ -12,8 +12,8 @@ from ..errors import OutputError
 from .atomic import SAFE_FLAGS
 from .cache import write_error
 
-LOCK = ".lock"  # holds the process number of its holder; empty after a normal end
-_MAX_SIZE = 20  # bytes of a process number
+LOCK = ".lock"  # contains the process ID of its holder; empty after a normal end
+_MAX_SIZE = 20  # maximum number of bytes in a process ID
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def locked(folder: Path) -> Generator[str | None]:
     """Lock a folder for this process. The lock is released even if the process is killed.
 
     Yields:
-        The number of the process that held the lock before, if that process was killed.
+        The ID of the process that held the lock before, if that process was killed.
 
     Raises:
         OutputError: Another process holds the lock, ``.lock`` is not a lock, or the folder can't be
@@ -83,8 +83,8 @@ def _open_lock(path: Path, mode: int) -> TextIO:
     """Open a lock without changing its content.
 
     Raises:
-        OutputError: The file is a link, or holds something other than a process number. Writing to
-            it would change a file of another program.
+        OutputError: The file is a link, or holds something other than a process ID. Writing to it
+            would change a file of another program.
         OSError: The file can't be opened.
     """
     not_ours = OutputError(
@@ -105,8 +105,8 @@ def _open_lock(path: Path, mode: int) -> TextIO:
 
 
 def _is_lock(descriptor: int) -> bool:
-    """Return whether a file has only one name and holds only a process number, or nothing."""
-    # If the file has a second name, it may belong to another program.
+    """Return whether a file has a single hard link and holds only a process ID, or nothing."""
+    # If the file has a second hard link, it may belong to another program.
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_size > _MAX_SIZE:
         return False
@@ -139,7 +139,7 @@ def _acquire(file: TextIO, folder: Path) -> None:
 
 
 def _read_holder(file: TextIO) -> str:
-    """Return the process number in a lock, or an empty string."""
+    """Return the process ID in a lock, or an empty string."""
     file.seek(0)
     content = file.read(_MAX_SIZE)
     return "".join(character for character in content if character.isdigit())

@@ -107,17 +107,11 @@ class MemoryPlan:
         )
 
     def batch_size(self, length: int) -> int:
-        """Return a number of examples in a batch, for rows of this length.
-
-        Their rows are the largest of 16, 8 and 4 that fit without checkpointing. If none of them
-        does, they are the largest of 4, 2 and 1 that fit at all. There is at least one example.
-        """
-        possible = [rows for rows in (4, 2, 1) if self.fits(rows, length)]
+        """Return a batch size of at most 16 rows, or 4 with checkpointing, that fits if any does."""
+        fitting = [rows for rows in (4, 2, 1) if self.fits(rows, length)]
         if self.config.grad_checkpoint != "on":
-            lean = [rows for rows in (16, 8, 4) if self.fits(rows, length, checkpoint=False)]
-            possible = lean + possible
-        most = possible[0] if possible else 1
-        return max(1, most // self.config.objective.rows_per_example)
+            fitting += [rows for rows in (16, 8, 4) if self.fits(rows, length, checkpoint=False)]
+        return max([1, *fitting]) // self.config.objective.rows_per_example or 1
 
     def suggestions(self, rows: int, length: int) -> list[str]:
         """Return changes of the settings that make a batch fit, the cheapest first."""
@@ -133,7 +127,7 @@ class MemoryPlan:
             if eased.fits(rows, length):
                 found.append(f"{flag.strip()} (a third more time)")
 
-        # Fewer examples at a time, with the same result if their number divides the batch.
+        # Fewer examples at a time. The result is the same if their number divides the batch.
         most = min(examples, eased.most_rows(length) // per_example)
         fewer = max((size for size in range(1, most + 1) if examples % size == 0), default=0)
         if 0 < fewer < examples:

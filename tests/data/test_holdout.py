@@ -74,7 +74,7 @@ def test_a_split_that_can_not_be(tmp_path: Path, letters):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
     with pytest.raises(
         DataError,
-        match=r"valid_split 0\.5 needs rows with at least two different prompts, but there are 1",
+        match=r"valid_split 0\.5 needs rows with at least two different prompts, but there is",
     ):
         load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
     bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)

@@ -68,7 +68,7 @@ def test_a_message_of_weight_0_is_not_learned(tmp_path: Path, letters):
     assert tokenizer.decode(example.tokens[example.supervised]) == "a1<|im_end|>"
     report = load(tokenizer, file, train_on="everything").reports["train"]
     assert any(
-        note.startswith("messages marked as not to be trained on are trained on")
+        note.startswith("messages that are excluded from training are trained on anyway")
         for note in report.notes
     )
 
