@@ -107,7 +107,7 @@ class MemoryPlan:
         )
 
     def batch_size(self, length: int) -> int:
-        """Return a batch size of at most 16 rows, or 4 with checkpointing, that fits if any does."""
+        """Return the largest batch size that fits: up to 16 rows, or 4 with checkpointing."""
         fitting = [rows for rows in (4, 2, 1) if self.fits(rows, length)]
         if self.config.grad_checkpoint != "on":
             fitting += [rows for rows in (16, 8, 4) if self.fits(rows, length, checkpoint=False)]
