@@ -357,6 +357,9 @@ def _read_yaml(arguments: Sequence[str], known: Collection[str]) -> dict[str, An
     beside, command_name, setting = _OWN_FILES.get(file.name, ("", "", ""))
     if beside and (file.parent / beside).is_file():
         if setting not in known:
-            raise ConfigError(f"{file} holds settings of mlx_loraplus.{command_name}")
+            raise ConfigError(
+                f"{file} holds settings of mlx_loraplus.{command_name}: give the settings of this"
+                " command as flags, or in a file of its own"
+            )
         return read_run_settings(file)
     return read_settings(file)
