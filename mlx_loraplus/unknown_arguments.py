@@ -91,10 +91,11 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
     before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
     if word.lower() in ("true", "false", "yes", "no", "on", "off"):
         return "a flag that is on or off has no value, as in --pack or --no-pack"
-    if before == "--resume" and (Path(word) / "run.yaml").is_file():
-        return f"--resume takes no value: -c {Path(word) / 'run.yaml'} --resume continues this run"
     if before == "--resume":
-        return "--resume takes no value: it continues the run or sweep in --adapter-path"
+        run = Path(word) / "run.yaml"
+        own = f"-c {run} --resume continues this run"
+        other = "it continues the run or sweep in --adapter-path"
+        return f"--resume takes no value: {own if run.is_file() else other}"
     if before.startswith("--"):
         return f"{before} takes no value"
     if word.endswith((".yaml", ".yml")):

@@ -11,7 +11,6 @@ from mlx_loraplus.models.loading import load_folder_tokenizer
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
 
-
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
