@@ -206,6 +206,11 @@ def _read_foreign(
         translated = translate(kind, native | foreign, native, quiet=quiet)
         foreign = {name: value for name, value in translated.items() if name not in native}
     in_file = translate(kind, _read_yaml(words, known), native | foreign, quiet=quiet)
+
+    # A length as a flag replaces the one in the file, whether in steps or in epochs.
+    lengths = {"iters", "epochs"}
+    if lengths & (native.keys() | foreign.keys()):
+        in_file = {name: value for name, value in in_file.items() if name not in lengths}
     return words, in_file | foreign
 
 

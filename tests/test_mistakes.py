@@ -146,6 +146,14 @@ def test_a_name_or_a_tokenizer_is_no_model(here: Path, call: Callable[..., objec
         ml.complete("tiny", tokenizer, "hi")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("flag", ["--epochs", "--num-train-epochs"])
+def test_a_length_as_a_flag_replaces_the_one_in_a_file(tmp_path: Path, flag: str):
+    (tmp_path / "own.yaml").write_text("iters: 300\n")
+    words = ["-c", str(tmp_path / "own.yaml"), flag, "2"]
+    config, _ = parse(TrainConfig, TrainSwitches, words, "train")
+    assert (config.iters, config.epochs) == (None, 2)
+
+
 def test_a_number_and_its_noun_agree():
     assert [counted(number, "row") for number in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
 
