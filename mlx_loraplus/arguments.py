@@ -206,6 +206,11 @@ def _read_foreign(
         translated = translate(kind, native | foreign, native, quiet=quiet)
         foreign = {name: value for name, value in translated.items() if name not in native}
     in_file = translate(kind, _read_yaml(words, known), native | foreign, quiet=quiet)
+
+    # A length as a flag replaces the one in the file, whether in steps or in epochs.
+    lengths = {"iters", "epochs"}
+    if lengths & (native.keys() | foreign.keys()):
+        in_file = {name: value for name, value in in_file.items() if name not in lengths}
     return words, in_file | foreign
 
 
@@ -357,6 +362,9 @@ def _read_yaml(arguments: Sequence[str], known: Collection[str]) -> dict[str, An
     beside, command_name, setting = _OWN_FILES.get(file.name, ("", "", ""))
     if beside and (file.parent / beside).is_file():
         if setting not in known:
-            raise ConfigError(f"{file} holds settings of mlx_loraplus.{command_name}")
+            raise ConfigError(
+                f"{file} holds settings of mlx_loraplus.{command_name}: give the settings of this"
+                " command as flags, or in a file of its own"
+            )
         return read_run_settings(file)
     return read_settings(file)

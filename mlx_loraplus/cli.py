@@ -28,7 +28,7 @@ from .command_config import (
 from .config import TrainConfig
 from .errors import ConfigError, nearest
 from .interrupted_imports import INTERRUPTED
-from .launching import check_batch_size, launch
+from .launching import check_batch_size, check_processes, launch
 from .settings import Config, configure, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
@@ -99,7 +99,9 @@ def train(arguments: Arguments = None) -> None:
         if switches.launch != 1:
             if config.parallel == "data":
                 check_batch_size(config.data.batch_size, switches.launch)
-            raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
+            check_processes(switches.launch)
+            if not (switches.dry_run or switches.test):  # these need only one process
+                raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
 
         from .data.first_rows import check_rows
         from .inference.generate import load

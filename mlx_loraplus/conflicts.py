@@ -67,7 +67,8 @@ def _objective_conflicts(config: TrainConfig) -> list[str]:
 
     # Settings of other objectives.
     if given.beta is not None and objective not in ("dpo", "ipo", "simpo", "kto"):
-        problems.append(f"beta is for objective dpo, ipo, simpo and kto, not {objective}")
+        instead = ": what TRL calls beta is orpo_lambda here" if objective == "orpo" else ""
+        problems.append(f"beta is for objective dpo, ipo, simpo and kto, not {objective}{instead}")
     if given.label_smoothing and objective != "dpo":
         problems.append(f"label_smoothing is for objective dpo, not {objective}")
     if given.simpo_gamma is not None and objective != "simpo":

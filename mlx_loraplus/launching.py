@@ -37,8 +37,7 @@ def launch(count: int, arguments: Sequence[str]) -> int:
         ConfigError: ``count`` is below 1, or above the number of GPUs with CUDA.
         LoRAPlusError: A process was killed.
     """
-    if count < 1:
-        raise ConfigError(f"--launch must be a number of processes, 1 or more, not {count}")
+    check_processes(count)
 
     with tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
         ports = free_ports(count)
@@ -61,6 +60,18 @@ def launch(count: int, arguments: Sequence[str]) -> int:
             return wait(processes)
         finally:
             send(processes, signal.SIGKILL)
+
+
+def check_processes(count: int) -> None:
+    """Check that this machine can run so many processes.
+
+    Raises:
+        ConfigError: ``count`` is below 1, or above the number of GPUs with CUDA.
+    """
+    if count < 1:
+        raise ConfigError(f"--launch must be a number of processes, 1 or more, not {count}")
+    if has_cuda():
+        pick_gpus(count, visible_gpus())
 
 
 def check_batch_size(batch_size: int | str, processes: int) -> None:

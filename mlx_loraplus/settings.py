@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 # The files of settings in the folder of a run or a sweep
 _SETTINGS_FILES = ("run.yaml", "best.yaml", "sweep.yaml")
 
+# The flags of ``train`` that are not settings
+TRAIN_FLAGS = ("launch", "list_models", "dry_run", "test", "open", "log_format", "verbosity")
+
 _MAX_BYTES = 1 << 16  # of a YAML file
 _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
@@ -127,6 +130,8 @@ def replace_auto_rate(config: TrainConfig) -> TrainConfig:
 
 def _hint(name: str, known: Collection[str]) -> str:
     """Return what is probably meant by a name that is not a setting, in parentheses."""
+    if name in TRAIN_FLAGS:
+        return " (it is a flag of the command mlx_loraplus.train alone: leave it out)"
     meant = meant_setting(name, known)
     if meant:
         return f" (did you mean {meant!r}?)"

@@ -18,7 +18,7 @@ from .command_config import (
 from .config import TrainConfig
 from .errors import ConfigError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
-from .settings import setting_names
+from .settings import TRAIN_FLAGS, setting_names
 
 _DASHES = "\u2013\u2014"  # en dash and em dash
 
@@ -70,6 +70,7 @@ def _about_flag(word: str, names: Sequence[str]) -> str:
 
     # Flags of other commands, and similar ones of this command
     owners = [command for command, kind in _COMMANDS.items() if name in setting_names(kind)]
+    owners += ["train"] if name in TRAIN_FLAGS else []
     problem = f"{word!r} is not a flag"
     is_other = bool(owners) and name not in names
     if is_other:
@@ -91,7 +92,10 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
     if word.lower() in ("true", "false", "yes", "no", "on", "off"):
         return "a flag that is on or off has no value, as in --pack or --no-pack"
     if before == "--resume":
-        return "--resume takes no value: it continues the run or sweep in --adapter-path"
+        run = Path(word) / "run.yaml"
+        own = f"-c {run} --resume continues this run"
+        other = "it continues the run or sweep in --adapter-path"
+        return f"--resume takes no value: {own if run.is_file() else other}"
     if before.startswith("--"):
         return f"{before} takes no value"
     if word.endswith((".yaml", ".yml")):

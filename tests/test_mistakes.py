@@ -1,5 +1,6 @@
 """Plausible mistakes at the commands: exit code 2, one right next step, and nothing left behind."""
 
+import dataclasses
 import json
 import types
 from collections.abc import Callable
@@ -9,11 +10,12 @@ import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
 
 from mlx_loraplus import cli
-from mlx_loraplus.arguments import parse
+from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.cli import TrainSwitches
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.errors import counted
 from mlx_loraplus.interrupted_imports import LAUNCHED
+from mlx_loraplus.settings import TRAIN_FLAGS
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.mistakes_workshop import error_of, make_workshop
 
@@ -144,6 +146,14 @@ def test_a_name_or_a_tokenizer_is_no_model(here: Path, call: Callable[..., objec
         ml.complete("tiny", tokenizer, "hi")  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.parametrize("flag", ["--epochs", "--num-train-epochs"])
+def test_a_length_as_a_flag_replaces_the_one_in_a_file(tmp_path: Path, flag: str):
+    (tmp_path / "own.yaml").write_text("iters: 300\n")
+    words = ["-c", str(tmp_path / "own.yaml"), flag, "2"]
+    config, _ = parse(TrainConfig, TrainSwitches, words, "train")
+    assert (config.iters, config.epochs) == (None, 2)
+
+
 def test_a_number_and_its_noun_agree():
     assert [counted(number, "row") for number in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
 
@@ -260,6 +270,7 @@ MISTAKES = [
     ("train -c run", "give a file, such as run/run.yaml"),
     ("train -c nothere.yaml", "the settings in nothere.yaml can't be read"),
     ("train -c run/run.yaml", "--resume continues it, --overwrite replaces it"),
+    ("train --adapter-path run --resume", "because no data is given; take them from the run (-c run/run.yaml)"),
     ("train -c run/run.yaml --resume --rank 4", "can't resume with other settings: rank 8 -> 4"),
     # values that are missing or too many, and flags of other commands
     ("train --kto-weights 1", "--kto-weights needs 2 values, with a space between them, after it"),
@@ -272,7 +283,11 @@ MISTAKES = [
     ("chat run --prompt hi", "'--prompt' is a flag of mlx_loraplus.generate"),
     ("train --dequantize", "'--dequantize' is a flag of mlx_loraplus.fuse"),
     ("train --stop-at 1", "'--stop-at' is not a flag (--help lists the flags)"),
-    ("train --resume run", "--resume takes no value: it continues the run or sweep in --adapter-path"),
+    ("train --resume run", "--resume takes no value: -c run/run.yaml --resume continues this run"),
+    ("train --resume sums", "--resume takes no value: it continues the run or sweep in --adapter-path"),
+    ("sweep --dry-run", "'--dry-run' is a flag of mlx_loraplus.train, and not of this command"),
+    ("fuse run --verbosity quiet", "'--verbosity' is a flag of mlx_loraplus.train, and not of this command"),
+    ("train --model tiny --data sums --dry-run --launch 0", "--launch must be a number of processes, 1 or more, not 0"),
     ("train --list-models gemma", "--list-models takes no value"),
     ("train run", "-c run/run.yaml --resume continues a run"),
     ("train tiny", "values follow their flags, as in --model tiny"),
@@ -288,6 +303,11 @@ MISTAKES = [
     ("trian --model tiny", "did you mean 'train'?"),
     ("--model tiny", "is not a command; give one of train, generate"),
 ]  # fmt: skip
+
+
+def test_the_flags_of_train_that_are_not_settings_are_known():
+    own = {field.name for field in dataclasses.fields(TrainSwitches)}
+    assert own - {field.name for field in dataclasses.fields(Switches)} == set(TRAIN_FLAGS)
 
 
 def test_there_are_many_mistakes():

@@ -1,9 +1,10 @@
 """Load a model by name, with or without an adapter, and generate answers."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def load(
     check_model_path(name)
     source = find_model(name)
     if source.note:
-        print(source.note, file=sys.stderr)
+        _tell_once(source.note)
 
     # Divide the model before its weights are read.
     prepare = None
@@ -86,7 +87,7 @@ def load(
     model.ignored_window = ignored_window(model, config)
     for note in (activation_note(model, config), positions_note(model, config)):
         if note:
-            print(f"note: {note}", file=sys.stderr)
+            _tell_once(f"note: {note}")
 
     # A fused model stores its prompt format in its config; an adapter has a separate one.
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
@@ -100,6 +101,13 @@ def load(
     model.exact_name = source.exact_name
     model.origin = ModelOrigin(source.path, config)
     return model, tokenizer
+
+
+@cache
+def _tell_once(note: str) -> None:
+    """Print a note about a model: once, however often it is loaded, and in the first process."""
+    if os.environ.get("MLX_RANK", "0") == "0":
+        print(note, file=sys.stderr)
 
 
 def system_message(model: nn.Module, system: str | None) -> list[dict[str, str]]:

@@ -33,6 +33,7 @@ Verbosity = Literal["silent", "quiet", "normal", "verbose"]
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
 _MIN_BARS, _MAX_BARS = 10, 32
+_ZERO_REWARD = 5e-5  # the margin is printed with four decimals
 _LABEL_WIDTH = 26  # of the label and the number beside a sparkline
 
 
@@ -323,10 +324,21 @@ def event_lines(event: Event, steps: int) -> list[str]:
 
 def _ranked(event: Event, prefix: str = "") -> str:
     """Return the share of compared answers that are ranked right; empty without preferences."""
-    for name in ("preferred", "reward_accuracy"):  # pairs have both, labeled answers the second
-        if prefix + name in event:
-            return f", ranked right {event[prefix + name]:.1%}"
+    if prefix + "preferred" in event:
+        return f", ranked right {event[prefix + 'preferred']:.1%}"
+    if prefix + "reward_accuracy" in event and not _rewards_are_zero(event, prefix):
+        return f", ranked right {event[prefix + 'reward_accuracy']:.1%}"
     return ""
+
+
+def _rewards_are_zero(event: Event, prefix: str) -> bool:
+    """Return whether all rewards are zero up to rounding, so that they rank nothing.
+
+    So it is before the first update, if the model is its own reference.
+    """
+    names = (prefix + "rewards_chosen", prefix + "rewards_rejected")
+    rewards = [event[name] for name in names if name in event]
+    return bool(rewards) and max(map(abs, rewards)) < _ZERO_REWARD
 
 
 def _preference_figures(event: Event, prefix: str = "") -> list[str]:
@@ -341,8 +353,8 @@ def _preference_figures(event: Event, prefix: str = "") -> list[str]:
         "logp_chosen": "log p chosen {:.1f}",
         "logp_rejected": "rejected {:.1f}",
     }
-    if prefix + "preferred" not in event:
-        del forms["reward_accuracy"]  # the first line has it
+    if prefix + "preferred" not in event or _rewards_are_zero(event, prefix):
+        del forms["reward_accuracy"]  # the first line has it, or it means nothing
     if prefix + "logp_chosen" not in event:
         forms["logp_rejected"] = "log p rejected {:.1f}"
 

@@ -98,7 +98,7 @@ class _Search:
             self.sweep.outcome = stopped.args[0]
         except DeviceError as error:
             raise DeviceError(
-                f"{error}; {len(self.sweep.trials)} trials are saved; to continue:"
+                f"{error}; {counted(len(self.sweep.trials), 'trial')} saved; to continue:"
                 f" {resume_sweep_command(self.config)}"
             ) from error
 
@@ -107,14 +107,16 @@ class _Search:
         self.planned = sum(count * steps for count, steps in (*early, last))
         runs = self.planned / full_steps
 
-        rounds = "".join(f"{count} trials of {counted(steps, 'step')}, " for count, steps in early)
+        rounds = "".join(
+            f"{counted(count, 'trial')} of {counted(steps, 'step')}, " for count, steps in early
+        )
         self.log(
-            f"sweep: {rounds}up to {finals} trials of {counted(full_steps, 'step')}; in all up to"
-            f" {self.planned:,} steps, as many as {runs:.1f} full runs"
+            f"sweep: {rounds}up to {counted(finals, 'trial')} of {counted(full_steps, 'step')};"
+            f" in all up to {self.planned:,} steps, as many as {runs:.1f} full runs"
         )
         self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:
-            self.log(f"resume: {len(self.sweep.trials)} trials have already ended")
+            self.log(f"resume: {counted(len(self.sweep.trials), 'trial')} already ended")
 
     def _run_round(self, points: list[Point], steps: int) -> list[Point]:
         """Run one round, and return the best third of its points."""

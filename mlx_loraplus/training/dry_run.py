@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..adapters.attach import attach_adapters, check_targets
-from ..adapters.stored_files import recorded_model
+from ..adapters.stored_files import adapter_files, recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..device import gb, on_gpu
@@ -75,7 +75,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         found.check(check, config)
     found.check(check_model_name, config.model)
     if config.resume_adapter_file is not None:
-        found.check(recorded_model, Path(config.resume_adapter_file))
+        found.check(_check_start, Path(config.resume_adapter_file))
     data = found.check(preview_run, config)
 
     # The data, and what training on it takes.
@@ -96,6 +96,12 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         error.reported = True
         raise error
     console.print(Text(f"\nto start: {_command(words)}"))
+
+
+def _check_start(path: Path) -> None:
+    """Check that a path, a folder or the weights file in it, leads to an adapter."""
+    folder, _ = adapter_files(path)
+    recorded_model(folder)
 
 
 def _describe_run(

@@ -147,7 +147,9 @@ def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
         if name == "learning_rate" and value == "auto":  # it was found when the run started
             continue
         line = f"{name} {then[name]} -> {value}"
-        if name not in RESUME_MAY_CHANGE:
+        if name == "data" and not value:
+            refused.append(f"data {then[name]} -> the demo set, because no data is given")
+        elif name not in RESUME_MAY_CHANGE:
             refused.append(line)
         elif name not in _NOT_REPORTED:
             allowed.append(line)
@@ -189,9 +191,12 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
     if stored.rows != present.rows:
         problems.append("the rows of --data, or their tokens, are not those it was trained on")
     if problems:
+        names = ("model", "data")
+        are_other = any(stored.settings.get(name) != present.settings[name] for name in names)
+        own = f"take both from the run (-c {Path(place).parents[1]}/run.yaml), or "
         raise ConfigError(
-            f"can't resume from {place}: {join_problems(problems)}; train from the start in"
-            " another --adapter-path"
+            f"can't resume from {place}: {join_problems(problems)}; {own if are_other else ''}train"
+            " from the start in another --adapter-path"
         )
 
     # Other versions of the libraries are reported, but allowed.

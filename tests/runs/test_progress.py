@@ -94,6 +94,16 @@ def test_lines_of_preferences_fit_80_columns():
     assert "KL 0.0123, log p rejected -134.0" in event_lines(event, 1000)[1]
 
 
+def test_rewards_that_are_zero_rank_nothing():
+    event = {"step": 0, "valid_loss": 0.5, "valid_seconds": 1.0, "valid_reward_accuracy": 1.0}
+    event |= {"valid_rewards_chosen": -1e-6, "valid_rewards_rejected": -4e-6}
+    for kind in ({"valid_preferred": 0.25}, {"valid_kl": 0.0}):
+        lines = " ".join(event_lines(event | kind, 10))
+        assert "accuracy" not in lines
+        assert ("ranked right 25.0%" in lines) == ("valid_preferred" in kind)
+        assert "100.0%" in " ".join(event_lines(event | kind | {"valid_rewards_chosen": 0.1}, 10))
+
+
 def test_verbosity(folder: Path):
     run = ml.Run.load(folder)
     told: dict[str, list[str]] = {}

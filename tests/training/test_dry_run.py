@@ -40,6 +40,21 @@ def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
     assert start["steps"] == 20
 
 
+def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
+    cli.train(words(place, "--launch", "2", "--dry-run"))
+    assert capsys.readouterr().out.endswith("--iters 20 --launch 2\n")
+
+
+def test_an_adapter_may_be_given_as_its_weights_file(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """mlx_lm.lora takes it so."""
+    place.run("first", iters=1, warmup=0)
+    start = str(place.folder / "first" / "adapters.safetensors")
+    cli.train(words(place, "--dry-run", "--resume-adapter-file", start))
+    assert "to start: mlx_loraplus.train" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [

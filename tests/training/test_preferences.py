@@ -222,7 +222,8 @@ def test_the_odds_of_a_certain_answer_are_finite():
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"objective": "orpo", "beta": 0.1}, "beta is for objective dpo, ipo, simpo and kto, not"),
+        ({"objective": "sft", "beta": 0.1}, "beta is for objective dpo, ipo, simpo and kto, not"),
+        ({"objective": "orpo", "beta": 0.1}, "not orpo: what TRL calls beta is orpo_lambda here"),
         ({"objective": "ipo", "label_smoothing": 0.1}, "label_smoothing is for objective dpo"),
         ({"simpo_gamma": 0.5}, "simpo_gamma is for objective simpo, not sft"),
         ({"objective": "dpo", "orpo_lambda": 0.5}, "orpo_lambda is for objective orpo, not dpo"),

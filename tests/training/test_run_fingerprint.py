@@ -55,6 +55,9 @@ def test_another_model_or_other_data_is_refused_in_any_folder(place: Place):
     write_tiny_model(place.folder / "model", hidden=48)
     with pytest.raises(ml.ConfigError, match="the weights of model="):
         place.run(resume=True)
+    write_tiny_model(place.folder / "other", seed=1)
+    with pytest.raises(ml.ConfigError, match=r"take both from the run \(see .*run/run\.yaml\), or"):
+        place.run(resume=True, model=str(place.folder / "other"))
     config = json.loads((write_tiny_model(place.folder / "elsewhere") / "config.json").read_text())
     (place.folder / "elsewhere" / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
     with pytest.raises(ml.ConfigError, match=r"the config of model=.* \(rope_theta 10000.* -> 5\)"):
