@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 # The files of settings in the folder of a run or a sweep
 _SETTINGS_FILES = ("run.yaml", "best.yaml", "sweep.yaml")
-
 # The flags of ``train`` that are not settings
 TRAIN_FLAGS = ("launch", "list_models", "dry_run", "test", "open", "log_format", "verbosity")
 

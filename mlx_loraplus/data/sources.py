@@ -374,7 +374,6 @@ def _dataset_source(name: str, dataset: Any) -> Source:
     if "train" not in dataset:
         raise DataError(f"{name} has no split named train; its splits are {', '.join(dataset)}")
 
-    # Report the splits that are not used with the training rows
     unused = [key for key in dataset if key.lower() not in SPLIT_NAMES]
     notes = [f"unused splits: {', '.join(unused):.300}"] if unused else []
 
