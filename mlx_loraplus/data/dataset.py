@@ -82,7 +82,7 @@ class Shard:
         documents: Whether the table contains documents, which may be joined and split anywhere.
         tokens: Token ids of all rows, one after another, (tokens,) int32.
         supervised: Whether each token is supervised, (tokens,) bool.
-        rows: The rows, (rows,) ROW.
+        rows: Line, kind and digests of each row, (rows,) ``stored_rows.ROW``.
         spans: The examples before the maximum length is applied, (examples,) SPAN.
         beginnings: The file with the digests of the beginnings of all rows, one row after another,
             uint64. It is not mapped, because mapped pages count as memory once they are read.

@@ -160,7 +160,7 @@ def _load_split(
     report: SplitReport,
 ) -> Examples:
     """Return a split's examples, limited to the maximum length, and report on their rows."""
-    # Open the shard of each table
+    # Open the shard of each table. A source is one name of --data: split → tables
     shards = []
     spans = []
     for number, source in enumerate(sources):

@@ -117,11 +117,13 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
         untrained, notes = chat.untrained, chat.notes
     _check_characters(content)
 
-    # The row's other columns are reported as unused. A completion may have become a chat: it needs
-    # the fields of a completion, and its optional fields are those of a chat.
+    # The row's other columns are reported as unused. The fields that a row needs are those of the
+    # kind that was found. The optional ones are those of its final kind: a completion may have
+    # become a chat.
     used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
+    # A row with the weight 0 is refused, and columns such as input_ids are noted.
     notes += check_switches(values, unused, named=found.named)
     return Row(kind, content, line, unused, found.named, untrained, notes)
 

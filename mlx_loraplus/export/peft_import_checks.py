@@ -106,7 +106,7 @@ def check_peft_base(
         difference = mx.abs(weight - copy).max()
         if (difference > _ROUNDING * mx.abs(copy).max()).item():
             raise AdapterError(
-                f"{folder} was trained on a {name} that differs from this model's, and holds a copy"
+                f"{folder} was trained with another {name} than this model's, and holds a copy"
                 f" of it: {_MERGE}"
             )
 

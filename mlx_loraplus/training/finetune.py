@@ -198,6 +198,7 @@ def _train(model: nn.Module, session: Session) -> None:
     world, run, checkpoint = session.world, session.run, session.checkpoint
     start = start_state(model, session)
     trainable = start.trainable
+    # Search the learning rate if it is auto; otherwise, nothing changes.
     state = choose_rate(session, start.state)
 
     # Start or resume the history, and write to the folder for the first time.
@@ -230,8 +231,8 @@ def _train(model: nn.Module, session: Session) -> None:
         writer.record_error(error)
         raise
 
-    # If the run is complete, put back the adapter of the best validation, and write it. The plot
-    # and the report follow.
+    # ``ending`` records the end. If the run is complete, put back the adapter of the best
+    # validation, and write it. The plot and the report follow.
     try:
         with world.sync_errors(), writer.ending(outcome):
             if world.is_main and run.finished:
@@ -251,6 +252,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
 
     # Identify the base before it gets adapters: some kinds change it when they are attached.
     identity = _identify(model, session)
+    # Objectives with a reference need its log-probabilities in the examples.
     reference = add_reference(model, session, identity.model)
     with world.sync_errors():
         trainable = _start_adapters(model, session)

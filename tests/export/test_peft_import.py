@@ -191,7 +191,7 @@ def test_an_adapter_over_another_embedding_or_head_is_refused(tmp_path: Path, na
 
     weight[-1] += 1
     save_file(tensors | {copy: weight}, file)
-    with pytest.raises(AdapterError, match=f"trained over another {name} than this model has"):
+    with pytest.raises(AdapterError, match=f"trained with another {name} than this model's"):
         load_peft(make("llama"), tmp_path)
 
 

@@ -255,7 +255,7 @@ def test_the_command_of_a_run_trains_the_same_again(folder: Path, place: Place, 
     # A folder whose name begins with a dash is not read as a flag
     dashed = replace(run, config=replace(run.config, adapter_path="-run"))
     with command(program, TrainConfig, shlex.split(train_command(dashed))[1:]) as (config, _):
-        assert config.adapter_path == "-run"
+        assert config.adapter_path == "-run-again"
     for _, line in next_commands(dashed):
         assert " ./-run" in line
 
