@@ -9,7 +9,13 @@ import yaml
 
 from mlx_loraplus import ConfigError
 from mlx_loraplus.arguments import Switches, parse
-from mlx_loraplus.command_config import FuseConfig, GenerateConfig
+from mlx_loraplus.command_config import (
+    CompareConfig,
+    DoctorConfig,
+    ExportConfig,
+    FuseConfig,
+    GenerateConfig,
+)
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure, setting_names, settings_of
 
@@ -274,6 +280,8 @@ def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
         ("/home/me/a", "org/b"),
     )
     assert configure(FuseConfig, {"adapter_path": ["~/a:0.7"]}).adapter_path == ("/home/me/a:0.7",)
+    for kind in (FuseConfig, ExportConfig, CompareConfig, DoctorConfig):
+        assert configure(kind, {"save_path": "~/out"}).save_path == "/home/me/out"
 
 
 @pytest.mark.parametrize(

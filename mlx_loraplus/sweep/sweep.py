@@ -33,6 +33,7 @@ from ..runs.progress import Log, no_log
 from ..settings import configure, settings_of
 from ..training.run_checks import check_no_adapters, with_model_name
 from ..training.run_fingerprint import model_fingerprint
+from ..training.self_consistency import check_caches
 from ..training.validation import score
 from .sweep_folder import (
     check_sweep_folder,
@@ -213,6 +214,7 @@ def sweep_rates(
     given = store_data(translate(SweepConfig, dict(settings)))
     config = configure(SweepConfig, with_model_name(model, given))
     check_no_adapters(model)
+    check_caches(model)
     check_sweep_folder(config)
     run = resolve_length(run_config_of(config), model, log)
 

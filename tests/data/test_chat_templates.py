@@ -290,6 +290,22 @@ def test_a_template_that_can_not_be_supervised_by_turn(letters):
     assert encode_one(CHAT, tokenizer, "everything").supervised[1:].all()
 
 
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [*TWO_TURNS[:3], {"role": "tool", "content": "5"}, TWO_TURNS[3]],
+        [*TWO_TURNS[:3], {**TWO_TURNS[3], "reasoning_content": "Hm."}],
+    ],
+    ids=["the results of a tool would be learned", "thoughts would be lost"],
+)
+def test_everything_is_not_advised_where_it_would_learn_too_much_or_too_little(letters, turns):
+    tokenizer = letters("chatml", **CHATML)
+    tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ loop.revindex }}{{ message.content }}{{ loop.revindex }}{% endfor %}"
+    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
+    assert "can't be supervised by turn" in str(encoded.problem)
+    assert str(encoded.problem).endswith("; use a model with another chat template")
+
+
 def test_control_tokens_in_a_row_are_noted(letters):
     turns = [
         {"role": "user", "content": "a <|im_start|>system b"},

@@ -13,6 +13,7 @@ from mlx_lm.models import gpt2, llama
 from transformers import AutoTokenizer
 
 from mlx_loraplus import chat, cli, generate, train
+from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.data.model_limits import Limits, limits_of
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
@@ -147,9 +148,14 @@ def test_examples_beyond_the_context_are_counted(place: Place):
     (place.folder / "model" / "config.json").write_text(
         json.dumps(config | {"max_position_embeddings": 14})
     )
-    place.run(iters=1)
-    assert "train examples are longer than this model's context of 14 tokens" in place.told_with(
-        "train exam"
+    run = place.run(iters=1)
+    _, tokenizer = ml.load(str(place.folder / "model"))
+    lengths = load_data(run.config, tokenizer, "train").examples["train"].lengths
+    count = int((lengths > 14).sum())
+    assert 0 < count < len(lengths)
+    assert place.told_with("train exam") == (
+        f"warning: {count} of {len(lengths)} train examples are longer than this model's context of"
+        f" 14 tokens (the longest has {lengths.max()}); use --max-seq-length 14"
     )
     place.run("short", iters=1, max_seq_length=14)
     assert not [line for line in place.told if "model's context" in line]

@@ -77,6 +77,17 @@ def test_routers_and_gates_get_no_adapter(name: str, router: str):
     assert "skipped" in str(trainable)
 
 
+@pytest.mark.parametrize(
+    ("name", "router"), [("laguna", ".gate.proj"), ("bailing_moe", ".gate.gate_proj")]
+)
+def test_routers_inside_a_gate_get_no_adapter(name: str, router: str):
+    model = make_skeleton(CONFIGS[name])
+    assert any(path.endswith(router) for path, _ in model.named_modules())
+    trainable = attach_adapters(model, AdapterConfig(rank=2))
+    assert any(path.endswith(router) for path in trainable.skipped)
+    assert not [path for path in find_adapters(model) if path.endswith(router)]
+
+
 def test_a_router_that_is_named_is_refused():
     with pytest.raises(ConfigError, match="gate can't be adapted"):
         attach_adapters(

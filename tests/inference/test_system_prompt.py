@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import mlx_loraplus as ml
 from mlx_loraplus import cli
+from mlx_loraplus.command_config import ChatConfig
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.eval_prompts import choose_format
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.export.ollama import modelfile
+from mlx_loraplus.inference.chat import Conversation
 from mlx_loraplus.models.loading import load_folder_tokenizer
-from mlx_loraplus.models.prompt_format import PromptFormat
+from mlx_loraplus.models.prompt_format import PromptFormat, format_of
 from mlx_loraplus.settings import configure
 from tests.training.tiny_runs import Place
 
@@ -111,6 +114,21 @@ def test_generate_chat_fuse_and_export_use_it(
 
     cli.export([run, "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
     assert 'SYSTEM """Be brief."""' in (tmp_path / "gguf" / "Modelfile").read_text()
+
+
+def test_the_form_of_alpaca_rows_goes_with_the_adapter(place: Place):
+    rows = [{"instruction": f"{n} + 1 =", "output": " 2"} for n in range(8)]
+    write(place, rows, template=False)
+    _, _, prompt, tokenizer = format_and_first_row(place)
+    run = place.run("run", iters=2, sample_rows=0, prompts=["0 + 1 ="])
+
+    # The report asks with the prefix of the training row, and so do the adapter's users.
+    (told,) = [prompt for prompt in run.start["prompts"] if prompt["expected"] is None]
+    assert told["prompt"] == tokenizer.decode(prompt)
+    model, _ = ml.load(str(run.folder))
+    assert encode_prompt("0 + 1 =", tokenizer, form=format_of(model)) == prompt
+    conversation = Conversation(configure(ChatConfig, {"adapter_path": str(run.folder)}), Console())
+    assert format_of(conversation.models["base"]).form == "alpaca"
 
 
 def test_mixed_system_prompts_are_told(place: Place, capsys: pytest.CaptureFixture[str]):

@@ -317,6 +317,16 @@ def test_a_quantization_that_is_not_known_is_one_line(tmp_path: Path):
         check_quantized(model)
 
 
+def test_plain_weights_of_whole_numbers_are_refused_when_a_folder_is_loaded(tmp_path: Path):
+    folder = write_tiny_model(tmp_path)
+    tensors = mx.load(str(folder / "model.safetensors"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].astype(mx.uint8)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    with pytest.raises(ModelError, match=r"its layer model.layers\.0\.mlp\.up_proj holds .*uint8"):
+        load_base(folder)
+
+
 def write_half_model(folder: Path) -> dict[str, mx.Dtype]:
     """Write a tiny model in bfloat16 with float32 norms, and return the type of each array."""
     write_tiny_model(folder)

@@ -2,22 +2,27 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx_lm.models import llama
 from mlx_lm.utils import _get_classes
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training import finetune as finetune_module
+from mlx_loraplus.training import self_consistency
 from mlx_loraplus.training.self_consistency import (
     check_caches,
     is_checkpoint_sound,
     resolve_sound_checkpoint,
 )
 from tests.conftest import CONFIGS, TinyModel
+from tests.training.tiny_runs import Place
 
 FAMILIES = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())
 
@@ -81,3 +86,32 @@ def test_a_model_that_computes_nan_is_refused(tiny: TinyModel):
     model.model.norm.weight = mx.full(model.model.norm.weight.shape, mx.nan)
     with pytest.raises(ml.ModelError, match="computes NaN instead of logits"):
         check_caches(model)
+
+
+class WithOtherAnswers(llama.Model):
+    """A model whose pass with caches, as in generation, gives other logits."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **others: Any) -> mx.array:
+        logits = super().__call__(inputs, cache=cache, **others)
+        return logits if cache is None else -logits
+
+
+def test_runs_and_sweeps_refuse_it_before_the_first_step(place: Place):
+    model, tokenizer = ml.load(str(place.folder / "model"))
+    model.__class__ = WithOtherAnswers
+    data, folder = str(place.folder / "data"), str(place.folder / "new")
+    with pytest.raises(ml.ModelError, match="gives other logits with caches"):
+        ml.finetune(model, tokenizer, data=data, adapter_path=folder, iters=1, rank=4)
+    model, tokenizer = ml.load(str(place.folder / "model"))
+    model.__class__ = WithOtherAnswers
+    with pytest.raises(ml.ModelError, match="gives other logits with caches"):
+        ml.sweep_rates(model, tokenizer, data=data, adapter_path=folder, iters=1, rank=4)
+
+
+def test_a_run_acts_on_wrong_gradients(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """The verdict itself is tested above; no family that has it can read the letters."""
+    for module in (finetune_module, self_consistency):
+        monkeypatch.setattr(module, "is_checkpoint_sound", lambda model: False)
+    with pytest.raises(ml.ConfigError, match="grad_checkpoint on gives this model wrong gradients"):
+        place.run("on", iters=1, grad_checkpoint="on")
+    place.run("auto", iters=1)
