@@ -21,6 +21,7 @@ from scripts.all_numbers import origins_table
 from scripts.readme_plans import memory_plan, models_table, readme_plan
 from scripts.readme_results import (
     demo_part,
+    experts_table,
     full_tables,
     fuse_table,
     gguf_table,
@@ -182,6 +183,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
+    "experts": (ROOT / "docs" / "adapters.md", experts_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),
     "origins": (ROOT / "docs" / "benchmarks.md", origins_table),

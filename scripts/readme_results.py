@@ -90,11 +90,16 @@ def gguf_table() -> str:
         "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, judged in _result("judges", "gguf_families")["families"].items():
+    result = _result("judges", "gguf_families")
+    for name, judged in result["families"].items():
         errors = " | ".join(f"{judged[row]['error']:.0e}" for row in ("base", "lora", "merged"))
         losses = " | ".join(f"{judged[row]['kl']:.4f}" for row in ("q8_0", "q5_1", "q4_1"))
         exact = f"{judged['saturated']['error']:.0e}" if "saturated" in judged else ""
         lines.append(f"| {name} | {errors} | {losses} | {exact} |")
+
+    versions = result["versions"]
+    judge = f"llama.cpp {versions['llama.cpp']} of node-llama-cpp {versions['node-llama-cpp']}"
+    lines += ["", f"The judge was {judge}, on {result['date']}. It has all of these architectures."]
     return "\n".join(lines) + "\n"
 
 
@@ -110,6 +115,29 @@ def gguf_types_table() -> str:
             f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
             for kind, found in kinds.items()
         ]
+    return "\n".join(lines) + "\n"
+
+
+def experts_table() -> str:
+    """Return what adapters on attention and on experts learned, as scripts/study/experts stored it."""
+    titles = {
+        "attention": "attention alone, rank 8",
+        "attention, wide": "attention alone, rank 64",
+        "experts": "experts alone, rank 8",
+        "all linear layers": "all linear layers, rank 8",
+    }
+    rows = _result("study", "experts")["rows"]
+    lines = [
+        "| adapters on | trainable | the rule | the facts |",
+        "|---|--:|--:|--:|",
+    ]
+    for targets, title in titles.items():
+        found = [row for row in rows if row["targets"] == targets]
+        rights = [
+            ", ".join(f"{row['right']:.0%}" for row in found if row["task"] == task)
+            for task in ("rule", "facts")
+        ]
+        lines.append(f"| {title} | {found[0]['parameters']:,} | {' | '.join(rights)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ class _Untrainable:
 _NO_GRADIENT = "its choice of experts has no gradient"
 
 _UNTRAINABLE = {
+    "bitnet": _Untrainable("no adapter fits its layers of ternary weights", "llama-3.2-3b"),
     "deepseek_v41": _Untrainable(_NO_GRADIENT, "qwen3.5-35b-a3b"),
     "deepseek_v41_text": _Untrainable(_NO_GRADIENT, "qwen3.5-35b-a3b"),
     "gemma3n": _Untrainable("it computes other logits with caches than without", "gemma-4-e2b-it"),

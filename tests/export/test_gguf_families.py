@@ -29,6 +29,7 @@ from mlx_loraplus.models.gguf.read_config import config_from_gguf
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.loading import load_folder
 from scripts.judges.gguf_families import (
+    SIZE,
     FAMILIES,
     TEXT,
     adapt_family,
@@ -79,6 +80,17 @@ def test_gemmas_tokenizers_come_back(name: str, kind: str, tmp_path: Path):
         ids = tokenizer.encode(text)
         assert again.encode(text) == ids
         assert again.decode(ids[1:]) == tokenizer.decode(ids[1:])
+
+
+def test_the_end_of_a_turn_is_stored_beside_the_end_of_a_text(tmp_path: Path):
+    tokenizer = byte_level_tokenizer()
+    ends = set(tokenizer.eos_token_ids)
+    turn_end = next(number for number in range(SIZE) if number not in ends)
+    tokenizer.eos_token_ids = {*ends, turn_end}
+    write_model(make_family("llama"), tokenizer, "llama", tmp_path / "model.gguf", "f32")
+    metadata = read_gguf(tmp_path / "model.gguf").metadata
+    assert metadata["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert metadata["tokenizer.ggml.eot_token_id"] == turn_end
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "," not in name or "MoE" in name])

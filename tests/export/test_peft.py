@@ -26,6 +26,7 @@ from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 GOLDEN = Path(__file__).parent.parent / "golden" / "peft"
+JUDGED = Path(__file__).parents[2] / "scripts" / "judges" / "results" / "peft.json"
 LAYER = "base_model.model.model.layers.1."
 
 
@@ -363,3 +364,20 @@ def test_pefts_own_adapters_give_pefts_own_logits():
 def changed(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "adapter_config.json").read_text()) | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def test_peft_judged_every_family_both_ways():
+    """The stored results of scripts/judges/check_peft: logits within 1e-4 of the largest one."""
+    results = json.loads(JUDGED.read_text())
+    assert results["bound"] <= 1e-4
+    for row in results["rows"]:
+        assert row["difference"] <= results["bound"] * row["largest_logit"] < row["effect"], row
+
+    ways: dict[str, set[str]] = {"ours → PEFT": set(), "PEFT → ours": set()}
+    for row in results["rows"]:
+        ways[row["where"]].add(row["model"].partition("-")[0])
+    families = {
+        "llama", "gemma2", "gemma3", "gemma4", "mistral", "ministral3", "mixtral", "qwen2", "qwen3",
+        "phi3", "smollm3", "olmo2", "olmo3", "granite", "granite4", "deepseek", "gpt",
+    }  # fmt: skip
+    assert all(families <= {*found, "gpt"} for found in ways.values()), ways

@@ -4,6 +4,7 @@ import json
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
@@ -18,7 +19,11 @@ from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.models.known_models import MODELS
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
+from scripts.study.memory_families import NEW, UNSEEN
 from scripts.study.memory_points import Point, peak_of, predict
+
+
+GRID = Path(__file__).parents[2] / "scripts" / "study" / "results" / "grid.json"
 
 
 @cache
@@ -235,6 +240,15 @@ def test_memory_grows_with_rows_length_and_rank(
 )
 def test_a_real_step(point: Point):
     assert 0.85 <= predict(point, Coefficients()).total / peak_of(point) <= 1.2
+
+
+def test_the_stored_grid_is_within_the_band():
+    """Of the steps that were not fitted on, 95% take 0.9 to 1.15 times what was predicted."""
+    rows = json.loads(GRID.read_text())["rows"]
+    ratios = np.array([row["foretold"] / row["peak"] for row in rows if row["held_out"]])
+    assert np.mean((ratios >= 0.9) & (ratios <= 1.15)) >= 0.95
+    held_out = {row["point"].split()[0] for row in rows if row["held_out"]}
+    assert {*UNSEEN, *NEW} <= held_out
 
 
 @pytest.mark.parametrize(

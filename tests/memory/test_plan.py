@@ -56,6 +56,22 @@ def test_seven_macs():
     assert found == MACS
 
 
+def test_gemma_4_is_chosen_by_the_budget_that_later_checks_it():
+    config = configure(TrainConfig, {})
+    names = ("gemma-4-31b-it", "gemma-4-26b-a4b-it", "gemma-4-e4b-it")
+    for size in (8, 16, 24, 36, 64, 128):
+        machine = simulate_mac(f"{size}GB")
+        chosen = next(
+            (
+                name
+                for name in names
+                if trains_comfortably(memory_plan_of(replace(config, model=name), machine=machine))
+            ),
+            "gemma-4-e2b-it",
+        )
+        assert gemma_for(machine.working_set, "gemma-4") == chosen, size
+
+
 def trains_comfortably(fitting: MemoryPlan) -> bool:
     """Tell whether eight rows of 512 tokens take up to 70% of the working set."""
     return fitting.memory(8, 512, checkpoint=True).total <= 0.7 * fitting.machine.working_set
