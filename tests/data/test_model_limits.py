@@ -146,18 +146,18 @@ def test_a_small_head_limits_only_the_supervised_tokens(place: Place):
 def test_examples_beyond_the_context_are_counted(place: Place):
     config = json.loads((place.folder / "model" / "config.json").read_text())
     (place.folder / "model" / "config.json").write_text(
-        json.dumps(config | {"max_position_embeddings": 14})
+        json.dumps(config | {"max_position_embeddings": 18})
     )
     run = place.run(iters=1)
     _, tokenizer = ml.load(str(place.folder / "model"))
     lengths = load_data(run.config, tokenizer, "train").examples["train"].lengths
-    count = int((lengths > 14).sum())
+    count = int((lengths > 18).sum())
     assert 0 < count < len(lengths)
     assert place.told_with("train exam") == (
         f"warning: {count} of {len(lengths)} train examples are longer than this model's context of"
-        f" 14 tokens (the longest has {lengths.max()}); use --max-seq-length 14"
+        f" 18 tokens (the longest has {lengths.max()}); use max_seq_length=18"
     )
-    place.run("short", iters=1, max_seq_length=14)
+    place.run("short", iters=1, max_seq_length=18)
     assert not [line for line in place.told if "model's context" in line]
 
 

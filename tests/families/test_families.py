@@ -77,6 +77,13 @@ def test_routers_and_gates_get_no_adapter(name: str, router: str):
     assert "skipped" in str(trainable)
 
 
+@pytest.mark.parametrize("name", ["iquestloopcoder", "hunyuan"])
+def test_packed_rows_are_right_or_refused(name: str):
+    """Too lenient a check once accepted packed rows whose gradients were 9 to 18% off."""
+    stages = ("load", "attach", "packing")
+    assert walk(name, stages) == dict.fromkeys(stages, "ok")
+
+
 @pytest.mark.parametrize(
     ("name", "router"), [("laguna", ".gate.proj"), ("bailing_moe", ".gate.gate_proj")]
 )

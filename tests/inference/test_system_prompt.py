@@ -120,11 +120,10 @@ def test_the_form_of_alpaca_rows_goes_with_the_adapter(place: Place):
     rows = [{"instruction": f"{n} + 1 =", "output": " 2"} for n in range(8)]
     write(place, rows, template=False)
     _, _, prompt, tokenizer = format_and_first_row(place)
-    run = place.run("run", iters=2, sample_rows=0, prompts=["0 + 1 ="])
+    run = place.run("run", iters=2, sample_rows=8)
 
     # The report asks with the prefix of the training row, and so do the adapter's users.
-    (told,) = [prompt for prompt in run.start["prompts"] if prompt["expected"] is None]
-    assert told["prompt"] == tokenizer.decode(prompt)
+    assert tokenizer.decode(prompt) in [asked["prompt"] for asked in run.start["prompts"]]
     model, _ = ml.load(str(run.folder))
     assert encode_prompt("0 + 1 =", tokenizer, form=format_of(model)) == prompt
     conversation = Conversation(configure(ChatConfig, {"adapter_path": str(run.folder)}), Console())

@@ -366,17 +366,6 @@ def test_keys_that_are_normalized_behind_their_rotation_are_refused(family: str,
         check_packing(model)
 
 
-def test_a_looped_model_whose_loops_share_keys_is_not_packed():
-    configs = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())
-    config = configs["iquestloopcoder"]
-    mx.random.seed(0)
-    model_class, args_class = _get_classes(config)
-    model = model_class(args_class.from_dict(config))
-    mx.eval(model.parameters())
-    with pytest.raises(ConfigError, match="pack"):
-        check_packing(model)
-
-
 def test_the_check_disturbs_nothing(tiny: TinyModel):
     model = tiny("gemma3")
     model.train()

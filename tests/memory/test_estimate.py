@@ -22,7 +22,6 @@ from mlx_loraplus.settings import configure
 from scripts.study.memory_families import NEW, UNSEEN
 from scripts.study.memory_points import Point, peak_of, predict
 
-
 GRID = Path(__file__).parents[2] / "scripts" / "study" / "results" / "grid.json"
 
 
