@@ -108,7 +108,7 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
 
         # It also lists the kinds of the layers, and what differs between them.
         _add_full_attention_pattern(part)
-        _rename_mamba_layers(part)
+        _translate_granite_4(part)
         _add_full_attention_sizes(part)
     return made
 
@@ -219,11 +219,16 @@ def _add_full_attention_pattern(part: dict[str, Any]) -> None:
         )
 
 
-def _rename_mamba_layers(part: dict[str, Any]) -> None:
-    """Give the layers of a Granite 4 the names that mlx-lm knows."""
+def _translate_granite_4(part: dict[str, Any]) -> None:
+    """Give the layers and the missing positions of a Granite 4 the names that mlx-lm knows."""
+    if part.get("model_type") != "granitemoehybrid":
+        return
+
     kinds = part.get("layer_types")
-    if part.get("model_type") == "granitemoehybrid" and isinstance(kinds, list):
+    if isinstance(kinds, list):
         part["layer_types"] = [_MAMBA_KINDS.get(kind, kind) for kind in kinds]
+    if part.get("position_embedding_type", "rope") is None:
+        part["position_embedding_type"] = "nope"
 
 
 def _add_full_attention_sizes(part: dict[str, Any]) -> None:

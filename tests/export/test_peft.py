@@ -17,6 +17,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.peft import load_peft, unchecked_names, write_peft
 from mlx_loraplus.export.peft_import_tensors import PEFTConfig
 from mlx_loraplus.export.transformers_names import hub_path, missing_modules
@@ -27,6 +28,7 @@ from tests.conftest import CONFIGS, make_model, randomize_adapters, same
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 GOLDEN = Path(__file__).parent.parent / "golden" / "peft"
 JUDGED = Path(__file__).parents[2] / "scripts" / "judges" / "results" / "peft.json"
+NAMES = Path(transformers_names.__file__).with_suffix(".json")
 LAYER = "base_model.model.model.layers.1."
 
 
@@ -364,6 +366,18 @@ def test_pefts_own_adapters_give_pefts_own_logits():
 def changed(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "adapter_config.json").read_text()) | changes
     (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [("granitemoehybrid", "self_attn"), ("lfm2", "conv"), ("llama4_text", "feed_forward")],
+)
+def test_every_kind_of_layer_has_a_name_in_transformers(name: str, parts: str):
+    """The names come from configs, of which the default one may lack a kind of layers."""
+    names = json.loads(NAMES.read_text())["names"][name]
+    path = {"self_attn": "q_proj", "conv": "in_proj", "feed_forward": "up_proj"}[parts]
+    assert f"model.layers.N.{parts}.{path}" in names
+    assert not missing_modules([f"model.layers.3.{parts}.{path}"], name)
 
 
 def test_peft_judged_every_family_both_ways():

@@ -208,6 +208,11 @@ SIZES = {"per_layer_config": {"01": {"head_dim": 32, "num_key_value_heads": 1}}}
         ("qwen3_5_moe", LINEAR, {"full_attention_interval": 2}),
         ("granitemoehybrid", LINEAR, {"layer_types": ["mamba", "attention"]}),
         (
+            "granitemoehybrid",
+            {"position_embedding_type": None},
+            {"position_embedding_type": "nope"},
+        ),
+        (
             "exaone",
             {"num_hidden_layers": 2, "rms_norm_eps": 1e-5},
             {"num_layers": 2, "layer_norm_epsilon": 1e-5},
