@@ -126,6 +126,38 @@ def test_the_page_names_files_that_exist():
     assert not missing
 
 
+def test_scripts_and_workflows_name_files_that_exist():
+    """The paths of files and folders of this repository, and the modules that are run."""
+    files = [p for p in (ROOT / "scripts").rglob("*") if p.suffix in ("", ".py", ".md", ".mjs")]
+    files += [*(ROOT / ".github").rglob("*.yml"), *(ROOT / ".github").rglob("*.md")]
+    files += (ROOT / ".ci").iterdir()
+    missing: list[str] = []
+    for file in filter(Path.is_file, files):
+        text = file.read_text(encoding="utf-8")
+        named = re.findall(r"(?<![\w./-])((?:scripts|tests|docs|mlx_loraplus)/[\w./-]*\w)", text)
+        modules = re.findall(r"-m (scripts[\w.]*\w)", text)
+        named += [f"{module.replace('.', '/')}.py" for module in modules]
+        missing += [f"{file.name}: {name}" for name in named if not (ROOT / name).exists()]
+
+    # Old commits, which that script measures, have it instead of scripts/bench/trainers.py.
+    assert missing == ["compare_commits.py: scripts/bench_trainers.py"]
+
+
+def test_what_has_no_gpu_kernel_is_computed_on_the_cpu():
+    """MLX raises an error on a GPU for all its linear algebra except norms without an order."""
+    streams: dict[str, str | None] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or "linalg." not in ast.unparse(node.func):
+                continue
+            words = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            is_plain_norm = ast.unparse(node.func) == "mx.linalg.norm" and len(node.args) == 1
+            if not is_plain_norm or "ord" in words:
+                streams[f"{path.name}:{node.lineno}"] = words.get("stream")
+    assert len(streams) >= 4
+    assert set(streams.values()) == {"mx.cpu"}, streams
+
+
 @pytest.mark.parametrize("folder", ["mlx_loraplus", "tests", "scripts"])
 def test_files_are_short(folder: str):
     for path in (ROOT / folder).rglob("*.py"):

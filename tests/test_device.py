@@ -21,13 +21,15 @@ from mlx_loraplus.device import (
 )
 from mlx_loraplus.kernels.choices import default_choices, has_fused_gradient
 from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.models import find_model as find_model_module
 from mlx_loraplus.models.find_model import is_embedded
 from mlx_loraplus.models.gguf.convert import weight_format
-from mlx_loraplus.models.known_models import gemma_for
+from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, MODELS, gemma_for
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
+from tests.kernels.test_choices import operations
 
 GIB = 2**30
 
@@ -76,6 +78,17 @@ def test_a_gpu_of_either_kind_gets_the_gemma_for_its_memory(info: dict[str, Any]
     assert fitting.config.model == ("gemma-3-27b-it" if info is CUDA else "gemma-3-4b-it")
 
 
+def test_a_busy_gpu_of_nvidia_gets_the_gemma_for_what_is_free():
+    """A Mac makes room for a run, and CUDA does not: only the budget says what a run may use."""
+    busy = machine_from("cuda", CUDA | {"free_memory": 12 * 10**9}, 16 * GIB, 16 * GIB, 0)
+    assert busy.budget == 12 * 10**9 < busy.working_set
+    for family in CHOSEN_BY_MEMORY:
+        fitting = memory_plan_of(configure(TrainConfig, {"model": family}), machine=busy)
+        assert fitting.config.model == gemma_for(busy.budget, family)
+        assert fitting.config.model != gemma_for(busy.working_set, family)
+        assert fitting.fits(8, 512), "what is chosen passes the check"
+
+
 def test_cuda_plans_what_a_mac_of_its_working_set_plans():
     """Activations keep the model's type on both."""
     config = configure(TrainConfig, {"model": "gemma-3-4b-it", "batch_size": 4})
@@ -109,6 +122,22 @@ def test_every_branch_takes_the_gpu(gpu: str):
     assert not is_embedded("gemma-3-270m")
 
 
+@pytest.mark.parametrize("family", CHOSEN_BY_MEMORY)
+def test_a_run_loads_the_gemma_that_is_planned(
+    gpu: str, family: str, monkeypatch: pytest.MonkeyPatch
+):
+    """On a busy GPU too: 3 GB of it are free."""
+    info = METAL if gpu == "metal" else CUDA | {"free_memory": 3 * 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    planned = memory_plan_of(configure(TrainConfig, {"model": family})).config.model
+    repository, chosen, note = find_model_module._repository_of(family)
+    assert chosen == planned
+    assert repository == MODELS[planned]
+    assert note is not None
+    assert note.startswith(f"{family} is {MODELS[planned]} on ")
+    assert (planned == gemma_for(this_machine().working_set, family)) is (gpu == "metal")
+
+
 def test_the_limits_are_set_on_a_gpu_and_restored(gpu: str):
     working_set = 11 * GIB if gpu == "metal" else 135 * 10**9
     before = (mx.set_cache_limit(12345), mx.set_memory_limit(54321))
@@ -133,12 +162,27 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
 
     assert default_choices().attention == "native"
     assert is_fused(256, 128, mx.bfloat16)
+    assert is_fused(256, 64, mx.bfloat16)
+    assert is_fused(256, 32, mx.bfloat16) is (gpu == "cuda")
+    assert not is_fused(256, 320, mx.bfloat16)
     assert is_fused(256, 256, mx.bfloat16) is (gpu == "metal")
     assert is_fused(200, 128, mx.bfloat16) is (gpu == "metal")
     assert is_fused(256, 128, mx.float32) is (gpu == "metal")
     if gpu == "cuda":
         monkeypatch.setattr(mx, "device_info", lambda: CUDA | {"compute_capability_major": 7})
         assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"
+
+
+def test_attention_without_a_fused_gradient_is_computed_in_chunks(gpu: str):
+    def is_mlxs(width: int) -> bool:
+        # Attention in chunks has no softmax.
+        text = operations("causal", 256, "native", width)
+        return "Softmax" in text or "ScaledDot" in text
+
+    assert is_mlxs(128)
+    assert not is_mlxs(320)
+    assert is_mlxs(256) is (gpu == "metal")
+    assert is_mlxs(32) is (gpu == "cuda")
 
 
 def write_four_bits(folder: Path, kind: str) -> Path:

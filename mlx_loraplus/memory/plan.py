@@ -298,7 +298,7 @@ def resolve_grad_checkpoint(
         f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
         f" {'on' if checkpoint else 'off'}"
     )
-    for line in (shortage(plan, *batch), display_advice(plan.sizes, *batch)):
+    for line in (shortage(plan, *batch), display_advice(plan, *batch)):
         if line:
             log(line)
     return checkpoint
@@ -382,15 +382,15 @@ def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
     )
 
 
-def display_advice(sizes: Sizes, rows: int, length: int) -> str | None:
-    """Return advice if one layer would occupy a small GPU for several seconds.
+def display_advice(plan: MemoryPlan, rows: int, length: int) -> str | None:
+    """Return advice if one layer would occupy a Mac's small GPU for several seconds.
 
     macOS stops a program that blocks the display for too long.
     """
-    block = sizes.blocks[-1]
+    block = plan.sizes.blocks[-1]
     layer = 2 * rows * length * block.hidden * max(block.mlp, block.experts, block.queries)
     attention = 4 * rows * min(length, 512) * length * block.queries
-    if max(layer, attention) < _LONG_LAYER:
+    if plan.machine.backend != "metal" or max(layer, attention) < _LONG_LAYER:
         return None
     return (
         "a single layer may keep the GPU busy for seconds: if macOS stops the run for 'Impacting"

@@ -264,7 +264,7 @@ def plan_run(
     if not memory_plan.fits(rows, length):
         suggestions = memory_plan.suggestions(rows, length)[:3]
         advice += [f"{TO_FIT}{suggestion}" for suggestion in suggestions]
-    line = display_advice(memory_plan.sizes, rows, length)
+    line = display_advice(memory_plan, rows, length)
     if line:
         advice.append(line)
     return Plan(memory_plan, rows, length, family, advice)

@@ -170,9 +170,9 @@ def test_log_probabilities_of_answers_do_not_depend_on_the_choices(kind: str, co
     close(gradients(GPU, compiled), gradients(StepChoices()), 1e-6)
 
 
-def operations(mask: CausalMask | str, length: int, kind: str) -> str:
+def operations(mask: CausalMask | str, length: int, kind: str, width: int = 16) -> str:
     """The graph of one attention, as text."""
-    q = mx.zeros((1, 2, length, 16))
+    q = mx.zeros((1, 2, length, width), mx.bfloat16)
     text = io.StringIO()
     with replaced_attention(kind):  # pyright: ignore[reportArgumentType]
         out = mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0, mask=mask)  # pyright: ignore[reportArgumentType]
@@ -234,7 +234,7 @@ def test_mlxs_delta_rule_is_the_loop_over_tokens(name: str):
 
 
 def test_the_delta_rule_with_a_mask_or_other_decays_stays_with_the_loop():
-    assert equals_loop(2, 4, 16, 8)
+    assert equals_loop(2, 4, 16, 8, mx.float32)
     keys = mx.random.split(mx.random.key(1), 3)
     q = mx.random.normal((2, 6, 2, 16), key=keys[0])
     v = mx.random.normal((2, 6, 4, 8), key=keys[1])

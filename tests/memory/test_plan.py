@@ -334,6 +334,34 @@ def test_a_busy_mac_gets_the_same_model_and_a_warning(size: int):
     assert f"only {gb(busy.free)} are free now" in warning
 
 
+def test_a_run_on_a_busy_mac_warns_and_trains(place: Place, monkeypatch: pytest.MonkeyPatch):
+    busy = replace(simulate_mac("16GB"), free=10**6)
+    monkeypatch.setattr("mlx_loraplus.memory.plan.this_machine", lambda: busy)
+    run = place.run(iters=1)
+    assert run.finished
+    warning = place.told_with("are free now")
+    assert warning.startswith("warning: the run takes")
+    assert "only 1.00 MB are free now: macOS makes room" in warning
+
+    # A machine with room says nothing.
+    monkeypatch.setattr("mlx_loraplus.memory.plan.this_machine", lambda: simulate_mac("16GB"))
+    place.run("other", iters=1)
+    assert not [line for line in place.told if "are free now" in line]
+
+
+@pytest.mark.parametrize("backend", ["metal", "cuda", "cpu"])
+def test_a_layer_that_holds_up_the_display_is_reported_on_a_mac_alone(
+    backend: str, place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    machine = replace(simulate_mac("16GB"), backend=backend)
+    monkeypatch.setattr("mlx_loraplus.memory.plan.this_machine", lambda: machine)
+    monkeypatch.setattr("mlx_loraplus.memory.plan._LONG_LAYER", 1.0)
+    place.run(iters=1)
+    advice = [line for line in place.told if "Impacting Interactivity" in line]
+    assert len(advice) == (backend == "metal")
+    assert all("a single layer may keep the GPU busy" in line for line in advice)
+
+
 def test_without_metal_what_others_use_is_not_there():
     machine = Machine("cpu", memory=16 << 30, working_set=14 << 30, free=4 << 30)
     assert machine.budget == 4 << 30

@@ -79,6 +79,31 @@ def test_a_trace_takes_what_the_law_says(kind: str):
         assert abs(taken[traced + 1]) < 0.05 * predicted
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc")
+def test_a_trace_that_is_replaced_gives_its_memory_back():
+    model = make_model("llama")
+    trainable = attach_adapters(model, AdapterConfig(rank=4))
+    sizes = measure(model, AdapterConfig(rank=4))
+    optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer.init(model, trainable.groups)
+    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=True)
+
+    def heap_after(times: int, shapes: range) -> int:
+        for shape in shapes:
+            row = Example(np.arange(8 * shape, dtype=np.int32) % 9, np.arange(8 * shape) > 0)
+            arrays = arrays_of(lay_out([[row]]))
+            for _ in range(times):
+                total, _ = update(*accumulate(arrays, None), mx.array(1.0))
+                mx.eval(model.trainable_parameters(), optimizer.state, total)
+        return heap()
+
+    # Fill the traces. A further shape replaces one when it occurs for the fourth time.
+    heap_after(2, range(1, MAX_TRACES + 1))
+    before = heap_after(3, range(20, 24))
+    grown = heap_after(2, range(20, 24)) - before
+    assert grown < 0.5 * trace_bytes(sizes, 192, checkpoint=False), "four traces were made"
+
+
 def test_the_plan_counts_traces_where_the_step_is_compiled():
     without = {"mac": ("off",), "cpu": ("off", "auto"), "cuda": ("off", "auto", "on")}
     mac = simulate_mac("16GB")

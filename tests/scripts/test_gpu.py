@@ -1,10 +1,13 @@
 """The session on a GPU: its parts on a tiny model and a CPU, and what becomes of parts that fail or take too long."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from mlx_loraplus.device import on_gpu
 from scripts import gpu
@@ -72,3 +75,49 @@ def test_parts_are_chosen_by_name(options: Options):
 def test_all_parts_fit_into_the_time():
     """The limits of all parts together are longer; what each needs at least is not."""
     assert sum(part.least for part in gpu.PARTS.values()) < gpu.LIMIT == 480
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_workflow_runs_it_on_a_mac_and_fails_if_its_file_is_lost():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text())
+    job = workflow["jobs"]["metal"]
+    assert job["runs-on"].startswith("macos-")
+    (written,) = [
+        step["run"].split("--output ")[1]
+        for step in job["steps"]
+        if step.get("run", "").startswith("scripts/gpu ")
+    ]
+    (kept,) = [step for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
+    assert kept["if"] == "always()", "also if a part has failed"
+    assert kept["with"]["path"] == written
+    assert kept["with"]["if-no-files-found"] == "error"
+
+
+def test_the_page_and_the_form_tell_a_mac_owner_how_to_send_the_file():
+    page = (ROOT / "docs" / "metal.md").read_text(encoding="utf-8")
+    section = page.split("\n## Send us your results\n")[1].split("\n## ")[0]
+    form: dict[str, Any] = yaml.safe_load(
+        (ROOT / ".github" / "ISSUE_TEMPLATE" / "2_gpu.yml").read_text()
+    )
+    assert "```bash\nscripts/gpu " in section
+    assert f'form "{form["name"]}"' in section
+    assert "at most eight minutes" in section
+    assert gpu.LIMIT == 8 * 60
+
+    # The page explains every part, and nothing else.
+    explained = re.findall(r"^\| `([^`]+)`(?:, `([^`]+)`)? \|", section, flags=re.MULTILINE)
+    names = [name.removesuffix(" …") for row in explained for name in row if name]
+    parts = dict.fromkeys(re.sub(r"^(bench .) .*", r"\1", name) for name in gpu.PARTS)
+    assert names == list(parts)
+
+    # The form asks for the file that the script writes by default.
+    (field,) = [each for each in form["body"] if each["id"] == "file"]
+    assert field["attributes"]["label"] == "gpu.json"
+    assert (
+        "`scripts/gpu` (at most eight minutes) and attach the file"
+        in (field["attributes"]["description"])
+    )
+    assert field["validations"]["required"]
+    assert "`gpu.json`" in section

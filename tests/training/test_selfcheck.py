@@ -1,10 +1,13 @@
 """The check that this machine computes loss and gradients correctly."""
 
 import re
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
@@ -12,8 +15,10 @@ from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels import elementwise
 from mlx_loraplus.kernels.choices import StepChoices
+from mlx_loraplus.kernels.head import model_dtype
 from mlx_loraplus.kernels.window_attention import Blocks
 from mlx_loraplus.models.skeleton import make_skeleton
+from mlx_loraplus.training import selfcheck
 from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.selfcheck import (
     STOCK,
@@ -102,6 +107,33 @@ def test_half_precision_is_allowed_its_rounding(tiny: TinyModel, kind: str):
     assert result.problems() == []
     assert 1e-4 < result.deviations[STOCK].gradients < 0.3
     assert all(1e-4 < each.gradients < 0.3 for each in result.ours.values())
+
+
+def test_the_reference_alone_is_computed_in_float32_on_the_cpu(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """On a GPU, all else is computed by the default device; here both are the CPU."""
+    model = tiny("llama")
+    model.set_dtype(mx.bfloat16)
+    devices: list[Any] = []  # the devices that are named around a computation
+    found: list[tuple[list[Any], mx.Dtype]] = []
+    right_stream, right_way = mx.stream, selfcheck._full_logits
+
+    @contextmanager
+    def stream(device: Any) -> Generator[None]:
+        devices.append(device)
+        with right_stream(device):
+            yield
+        devices.pop()
+
+    def full_logits(front: nn.Module, arrays: Any) -> Any:
+        found.append((list(devices), model_dtype(front)))
+        return right_way(front, arrays)
+
+    monkeypatch.setattr(mx, "stream", stream)
+    monkeypatch.setattr(selfcheck, "_full_logits", full_logits)
+    assert check(model).problems() == []
+    assert found == [([mx.cpu], mx.float32), ([], mx.bfloat16)]
 
 
 @pytest.mark.parametrize("adapter", ["dora", "vera"])

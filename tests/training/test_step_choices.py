@@ -2,7 +2,9 @@
 
 import html
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -10,14 +12,25 @@ import pytest
 
 from mlx_loraplus import train
 from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.device import Machine
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
+from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure, read_settings
 from mlx_loraplus.training import step_choices
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
-from mlx_loraplus.training.fastest_step import StepTiming, StepWay
-from mlx_loraplus.training.step_choices import StoredCheck, key_of, read_stored, write_stored
-from tests.conftest import same
+from mlx_loraplus.training.fastest_step import OpenChoices, StepTiming, StepWay
+from mlx_loraplus.training.selfcheck import CheckResult
+from mlx_loraplus.training.step_choices import (
+    StoredCheck,
+    _freedom,
+    key_of,
+    read_stored,
+    ways_to_check,
+    write_stored,
+)
+from tests.conftest import TinyModel, same
+from tests.training.test_fastest_step import state_of
 from tests.training.test_model_probes import change_identity, refuse
 from tests.training.test_selfcheck import wrong_gate
 from tests.training.tiny_runs import Place, adapter_of, without_times
@@ -82,6 +95,80 @@ def test_a_run_is_checked_and_tuned_once(place: Place, monkeypatch: pytest.Monke
     peak = json.loads(file.read_text())["best"]["peak"]
     assert first.start["memory"]["planned_gb"] == peak / 1e9
     assert not told(place, "was predicted")
+
+
+def test_each_kernel_is_checked_eagerly_and_if_the_run_is_compiled_compiled_too(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    def ways(compiled: str) -> list[tuple[StepChoices, bool]]:
+        config = configure(TrainConfig, {"model": "tiny", "compile": compiled})
+        return ways_to_check(state, config)
+
+    state = state_of(tiny("llama"), configure(TrainConfig, {"model": "tiny"}))
+    eager = ways("off")
+    kinds = [choices for choices, _ in eager]
+    assert {choices.attention for choices in kinds} == {"native", "chunked"}
+    assert {choices.cross_entropy for choices in kinds} == {"native", "composed"}
+    assert {compiled for _, compiled in eager} == {False}
+
+    both = {(choices, compiled) for choices in kinds for compiled in (False, True)}
+    assert set(ways("on")) == both
+    assert ways("auto") == eager
+    monkeypatch.setattr("mlx_loraplus.training.compiled.on_gpu", lambda: True)
+    assert set(ways("auto")) == both
+
+
+class FoundError(Exception):
+    """What a run would tune."""
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, OpenChoices((True,), (True, False))),
+        ({"compile": "off"}, OpenChoices((True,))),
+        ({"grad_checkpoint": "on"}, OpenChoices((), (True, False))),
+        ({"grad_checkpoint": "off", "compile": "on"}, OpenChoices()),
+    ],
+    ids=["auto", "eager", "checkpointing", "both given"],
+)
+def test_a_run_on_a_gpu_tries_what_its_settings_leave_open(
+    settings: dict[str, Any],
+    expected: OpenChoices,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def tune(*arguments: Any) -> None:
+        raise FoundError(arguments[3])
+
+    act_as_gpu(monkeypatch)
+    monkeypatch.setattr(step_choices, "tune_step", tune)
+    monkeypatch.setattr(step_choices, "check_step", lambda *_: CheckResult(skipped="a test"))
+    with pytest.raises(FoundError) as found:
+        place.run(**settings)
+    assert found.value.args == (expected,)
+
+
+def test_checkpointing_is_tried_only_where_it_is_right_and_the_opposite_only_where_it_fits(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    config = configure(TrainConfig, {"model": "tiny"})
+    state = state_of(tiny("llama"), config)
+    plan = memory_plan_of(config, state.model)
+    needed = plan.memory(4, 32, checkpoint=False).total
+
+    def tried(memory: int, *, checkpoint: bool, size: int = 1) -> tuple[bool, ...]:
+        machine = Machine("cpu", memory, memory, memory)
+        session: Any = SimpleNamespace(config=config, world=SimpleNamespace(size=size))
+        now = replace(state, grad_checkpoint=checkpoint)
+        return _freedom(session, now, replace(plan, machine=machine), 4, 32).grad_checkpoint
+
+    assert tried(needed, checkpoint=True) == (False,)
+    assert tried(needed - 1, checkpoint=True) == ()
+    assert tried(needed, checkpoint=False) == (True,)
+    assert tried(needed, checkpoint=False, size=2) == (), "another machine may have less memory"
+    monkeypatch.setattr(step_choices, "is_checkpoint_sound", lambda _: False)
+    assert tried(needed, checkpoint=False) == ()
 
 
 def test_on_checks_again(place: Place):
