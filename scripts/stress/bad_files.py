@@ -128,7 +128,7 @@ CASES = [
     Case("settings: Muon on VeRA, which has no matrices to train", f"{SHORT} --adapter vera --optimizer muon --adapter-path run", DATA,
          shows=("muon",)),
     Case("settings: another rank for a model that has adapters, in Python", "python twice.py",
-         DATA | {"twice.py": TWICE}, code=0, shows=("refused: ", "rank"), absent=("second",)),
+         DATA | {"twice.py": TWICE}, code=0, shows=("refused: ", "adapters of an earlier run (first)"), absent=("second",)),
     Case("settings: a name beside a model, in Python", "python other.py", DATA | {"other.py": OTHER_NAME}, code=0,
          wrong=lambda folder: "gemma-3 is recorded" if "gemma-3" in "".join(
              file.read_text() for file in (folder / "first").glob("*.yaml")) else ""),
