@@ -12,8 +12,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +26,7 @@ from mlx_loraplus.models.gguf.convert import write_folder
 from scripts.readme import repository, with_addresses
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
+from tests.test_messages import messages_of_package
 from tests.training.tiny_runs import write_labeled, write_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +168,9 @@ def written_by(command: str, words: list[str]) -> str | None:
 
 def run(command: str, words: list[str]) -> None:
     """Run a command of the package in this process, or in processes of its own where it starts several."""
+    if command == "serve":
+        serve(*words)
+        return
     if "--launch" in words:
         subprocess.run([sys.executable, "-m", "mlx_loraplus", command, *words], check=True)
         return
@@ -173,6 +179,21 @@ def run(command: str, words: list[str]) -> None:
             cli.COMMANDS[command](words)
         return
     cli.COMMANDS[command](words)
+
+
+def serve(folder: str) -> None:
+    """Serve a folder with a run, look at the address that is printed, and stop with Ctrl-C."""
+    shutil.copytree("my_run", Path(folder) / "my_run")
+    command = [sys.executable, "-u", "-m", "mlx_loraplus", "serve", folder, "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        with urllib.request.urlopen(address) as page:
+            assert b"/runs/my_run" in page.read()
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -212,6 +233,31 @@ def test_the_python_of_a_page_runs(
         exec(compile(code, page, "exec"), {"__name__": "page"})
     finally:
         mx.enable_compile()
+
+
+# --- messages ---
+
+SYMPTOMS = ("the process disappears without a message", "`-c …/run.yaml` on another machine")
+
+
+def quoted_messages() -> list[str]:
+    """Return the messages that the troubleshooting page quotes; "…" stands for what is filled in."""
+    tables = PAGES["docs/troubleshooting.md"].partition("## Results that disappoint")[0]
+    cells = re.findall(r"^\| (.*?) \| .* \|$", tables, flags=re.MULTILINE)
+    kept = [cell for cell in cells if not cell.startswith("message") and cell not in SYMPTOMS]
+    return [message for cell in kept for message in cell.split("; ")]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_package():
+    texts = messages_of_package()
+    quoted = quoted_messages()
+    assert len(quoted) > 80
+    unknown = []
+    for message in quoted:
+        pieces = [re.escape(piece.strip()) for piece in message.split("…") if piece.strip(" ,.?")]
+        if not any(re.search(".*".join(pieces), text, re.IGNORECASE) for text in texts):
+            unknown.append(message)
+    assert unknown == []
 
 
 # --- links ---

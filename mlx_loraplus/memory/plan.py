@@ -169,7 +169,8 @@ class MemoryPlan:
             possible = min(examples, smaller.most_rows(length) // per_example)
             if possible > more_than:
                 batch = f"--batch-size {possible} " if possible < examples else ""
-                return f"{batch}--num-layers {blocks} (adapts only the last {blocks} blocks)"
+                last = "block" if blocks == 1 else counted(blocks, "block")
+                return f"{batch}--num-layers {blocks} (adapts only the last {last})"
         return ""
 
 
@@ -245,7 +246,10 @@ def resolve_length(
     if length < 2:
         raise ConfigError(_does_not_fit(plan, rows, 64))
 
-    log(f"max_seq_length is {length:,}: {rows} rows of this length fit in {gb(plan.budget)}")
+    log(
+        f"max_seq_length is {length:,}, the most that fits in {gb(plan.budget)} with"
+        f" {counted(rows, 'row')} at a time"
+    )
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 

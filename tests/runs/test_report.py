@@ -188,6 +188,60 @@ def test_the_text_above_answers_and_a_single_validation(folder: Path):
     assert f"<td>{first:.4f} before</td>" in report_page(run).decode()
 
 
+def test_a_single_point_is_a_number_and_no_chart(folder: Path):
+    run = ml.Run.load(folder)
+    only = next(event for event in run.history if "loss" in event)
+    run.history = [run.history[0], only]
+    page = report_page(run).decode()
+    captions = re.findall(r"<figcaption>(.*)", page)
+    assert all(caption.startswith("‖") for caption in captions), "maps of the modules alone"
+    assert f"<td>{only['loss']:.4f}</td>" in page
+    assert "at first" not in page
+
+    run.history.append(only | {"step": only["step"] + 1, "loss": 0.5})
+    page = report_page(run).decode()
+    assert "<figcaption>Loss, nats" in page
+    assert f"<td>{only['loss']:.4f} at first, 0.5000 at last</td>" in page
+
+
+def test_how_a_step_is_computed_is_on_the_page(folder: Path):
+    run = ml.Run.load(folder)
+    assert "choices" in run.start, "a run stores them"
+    run.start["memory"] |= {"planned_gb": 1.5, "available_gb": 8.0}
+    run.start["choices"] |= {"grad_checkpoint": True, "compiled": False}
+    run.start["choices"]["choices"] |= {"attention": "windows", "slice_bytes": 64 * 2**20}
+    run.start["self_check"] = "loss and gradients are right"
+    (part,) = re.findall(r"<h2>Does it fit\?</h2>.*?</table>", report_page(run).decode(), re.DOTALL)
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', part))
+    assert rows["planned peak"] == "1.50 GB"
+    assert rows["available"] == "8.00 GB"
+    assert rows["attention"] == "windows"
+    assert rows["cross-entropy"]
+    assert rows["slices of the logits"] == "64 MiB"
+    assert rows["gradient checkpointing"] == "on"
+    assert rows["compiled"] == "off"
+    assert rows["self-check"] == "loss and gradients are right"
+
+
+def test_thoughts_are_folded_and_calls_are_marked(folder: Path):
+    run = ml.Run.load(folder)
+    begin = "<|turn>user\nturn it on<turn|>\n<|turn>model\n"
+    call = '<|tool_call>call:on{room:<|"|>%s<|"|>}<tool_call|>'
+    thoughts = "<|channel>thought\nThe <b>hall</b>.\n<channel|>"
+    run.start["prompts"] = [{"prompt": begin, "expected": f"Yes.{call % 'hall'}"}]
+    for event in run.history:
+        if "valid_loss" in event:
+            event["answers"] = [f"{thoughts}Yes.{call % 'kitchen'}"]
+    page = report_page(run).decode()
+    folded = "<summary>thoughts</summary><p>The &lt;b&gt;hall&lt;/b&gt;.</p></details>"
+    assert f'<details class="thought">{folded}' in page
+    assert "<p>Yes.</p>" in page
+    changed = "<del>hall</del><ins>kitchen</ins>"
+    assert f"<b>tool call</b> <code>call:on{{room:&#34;{changed}&#34;}}</code>" in page
+    cards = page[page.index('<article class="card">') : page.index("</article>")]
+    assert not re.search(r"&lt;\||\|&gt;|channel", cards), "no marker of the template is left"
+
+
 def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
     for name in ("history.jsonl", "run.yaml"):
         shutil.copy(folder / name, tmp_path / name)
