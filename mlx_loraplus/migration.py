@@ -377,9 +377,8 @@ def _count_steps(work: _Translation) -> None:
     for name in _PER_BATCH:
         value = work.ours.get(name)
         if isinstance(value, int):
-            work.ours[name] = max(1, value // size)
-            steps = counted(work.ours[name], "step")
-            work.translated.append(f"{name} {counted(value, 'batch')} → {steps}")
+            work.ours[name] = steps = max(1, value // size)
+            work.translated.append(f"{name} {counted(value, 'batch')} → {counted(steps, 'step')}")
 
 
 def _number(value: Any) -> Any:

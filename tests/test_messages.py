@@ -27,11 +27,20 @@ def strings_of(tree: ast.Module) -> Iterator[ast.Constant | ast.JoinedStr]:
 
 
 def text_of(node: ast.Constant | ast.JoinedStr) -> str:
-    """Return a string with "…" for each value that is filled in."""
+    """Return a string with "…" for each value that is filled in, and "… rows" for counted rows."""
     if isinstance(node, ast.Constant):
         return str(node.value)
-    parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
-    return "".join(parts)
+    return "".join(map(filled_in, node.values))
+
+
+def filled_in(part: ast.expr) -> str:
+    if isinstance(part, ast.Constant):
+        return str(part.value)
+    value = part.value if isinstance(part, ast.FormattedValue) else part
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "counted":
+        noun = value.args[1]
+        return f"… {text_of(noun) if isinstance(noun, ast.Constant | ast.JoinedStr) else '…'}s"
+    return "…"
 
 
 def messages_of_package() -> list[str]:
