@@ -223,25 +223,6 @@ def test_how_a_step_is_computed_is_on_the_page(folder: Path):
     assert rows["self-check"] == "loss and gradients are right"
 
 
-def test_thoughts_are_folded_and_calls_are_marked(folder: Path):
-    run = ml.Run.load(folder)
-    begin = "<|turn>user\nturn it on<turn|>\n<|turn>model\n"
-    call = '<|tool_call>call:on{room:<|"|>%s<|"|>}<tool_call|>'
-    thoughts = "<|channel>thought\nThe <b>hall</b>.\n<channel|>"
-    run.start["prompts"] = [{"prompt": begin, "expected": f"Yes.{call % 'hall'}"}]
-    for event in run.history:
-        if "valid_loss" in event:
-            event["answers"] = [f"{thoughts}Yes.{call % 'kitchen'}"]
-    page = report_page(run).decode()
-    folded = "<summary>thoughts</summary><p>The &lt;b&gt;hall&lt;/b&gt;.</p></details>"
-    assert f'<details class="thought">{folded}' in page
-    assert "<p>Yes.</p>" in page
-    changed = "<del>hall</del><ins>kitchen</ins>"
-    assert f"<b>tool call</b> <code>call:on{{room:&#34;{changed}&#34;}}</code>" in page
-    cards = page[page.index('<article class="card">') : page.index("</article>")]
-    assert not re.search(r"&lt;\||\|&gt;|channel", cards), "no marker of the template is left"
-
-
 def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
     for name in ("history.jsonl", "run.yaml"):
         shutil.copy(folder / name, tmp_path / name)
