@@ -140,9 +140,9 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     # Report answers for which there is no other prompt.
     if examples.matched:
         notes.append(
-            f"of {counted(count, 'mismatched answer')}, from which the KL is estimated,"
-            f" {examples.matched:,} {'belongs' if examples.matched == 1 else 'belong'} to the same"
-            " prompt, because prompts repeat; add rows with other prompts"
+            f"{examples.matched:,} of {counted(count, 'mismatched answer')}, from which the KL is"
+            f" estimated, {'belongs' if examples.matched == 1 else 'belong'} to the same prompt,"
+            " because prompts repeat; add rows with other prompts"
         )
     if split != "train":
         return notes
@@ -163,9 +163,8 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
             balanced = (good, good * desirable / undesirable)
         advised = " ".join(f"{weight:.3g}" for weight in balanced)
         notes.append(
-            f"warning: {counted(desirable, 'desirable answer')} and"
-            f" {counted(undesirable, 'undesirable answer')} do not have equal weight;"
-            f" --kto-weights {advised} balances them"
+            f"warning: {desirable:,} desirable and {counted(undesirable, 'undesirable answer')} do not"
+            f" have equal weight; --kto-weights {advised} balances them"
         )
     return notes
 
