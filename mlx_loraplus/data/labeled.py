@@ -163,8 +163,8 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
             balanced = (good, good * desirable / undesirable)
         advised = " ".join(f"{weight:.3g}" for weight in balanced)
         notes.append(
-            f"warning: {desirable:,} desirable and {counted(undesirable, 'undesirable answer')} do not"
-            f" have equal weight; --kto-weights {advised} balances them"
+            f"warning: {desirable:,} desirable and {counted(undesirable, 'undesirable answer')}"
+            f" do not have equal weight; --kto-weights {advised} balances them"
         )
     return notes
 

@@ -5,6 +5,8 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -96,6 +98,16 @@ def test_an_occupied_folder_and_bad_rows_are_told_together(
     said = capsys.readouterr().out.splitlines()[-1]
     assert "already holds a run" in said
     assert "no 'completion'" in said
+
+
+@pytest.mark.parametrize(
+    ("adapted", "bits"),
+    [(((1000, 4000), (10, 20)), 16), (((1000, 2000),), 16), (((1000, 562),), 4), ((), 16)],
+)
+def test_weights_are_timed_as_they_are_stored(adapted: Any, bits: int):
+    sizes: Any = SimpleNamespace(adapted=adapted)
+    assert dry_run._bits_of(sizes) == bits
+    assert dry_run._operations_per_second(bits) > 0
 
 
 def test_slow_steps_and_a_full_disk(
