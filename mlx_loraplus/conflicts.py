@@ -56,7 +56,8 @@ def find_conflicts(
     problems += _objective_conflicts(config)
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
-        problems.append(f"data_weights has {weights} values for {counted(sets, 'data set')}")
+        values = counted(weights, "value")
+        problems.append(f"data_weights has {values} for {counted(sets, 'data set')}")
     return problems
 
 

@@ -101,7 +101,9 @@ def nearest_names(name: str, known: Iterable[str], cutoff: float = 0.5) -> list[
 
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun, such as ``"1 row"`` or ``"1,200 rows"``."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+    if count == 1:
+        return f"1 {noun}"
+    return f"{count:,} {noun}{'es' if noun.endswith(('s', 'ch')) else 's'}"
 
 
 def join_problems(problems: Sequence[str], most: int = 8, count: int | None = None) -> str:

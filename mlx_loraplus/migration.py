@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config import LR_RATIO
-from .errors import ConfigError, join_problems
+from .errors import ConfigError, counted, join_problems
 from .foreign_names import LLAMA_FACTORY, MLX_LM, PROGRAMS, TRL, ForeignSetting, find_foreign
 from .settings import current_names, setting_names
 
@@ -377,8 +377,8 @@ def _count_steps(work: _Translation) -> None:
     for name in _PER_BATCH:
         value = work.ours.get(name)
         if isinstance(value, int):
-            work.ours[name] = max(1, value // size)
-            work.translated.append(f"{name} {value} batches → {work.ours[name]} steps")
+            work.ours[name] = steps = max(1, value // size)
+            work.translated.append(f"{name} {counted(value, 'batch')} → {counted(steps, 'step')}")
 
 
 def _number(value: Any) -> Any:

@@ -185,6 +185,22 @@ def test_no_name_stands_for_two_things():
     assert not [name for name, count in defined.items() if count > 1]
 
 
+def test_every_page_says_the_same_about_the_direction_of_imports():
+    pages = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    said = [
+        sentence
+        for page in pages
+        for sentence in re.findall(
+            r"[^.]*\bimports? only\b[^.]*\.", page.read_text(encoding="utf-8")
+        )
+    ]
+    assert len(said) >= 2
+    assert all(
+        re.search(r"own\s+room\s+and\s+(from\s+|the\s+)?(rooms|floors)\s+below", each)
+        for each in said
+    )
+
+
 def test_public_names():
     assert mlx_loraplus.__all__ == [
         "AdapterConfig", "AdapterError", "BackendError", "ConfigError", "DataConfig", "DataError", "DeviceError",

@@ -202,7 +202,7 @@ def test_the_flags_of_mlx_lm_keep_their_names():
             "; svd is for init pissa and loftq, not init2",
         ),
         (["--train-on", "all"], "everything, last, turns"),
-        (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 values for 2 data sets"),
+        (["--data", "a", "b", "--data-weights", "1"], "data_weights has 1 value for 2 data sets"),
         (["--valid-split", "1"], "valid_split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
         (["-c", "nowhere.yaml"], "the settings in nowhere.yaml can't be read"),

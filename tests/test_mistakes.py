@@ -109,6 +109,10 @@ def test_an_adapter_that_mlx_lm_trained_works_in_every_command(
     assert "leave out --resume, and --resume-adapter-file stock with another" in said
     cli.main(f"{TRAIN} --warmup 0 --resume-adapter-file stock".split())
     assert "training starts from stock" in capsys.readouterr().out
+    said = error_of("train --model tiny --data sums --adapter-path stock", capsys)
+    assert "stock already holds an adapter (adapters.safetensors), but no run to resume" in said
+    assert "--resume-adapter-file stock with another --adapter-path starts from it" in said
+    assert "--resume continues" not in said
 
     cli.main(["generate", "stock", "--prompt", "1 and", "--max-tokens", "2"])
     cli.main(["fuse", "stock", "--save-path", "fused"])
@@ -242,7 +246,7 @@ MISTAKES = [
     ("train --model tiny --data sums --fields map.json", "is not of the form field=column"),
     ("train --model tiny --data sums --objective dpo", "suits --objective sft"),
     ("train --model tiny --data sums --valid-split 0.1", "already has validation rows"),
-    ("train --model tiny --data sums text --data-weights 1", "data_weights has 1 values for 2 data sets"),
+    ("train --model tiny --data sums text --data-weights 1", "data_weights has 1 value for 2 data sets"),
     # texts and values
     ("train --model tiny --data sums --prompts nofile.txt", "prompts must be the text itself"),
     ("generate run --prompt notes.md", "prompt must be the text itself"),

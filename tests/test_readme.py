@@ -12,8 +12,10 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,6 +26,7 @@ from mlx_loraplus.models.gguf.convert import write_folder
 from scripts.readme import repository, with_addresses
 from scripts.tiny_model import write_sums
 from tests.models.gguf_files import write_gguf
+from tests.test_messages import messages_of_package
 from tests.training.tiny_runs import write_labeled, write_pairs
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +168,9 @@ def written_by(command: str, words: list[str]) -> str | None:
 
 def run(command: str, words: list[str]) -> None:
     """Run a command of the package in this process, or in processes of its own where it starts several."""
+    if command == "serve":
+        serve(*words)
+        return
     if "--launch" in words:
         subprocess.run([sys.executable, "-m", "mlx_loraplus", command, *words], check=True)
         return
@@ -173,6 +179,20 @@ def run(command: str, words: list[str]) -> None:
             cli.COMMANDS[command](words)
         return
     cli.COMMANDS[command](words)
+
+
+def serve(folder: str) -> None:
+    """Serve a folder with a run, look at the address that is printed, and stop with Ctrl-C."""
+    shutil.copytree("my_run", Path(folder) / "my_run")
+    command = [sys.executable, "-u", "-m", "mlx_loraplus", "serve", folder, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().split()[-1]
+        try:
+            with urllib.request.urlopen(address, timeout=20) as page:
+                assert b"/runs/my_run" in page.read()
+        finally:
+            process.send_signal(signal.SIGINT)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -212,6 +232,40 @@ def test_the_python_of_a_page_runs(
         exec(compile(code, page, "exec"), {"__name__": "page"})
     finally:
         mx.enable_compile()
+
+
+# --- messages ---
+
+SYMPTOMS = (
+    "the process disappears without a message",
+    "`-c …/run.yaml` on another machine",
+    "file.jsonl:12: …",
+)
+"""What the page lists beside messages."""
+
+
+def quoted_messages() -> list[str]:
+    """Return the messages that the troubleshooting page quotes; "…" stands for what is filled in."""
+    tables = PAGES["docs/troubleshooting.md"].partition("## Results that disappoint")[0]
+    cells = re.findall(r"^\| (.*?) \| .* \|$", tables, flags=re.MULTILINE)
+    kept = [cell for cell in cells if not cell.startswith("message") and cell not in SYMPTOMS]
+    return [message for cell in kept for message in cell.split("; ")]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_package():
+    texts = [text.replace("'…'", "…") for text in messages_of_package()]
+    quoted = quoted_messages()
+    assert len(quoted) > 100
+
+    def is_known(message: str) -> bool:
+        pieces = [piece.strip() for piece in message.replace("'…'", "…").split("…")]
+        pattern = re.compile(".*".join(map(re.escape, pieces)), re.IGNORECASE | re.DOTALL)
+        return any(map(pattern.search, texts))
+
+    # What stands in parentheses may be the system's words, which the package only fills in.
+    shortened = [re.sub(r" \([^)]*\)", "", message) for message in quoted]
+    both = zip(quoted, shortened, strict=True)
+    assert [whole for whole, short in both if not (is_known(whole) or is_known(short))] == []
 
 
 # --- links ---

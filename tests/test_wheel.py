@@ -113,9 +113,12 @@ def test_it_is_what_is_imported_and_has_every_command(clean: Path, tmp_path: Pat
     file, version = said.split()
     assert Path(file).is_relative_to(clean)
     assert version == mlx_loraplus.__version__
-    assert {path.name for path in (clean / "bin").glob("mlx_loraplus.*")} == {
-        f"mlx_loraplus.{c}" for c in COMMANDS
+    assert {path.name for path in (clean / "bin").glob("mlx_loraplus*")} == {
+        "mlx_loraplus",
+        *(f"mlx_loraplus.{c}" for c in COMMANDS),
     }
+    assert run(clean, tmp_path, "mlx_loraplus", "--version").split()[-1] == mlx_loraplus.__version__
+    assert "--lr-ratio" in run(clean, tmp_path, "mlx_loraplus", "train", "--help")
     assert "--lr-ratio" in run(clean, tmp_path, "mlx_loraplus.train", "--help")
 
 

@@ -8,7 +8,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError
+from ..errors import AdapterError, ConfigError, counted
 from ..settings import checked
 from . import dora, lora, vera
 from .base_layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
@@ -174,8 +174,8 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     group = config.quantization["group_size"]
     if columns % group:
         raise ConfigError(
-            f"{path} has {columns} columns, which is not a multiple of the group size {group}:"
-            " choose another group size"
+            f"{path} has {counted(columns, 'column')}, which is not a multiple of the group size"
+            f" {group}: choose another group size"
         )
 
 

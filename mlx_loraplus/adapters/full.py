@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from .base_layers import EMBEDDINGS, LINEARS, QUANTIZED, base_shape, blocks_of
 
 WEIGHTS_GROUP, EMBEDDING_GROUP = "weights", "embedding"
@@ -29,8 +29,8 @@ def check_full(model: nn.Module, num_layers: int, original: str) -> None:
     blocks = blocks_of(model)
     if num_layers > len(blocks):
         raise ConfigError(
-            f"num_layers {num_layers} is above the model's {len(blocks)} blocks: give 1 to"
-            f" {len(blocks)}, or -1"
+            f"num_layers {num_layers} is above the model's {counted(len(blocks), 'block')}: give"
+            f" 1 to {len(blocks)}, or -1"
         )
 
     # Rounded weights have no gradient. Where only the last blocks train, others may be quantized.

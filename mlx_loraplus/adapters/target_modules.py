@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.nn as nn
 
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError, counted, nearest
 from .base_layers import EMBEDDINGS, QUANTIZED, blocks_of, can_adapt
 from .excluded_layers import find_routers, is_narrow
 from .unfreeze import own_arrays
@@ -178,7 +178,8 @@ def _select(
     count = len(blocks_of(model))
     if num_layers > count:
         raise ConfigError(
-            f"num_layers {num_layers} is above the model's {count} blocks: give 1 to {count}, or -1"
+            f"num_layers {num_layers} is above the model's {counted(count, 'block')}: give 1 to"
+            f" {count}, or -1"
         )
 
     # A module outside the blocks gets the number after the last block, so it is never excluded.
@@ -192,9 +193,9 @@ def _select(
                 matched.add(path)
 
     if names and not matched:
+        last = "block" if num_layers == 1 else counted(num_layers, "block")
         raise ConfigError(
-            f"{candidates.setting} {list(names)} match nothing in the last {num_layers} blocks:"
-            " raise num_layers"
+            f"{candidates.setting} {list(names)} match nothing in the last {last}: raise num_layers"
         )
 
     # named_modules lists the modules from last to first.

@@ -31,7 +31,7 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx.utils import tree_map_with_path
 
 from ..config import AdapterConfig
-from ..errors import ConfigError, ModelError
+from ..errors import ConfigError, ModelError, counted
 from .base_layers import EXPERTS, QUANTIZED, SHARDED, blocks_of
 from .sharded_lora import ShardedLoRALinear
 
@@ -173,7 +173,7 @@ def _indivisible(block: Any, processes: int) -> list[str]:
     for name, what in (("n_heads", "query"), ("n_kv_heads", "key")):
         heads = getattr(attention, name, 0)
         if heads % processes:
-            problems.append(f"it has {heads} {what} heads")
+            problems.append(f"it has {counted(heads, f'{what} head')}")
 
     # Each process gets whole rows of a linear layer, or whole groups of its quantized columns.
     for path, layer in block.named_modules():

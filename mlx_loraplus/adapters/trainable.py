@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
-from ..errors import AdapterError
+from ..errors import AdapterError, counted
 from .full import weight_groups
 from .lora import Adapter
 from .unfreeze import FullyTrained, own_arrays
@@ -57,7 +57,7 @@ class TrainableParams:
 
         # The layers that were skipped.
         for reason, count in sorted(Counter(self.skipped.values()).items()):
-            text += f"; skipped {count} layers ({reason})"
+            text += f"; skipped {counted(count, 'layer')} ({reason})"
         return text
 
 

@@ -56,7 +56,7 @@ def find_problems(
         dropped_rows = report.dropped + report.equal + report.bad
         if dropped_rows:
             reasons = "; ".join(report.dropped_rows())
-            why = f"none of the {dropped_rows:,} training rows is left ({reasons})"
+            why = f"no training row of {dropped_rows:,} is left ({reasons})"
         if report.dropped + report.equal:
             advice = f"raise max_seq_length {settings.max_seq_length:,}"
         problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")

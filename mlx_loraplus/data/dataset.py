@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from ..files import cached_folder, remove_unused
 from .document_tokens import encode_document
 from .encoding_settings import EncodingSettings, cache_key
@@ -256,7 +256,7 @@ def write_shard(folder: Path, table: Table, encoding: EncodingSettings) -> None:
             rows_written += len(chunk.rows)
             largest = max(largest, int(chunk.tokens.max(initial=-1)))
             if rows_written // _PROGRESS_ROWS > reports:
-                encoding.log(f"{table.name}: {rows_written:,} rows encoded")
+                encoding.log(f"{table.name}: {counted(rows_written, 'row')} encoded")
 
     # Write what is known only after all rows
     (folder / LARGEST).write_text(str(largest), encoding="utf-8")

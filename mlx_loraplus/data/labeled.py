@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 
 from ..config import ObjectiveConfig
+from ..errors import counted
 from .batches import Batch, Batches, lay_out
 from .dataset import Examples, Shard
 from .pairs import ComparedExamples
@@ -139,9 +140,9 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     # Report answers for which there is no other prompt.
     if examples.matched:
         notes.append(
-            f"{examples.matched:,} of the {count:,} mismatched answers, from which the KL is"
-            " estimated, belong to the same prompt, because prompts repeat; add rows with other"
-            " prompts"
+            f"{examples.matched:,} of {counted(count, 'mismatched answer')}, from which the KL is"
+            f" estimated, {'belongs' if examples.matched == 1 else 'belong'} to the same prompt,"
+            " because prompts repeat; add rows with other prompts"
         )
     if split != "train":
         return notes
@@ -162,8 +163,8 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
             balanced = (good, good * desirable / undesirable)
         advised = " ".join(f"{weight:.3g}" for weight in balanced)
         notes.append(
-            f"warning: {desirable:,} desirable and {undesirable:,} undesirable answers do not have"
-            f" equal weight; --kto-weights {advised} balances them"
+            f"warning: {desirable:,} desirable and {counted(undesirable, 'undesirable answer')}"
+            f" do not have equal weight; --kto-weights {advised} balances them"
         )
     return notes
 

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.token_tables import POSITION_TABLES, TOKEN_TABLES, table_rows
-from ..errors import DataError
+from ..errors import DataError, counted
 from .batches import round_up
 from .dataset import Examples
 from .sources import SplitName
@@ -220,8 +220,8 @@ def _check_tokenizer(limits: Limits, tokenizer: TokenizerWrapper) -> None:
     if limits.embedding and own > _VOCABULARY_TOLERANCE * limits.embedding:
         raise DataError(
             f"the tokenizer has a vocabulary of {own:,} tokens, and the model's embedding has"
-            f" {limits.embedding:,} rows, so this tokenizer belongs to another model; use the"
-            " model's own tokenizer"
+            f" {counted(limits.embedding, 'row')}, so this tokenizer belongs to another model; use"
+            " the model's own tokenizer"
         )
 
 
@@ -275,9 +275,9 @@ def _describe_unknown_token(token: int, tokenizer: TokenizerWrapper, table: str,
     if token < len(tokenizer):  # pyright: ignore[reportArgumentType]
         text = tokenizer.convert_ids_to_tokens(token)  # pyright: ignore[reportAttributeAccessIssue]
     return (
-        f"token {token} ({text!r:.60}) is beyond the model's {table} of {rows:,} rows (ids 0 to"
-        f" {rows - 1:,}), so this tokenizer belongs to another model, or tokens were added to it"
-        " and not to the model; use the model's own tokenizer, or add rows for the new tokens to"
+        f"token {token} ({text!r:.60}) is beyond the model's {table} of {counted(rows, 'row')} (ids"
+        f" 0 to {rows - 1:,}), so this tokenizer belongs to another model, or tokens were added to"
+        " it and not to the model; use the model's own tokenizer, or add rows for the new tokens to"
         " the model"
     )
 
@@ -293,7 +293,8 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
         most = _round_down(limits.positions)
         count = int((examples.lengths > most).sum())
         raise DataError(
-            f"{count:,} of {len(examples):,} {split} examples have more than {most:,} tokens (the"
+            f"{count:,} of {counted(len(examples), f'{split} example')}"
+            f" {'has' if count == 1 else 'have'} more than {most:,} tokens (the"
             f" longest has {longest:,}), and this model has {limits.positions:,} learned positions,"
             f" padding included; use --max-seq-length {most}"
         )
@@ -314,7 +315,8 @@ def _warn_beyond(limit: int | None, what: str, split: str, examples: Examples, l
 
     count = int((examples.lengths > limit).sum())
     log(
-        f"warning: {count:,} of {len(examples):,} {split} examples are longer than"
+        f"warning: {count:,} of {counted(len(examples), f'{split} example')}"
+        f" {'is' if count == 1 else 'are'} longer than"
         f" {what.format(f'{limit:,}')} (the longest has {longest:,}); use --max-seq-length {limit}"
     )
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import counted
 from .batches import Batch, Batches, lay_out, round_up
 from .sampling_weights import WeightedExamples
 from .tokenize import Example
@@ -63,9 +64,10 @@ class PackedBatches(Batches):
 
     def __str__(self) -> str:
         """Return the result of packing in one line."""
+        rows = counted(len(self._ends), "row")
         return (
-            f"{self.epoch_size:,} examples packed into {len(self._ends):,} rows of"
-            f" {self.row_length:,} tokens, {self.fill:.1%} full"
+            f"{counted(self.epoch_size, 'example')} packed into {rows} of {self.row_length:,}"
+            f" tokens, {self.fill:.1%} full"
         )
 
     def largest(self) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from .messages import BadRowError, is_chat
 from .row_problems import explain_line
 
@@ -82,8 +82,11 @@ def _is_array(file: Any, longest: int) -> bool:
     try:
         rows = json.loads(line)
     except (ValueError, RecursionError):
-        # An array over several lines begins with a single bracket; anything else is an invalid line
-        return bool(rest.strip()) and line.strip() in (b"[", b"[{")
+        # An array over several lines begins with a bracket alone, or with its first object or a
+        # part of it; anything else is an invalid line
+        first = line.strip()
+        begins_array = first in (b"[", b"[{") or (first[:2] == b"[{" and first[-2:] == b"},")
+        return bool(rest.strip()) and begins_array
 
     # A file with a single line may also hold one row, which is a chat as a list of messages
     is_one_line = not rest.strip()
@@ -235,7 +238,8 @@ def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | BadRowEr
     if _has_undecoded("".join(values)):
         return BadRowError("not UTF-8")
     if len(values) > len(columns):
-        return BadRowError(f"{len(values)} values, but the header has {len(columns)} columns")
+        header = counted(len(columns), "column")
+        return BadRowError(f"{len(values)} values, but the header has {header}")
     return dict(zip(columns, values, strict=False))
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, counted
 from .dataset import Examples
 
 # Makes this choice independent of other random choices with the same seed
@@ -79,8 +79,8 @@ class WeightedExamples(Examples):
             drawn = round(share * len(indices))
             if len(indices) and not times and not drawn:
                 raise DataError(
-                    f"data_weights {weight} selects none of {len(indices)} rows: raise the weight,"
-                    " or remove the source"
+                    f"data_weights {weight} selects none of {counted(len(indices), 'row')}: raise"
+                    " the weight, or remove the source"
                 )
 
             # Sort by length, and shuffle rows of equal length

@@ -19,7 +19,7 @@ from ..adapters.token_tables import probe_tokens
 from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import end_training
 from ..command_config import FuseConfig
-from ..errors import AdapterError, ModelError, OutputError
+from ..errors import AdapterError, ModelError, OutputError, counted
 from ..files import replacing_folder, write_atomically
 from ..kernels.head import model_dtype
 from ..models.find_model import missing_file
@@ -348,7 +348,7 @@ def find_vision(model: nn.Module, source: Path, *, keep: bool, log: Log) -> dict
         )
     if is_multimodal and others and not keep:
         log(
-            f"{len(others)} tensors of {source} that are not part of the text model are left out;"
+            f"left out: {counted(len(others), 'tensor')} of {source}, not part of the text model;"
             " --keep-vision keeps them"
         )
     return others if keep else {}

@@ -168,6 +168,14 @@ class Block:
     outputs: int
     mixer: Mixer | None = None
 
+    def products(self) -> int:
+        """Return the multiplications per token of attention's and the MLPs' matrices.
+
+        H (2Q + 2K) + 3 H F, with the F of the experts that a token uses.
+        """
+        attention = 2 * (self.queries + self.keys)
+        return self.hidden * (attention + 3 * (self.mlp + self.experts))
+
     def mlp_kept(self) -> int:
         """Return the numbers per token that MLPs save: gate and up, 2F.
 

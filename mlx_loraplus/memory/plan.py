@@ -169,7 +169,7 @@ class MemoryPlan:
             possible = min(examples, smaller.most_rows(length) // per_example)
             if possible > more_than:
                 batch = f"--batch-size {possible} " if possible < examples else ""
-                return f"{batch}--num-layers {blocks} (adapts only the last {blocks} blocks)"
+                return f"{batch}--num-layers {blocks} (adapts the last {counted(blocks, 'block')})"
         return ""
 
 
@@ -245,7 +245,8 @@ def resolve_length(
     if length < 2:
         raise ConfigError(_does_not_fit(plan, rows, 64))
 
-    log(f"max_seq_length is {length:,}: {rows} rows of this length fit in {gb(plan.budget)}")
+    held = counted(rows, "row")
+    log(f"max_seq_length is {length:,}, the longest for {held} at a time in {gb(plan.budget)}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 

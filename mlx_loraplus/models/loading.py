@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
 
 from ..device import on_gpu
-from ..errors import ModelError
+from ..errors import ModelError, counted
 from .config_translation import check_config, for_mlx_lm, load_config
 from .find_model import missing_file, unreadable_file
 from .rope_parameters import without_unread_rope
@@ -280,5 +280,5 @@ def _check_layers(config: dict[str, Any], tensors: int, path: Path) -> None:
             if is_count and value > tensors:
                 raise ModelError(
                     f"{path / 'config.json'} has {name} {value:,}, but its weights are only"
-                    f" {tensors} tensors"
+                    f" {counted(tensors, 'tensor')}"
                 )

@@ -1,7 +1,14 @@
 // Keep open what the reader opened, open everything for printing, and show a live run's newest page.
 const details = [...document.querySelectorAll("details")];
 const place = `open ${location.pathname}`;
-const nameOf = (element) => element.querySelector("summary").textContent;
+// Several may have the same words, such as "thoughts": their names have a number, too.
+const seen = {};
+const names = new Map(details.map((each) => {
+  const text = each.querySelector("summary").textContent;
+  seen[text] = (seen[text] ?? 0) + 1;
+  return [each, `${text} ${seen[text]}`];
+}));
+const nameOf = (element) => names.get(element);
 try {
   const open = JSON.parse(sessionStorage.getItem(place) || "[]");
   details.forEach((each) => { each.open = open.includes(nameOf(each)); });

@@ -11,7 +11,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .charts import Chart
-from .transcript import ChangeKind, ShownTurn
+from .transcript import ChangeKind, PartKind, ShownTurn
 
 _FOLDER = Path(__file__).parent
 TEMPLATE, SCRIPT = "page.html.jinja", "page.js"
@@ -31,10 +31,13 @@ class HTMLTable:
 
 @dataclass(frozen=True)
 class ShownAnswer:
-    """An answer to a prompt, in pieces that are marked by how they differ from the expected one."""
+    """An answer to a prompt: its thoughts, text and calls.
+
+    Each part is in pieces that are marked by how they differ from the expected answer.
+    """
 
     label: str
-    pieces: Sequence[tuple[ChangeKind, str]]
+    parts: Sequence[tuple[PartKind, Sequence[tuple[ChangeKind, str]]]]
     likeness: str = ""  # shown if it is as good as the expected one
 
 

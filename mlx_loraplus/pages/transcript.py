@@ -11,25 +11,105 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
-_ROLES = r"(user|human|assistant|model|system|developer|tool|ipython)"
-# The beginning of a turn: ChatML, Gemma, Llama 3 and gpt-oss; Phi and Zephyr; Mistral.
+# Names of roles in templates; the names that pages show are in _SHOWN_ROLES.
+_ROLE_NAMES = (
+    "(user|human|assistant|model|chatbot|bot|system|developer|tool|tools|available_tools|ipython"
+    "|observation|functions)"
+)
+_SHOWN_ROLES = {
+    "model": "assistant",
+    "chatbot": "assistant",
+    "bot": "assistant",
+    "human": "user",
+    "ipython": "tool",
+    "observation": "tool",
+    "functions": "tool",
+    "available_tools": "tools",
+}
+# The beginning of a turn. ChatML, Gemma, Llama 3 and 4, Granite and gpt-oss; Kimi; Phi, Zephyr,
+# GLM, DeepSeek, EXAONE and Command; Mistral and Llama 2.
 _TURN = re.compile(
-    r"(?:<\|im_start\|>|<start_of_turn>|<\|turn>|<\|start_header_id\|>|<\|start\|>)\s*"
-    + _ROLES
-    + r"(?:<\|end_header_id\|>)?|<\|"
-    + _ROLES
-    + r"\|>|(\[/?INST\])"
+    r"(?:<\|im_start\|>|<start_of_turn>|<\|turn>|<\|start_header_id\|>|<\|header_start\|>"
+    rf"|<\|start_of_role\|>|<\|start\|>)\s*{_ROLE_NAMES}\b(?:\.[\w.-]+)?(?: to=assistant)?"
+    r"(?:<\|end_header_id\|>|<\|header_end\|>|[^<\n]*<\|end_of_role\|>)?"
+    rf"|<\|im_{_ROLE_NAMES}\|>\w*<\|im_middle\|>"
+    rf"|[<\[][|\uff5c]{_ROLE_NAMES}(?:_token)?[|\uff5c][>\]]"
+    r"|(\[/?INST\]|\[SYSTEM_PROMPT\]|\[AVAILABLE_TOOLS\]|\[/?TOOL_RESULTS\]|<</?SYS>>)",
+    re.IGNORECASE,
 )
+_ROLE_OF_MARKER = {
+    "[INST]": "user",
+    "[/INST]": "assistant",
+    "[SYSTEM_PROMPT]": "system",
+    "[AVAILABLE_TOOLS]": "tools",
+    "[TOOL_RESULTS]": "tool",
+    "[/TOOL_RESULTS]": "assistant",
+    "<<SYS>>": "system",
+    "<</SYS>>": "user",
+}
+# Alpaca's headings begin turns only if there is one for the answer.
+_ALPACA_TURN = re.compile(r"(?:^|(?<=>))### (Instruction|Response):[ \t]*(?:\n|\Z)", re.MULTILINE)
+_ALPACA_ROLES = {"Instruction": "user", "Response": "assistant"}
+
+# What is left out: the header of a message of gpt-oss, and other special tokens. \uff5c and \u2581
+# are the bar and the blank of DeepSeek's.
 _MARKERS = re.compile(
-    r"<\|[\w.-]{1,40}\|>|<(?:bos|eos|pad|s|/s|start_of_turn|end_of_turn|turn\||\|turn)>"
+    r"(?:<\|start\|>assistant|<\|channel\|>\s*(?:analysis|commentary|final)(?:\s+json)?"
+    r"|<\|constrain\|>\s*\w+|<[|\uff5c]/?[\w.\u2581-]{1,40}[|\uff5c]>|\[\|endofturn\|\]|\[gMASK\]<sop>"
+    r"|\[/(?:SYSTEM_PROMPT|AVAILABLE_TOOLS)\]"
+    r"|<(?:bos|eos|pad|s|/s|start_of_turn|end_of_turn|turn\||\|turn|\|channel|channel\|"
+    r"|\|tool_response)>)+"
 )
-_SPECIAL_PARTS = re.compile(r"<think>(.*?)</think>|<tool_call>(.*?)</tool_call>", re.DOTALL)
+_SEPARATORS = re.compile(r" ?" + _MARKERS.pattern)
+_TOOL_CALL = r"(?:\w+:)?(?:tool_?calls?|function_calls?)"
+_BEGINS_CALLS = (
+    r"(?:START_ACTION|call|calls_begin|tool_call|tool_call_start|python_tag"
+    r"|tool[_\u2581]calls(?:_section)?[_\u2581]begin)"
+)
+_ENDS_CALLS = (
+    r"(?:END_ACTION|calls_end|/tool_call|tool_call_end|eo[mt]_id"
+    r"|tool[_\u2581]calls(?:_section)?[_\u2581]end)"
+)
+_RESULTS = (
+    r"<tool_response>(.*?)(?:</tool_response>|\Z)",
+    r"<\|tool_response>(.*?)(?:<tool_response\|>|\Z)",  # Gemma 4
+)
+_THOUGHTS = (
+    r"<(?:\w+:)?think>(.*?)(?:</(?:\w+:)?think>|\Z)",
+    r"\A((?:(?!<think>|<\|channel>).)*?)(?:</think>|<channel\|>)",  # the prompt began the thoughts
+    r"<\|channel>thought\b(.*?)(?:<channel\|>|\Z)",  # Gemma 4
+    r"<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)",  # gpt-oss
+    r"\[THINK\](.*?)(?:\[/THINK\]|\Z)",  # Magistral
+    r"<\|START_THINKING\|>(.*?)(?:<\|END_THINKING\|>|\Z)",  # Command
+)
+_CALLS = (
+    rf"<{_TOOL_CALL}>(.*?)(?:</{_TOOL_CALL}>|\Z)",  # Qwen, Granite 4, GLM
+    r"<\|tool_call>(.*?)(?:<tool_call\|>|\Z)",  # Gemma 4
+    r"(?<=to=)([\w.-]+[^<]*(?:<\|(?:channel|constrain)\|>[^<]*)*<\|message\|>.*?)(?:<\|call\|>|\Z)",
+    r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|</s>|\Z)",  # Mistral
+    r"<\|python_end\|>(\s*\{.*?)(?:<\|eo[tm]\|>|\Z)",  # Llama 4: a text stands before it
+    r"<\|python_start\|>([^<]*)<\|python_end\|>(?!\s*\{)",
+    rf"<[|\uff5c]{_BEGINS_CALLS}[|\uff5c]>(.*?)(?:<[|\uff5c]{_ENDS_CALLS}[|\uff5c]>|(?=<\|call\|>)|\Z)",
+    r'\A\s*(\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":.*\})\s*(?:<\|eo[tm]_id\|>)?\s*\Z',
+)
+_CALL_HEADER = re.compile(r"(?:<\|channel\|>commentary)?\s*\bto=\Z")  # gpt-oss, before the name
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 _MIN_LIKENESS = 0.5  # share of words that two answers have in common
 _MAX_WORDS = 2000  # longer answers are not compared word by word
 
-PartKind = Literal["text", "thought", "call"]
+PartKind = Literal["text", "thought", "call", "result"]
+Part = tuple[PartKind, str]
 ChangeKind = Literal["same", "extra", "missing"]
+
+# Only the model thinks and calls: a system prompt may show how a call is written. Each pattern has
+# one group, and _PART_KINDS says what it holds.
+_PARTS_OF_MODEL = re.compile("|".join((*_RESULTS, *_THOUGHTS, *_CALLS)), re.DOTALL)
+_PARTS_OF_OTHERS = re.compile("|".join(_RESULTS), re.DOTALL)
+_PART_KINDS: tuple[PartKind, ...] = (
+    *["result" for _ in _RESULTS],
+    *["thought" for _ in _THOUGHTS],
+    *["call" for _ in _CALLS],
+)
 
 
 @dataclass(frozen=True)
@@ -37,44 +117,77 @@ class ShownTurn:
     """One turn of a chat: its role, and its text in parts."""
 
     role: str
-    parts: Sequence[tuple[PartKind, str]]
+    parts: Sequence[Part]
 
 
 def chat_of(prompt: str) -> list[ShownTurn]:
     """Return the turns of a prompt; text without known markers is one turn of role "prompt"."""
-    # Between two matches of _TURN lies the text of a turn; before the first there are only markers.
-    found = list(_TURN.finditer(prompt))
+    found = [(match.start(), match.end(), _role_of(match)) for match in _TURN.finditer(prompt)]
+    if not found and re.search(r"^### Response:", prompt, re.MULTILINE):
+        headings = _ALPACA_TURN.finditer(prompt)
+        found = [(each.start(), each.end(), _ALPACA_ROLES[each[1]]) for each in headings]
     if not found:
         return [ShownTurn("prompt", parts_of(prompt))]
 
+    # Between two markers lies the text of a turn. What stands before the first is a system prompt.
     turns: list[ShownTurn] = []
-    ends = [match.start() for match in found[1:]] + [len(prompt)]
-    for match, end in zip(found, ends, strict=True):
-        role = match[1] or match[2] or ("user" if match[3] == "[INST]" else "assistant")
-        parts = parts_of(prompt[match.end() : end])
+    before = prompt[: found[0][0]]
+    ends = [start for start, _, _ in found[1:]] + [len(prompt)]
+    pieces = [("system", before)]
+    pieces += [(role, prompt[start:end]) for (_, start, role), end in zip(found, ends, strict=True)]
+    for role, text in pieces:
+        parts = parts_of(text, role)
 
         # The last turn is empty if the prompt asks the model to begin it.
-        if parts:
-            turns.append(ShownTurn("assistant" if role == "model" else role, parts))
+        if not parts:
+            continue
+
+        # gpt-oss writes the thoughts of a turn as a message of their own.
+        if turns and turns[-1].role == role and _kinds(turns[-1].parts) == {"thought"}:
+            parts = [*turns.pop().parts, *parts]
+        is_tool = role == "user" and _kinds(parts) == {"result"}
+        turns.append(ShownTurn("tool" if is_tool else role, parts))
     return turns or [ShownTurn("prompt", parts_of(prompt))]
 
 
-def parts_of(text: str) -> list[tuple[PartKind, str]]:
-    """Split a text into thoughts, tool calls and plain text, without the template's markers."""
-    parts: list[tuple[PartKind, str]] = []
+def _role_of(match: re.Match[str]) -> str:
+    """Return the role of the turn that a marker begins, in the words that pages show."""
+    *names, marker = match.groups()
+    if marker is not None:
+        return _ROLE_OF_MARKER[marker.upper()]
+    name = next(name for name in names if name is not None).lower()
+    return _SHOWN_ROLES.get(name, name)
+
+
+def _kinds(parts: Sequence[Part]) -> set[PartKind]:
+    return {kind for kind, _ in parts}
+
+
+def parts_of(text: str, role: str = "assistant") -> list[Part]:
+    """Split a turn into thoughts, tool calls, their results and plain text, without markers.
+
+    Args:
+        text: The text of a turn, or of an answer.
+        role: Whose turn it is. Thoughts and calls are looked for in turns of the model only.
+    """
+    parts: list[Part] = []
 
     def add(kind: PartKind, piece: str) -> None:
-        piece = _MARKERS.sub("", piece).strip()
+        # Within a call, a marker separates the name from the arguments; Gemma 4 has its own quotes.
+        if kind in ("call", "result"):
+            piece = piece.replace('<|"|>', '"')
+        piece = _SEPARATORS.sub(" ", piece) if kind == "call" else _MARKERS.sub("", piece)
+        piece = piece.strip()
         if piece:
             parts.append((kind, piece))
 
     done = 0
-    for match in _SPECIAL_PARTS.finditer(text):
-        add("text", text[done : match.start()])
-        if match[1] is not None:
-            add("thought", match[1])
-        else:
-            add("call", match[2])
+    is_model = role in ("assistant", "prompt")
+    for match in (_PARTS_OF_MODEL if is_model else _PARTS_OF_OTHERS).finditer(text):
+        assert match.lastindex is not None
+        kind = _PART_KINDS[match.lastindex - 1]
+        add("text", _CALL_HEADER.sub("", text[done : match.start()]))
+        add(kind, match[match.lastindex])
         done = match.end()
     add("text", text[done:])
     return parts

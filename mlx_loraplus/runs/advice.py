@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ..errors import counted
 from ..settings import default_rate
 from ..userpaths import shell_word
 from .history import Run
@@ -112,7 +113,7 @@ def _advice_on_trend(run: Run, found: Verdict) -> Advice:
         ),
         "overfitting": Advice(
             f"overfitting since step {found.best_step}, whose {kept} kept: train for about"
-            f" {found.best_step} steps, or add examples"
+            f" {counted(found.best_step or 0, 'step')}, or add examples"
         ),
         "still falling": _LONGER.after("the validation loss is still falling: "),
         "levelled off": Advice(

@@ -15,7 +15,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..files import write_atomically
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import (
@@ -262,7 +262,7 @@ class Comparison(RichDisplay):
         outcomes = {run.outcome for run in self.runs}
         state = outcomes.pop() if len(outcomes) == 1 else ""
         differing = [name for name, _ in self.rows if name not in _RESULTS]
-        text = f"{len(self.runs)} runs"
+        text = counted(len(self.runs), "run")
         if differing:
             text += f", which differ in {', '.join(differing[:_MAX_NAMES])}"
         if len(differing) > _MAX_NAMES:

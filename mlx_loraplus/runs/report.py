@@ -101,7 +101,10 @@ def summary(run: Run) -> list[tuple[str, str]]:
         tokens = run.spent([step], "useful_tokens")[0]
         time_in_steps = duration(run.spent([step], "seconds")[0])
         peak = max(value for _, value in run.losses("peak_memory_gb"))
-        rows.append(("training loss", f"{first:.4f} at first, {last:.4f} at last"))
+        text = f"{first:.4f}"
+        if len(reports) > 1:
+            text += f" at first, {last:.4f} at last"
+        rows.append(("training loss", text))
         rows.append(("spent", f"{tokens:,.0f} tokens, {time_in_steps} in steps"))
         rows.append(("peak memory", gb(peak * 1e9)))
     return rows
@@ -257,9 +260,10 @@ def _rate_section(run: Run) -> Section | None:
     if found is None:
         return None
 
+    work = counted(round(found["steps"]), "step")
     text = (
         f"The learning rate {found['rate']:.3g} was found before the first step ({found['method']},"
-        f" the work of {found['steps']:.0f} steps); the default is {found['default']:.3g}."
+        f" the work of {work}); the default is {found['default']:.3g}."
     )
     if found["critical"]:
         text += f" The critical rate, of which it is a share, is {found['critical']:.3g}."
@@ -363,7 +367,8 @@ def _describe_split(counts: Event) -> str:
     share = "none"
     if counts["examples"]:
         share = f"{counts['supervised'] / max(1, counts['tokens']):.0%}"
-    return f"{counts['examples']:,} examples, {counts['tokens']:,} tokens, {share} supervised"
+    examples, tokens = counted(counts["examples"], "example"), counted(counts["tokens"], "token")
+    return f"{examples}, {tokens}, {share} supervised"
 
 
 def _finite_loss(point: tuple[float, float]) -> float:

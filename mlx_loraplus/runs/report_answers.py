@@ -1,11 +1,11 @@
 """The part of a run's report with its sample answers: prompts as chats, answers as differences."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from ..pages.pages import AnswerCard, HTMLTable, Section, ShownAnswer
-from ..pages.transcript import chat_of, differences
+from ..pages.transcript import ChangeKind, Part, PartKind, chat_of, differences, parts_of
 from .history import Run
 
 _EMPTY = "(an empty answer)"
@@ -46,16 +46,37 @@ def answers_section(run: Run) -> Section | None:
 
 def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
     """Return an answer, with its differences from the expected one if that is known."""
-    if not answer.strip():
-        return ShownAnswer(label, [("same", _EMPTY)])
+    parts = parts_of(answer)
+    if not parts:
+        return ShownAnswer(label, [("text", [("same", _EMPTY)])])
     if expected is None:
-        return ShownAnswer(label, [("same", answer.strip())])
+        return ShownAnswer(label, [(kind, [("same", text)]) for kind, text in parts])
     likeness = ""
     if answer.strip() == expected.strip():
         likeness = "✓ exact"
     elif answer.split() == expected.split():
         likeness = "exact, but for white space"
-    return ShownAnswer(label, differences(expected.strip(), answer.strip()), likeness)
+    return ShownAnswer(label, _compare_parts(parts_of(expected), parts), likeness)
+
+
+def _compare_parts(
+    expected: Sequence[Part], parts: Sequence[Part]
+) -> list[tuple[PartKind, list[tuple[ChangeKind, str]]]]:
+    """Return the parts of an answer in pieces, marked by how they differ from the expected ones.
+
+    The first call is compared with the first expected call, and so on. Thoughts are not compared.
+    """
+    wanted: dict[PartKind, list[str]] = {"text": [], "call": [], "result": [], "thought": []}
+    for kind, text in expected:
+        wanted[kind].append(text)
+
+    compared: list[tuple[PartKind, list[tuple[ChangeKind, str]]]] = []
+    for kind, text in parts:
+        pieces: list[tuple[ChangeKind, str]] = [("same", text)]
+        if kind != "thought":
+            pieces = differences(wanted[kind].pop(0) if wanted[kind] else "", text)
+        compared.append((kind, pieces))
+    return compared
 
 
 def _name_step(run: Run, answers: Mapping[int, Any], step: int) -> str:

@@ -122,8 +122,11 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         text = _result(run, found, start, lower)
     if found.exact is not None:
         before, after, count = found.exact
-        was = ", as before training" if before == after else f"; before training, {before} were"
-        text += f" {after} of {count} sample answers are exact{was}."
+        was = ", as before training"
+        if before != after:
+            was = f"; before training, {before} {'was' if before == 1 else 'were'}"
+        verb = "is" if 1 in (after, count) else "are"
+        text += f" {after} of {counted(count, 'sample answer')} {verb} exact{was}."
     return text
 
 

@@ -113,7 +113,7 @@ class _Search:
         )
         self.log(
             f"sweep: {rounds}up to {counted(finals, 'trial')} of {counted(full_steps, 'step')};"
-            f" in all up to {self.planned:,} steps, as many as {runs:.1f} full runs"
+            f" in all up to {counted(self.planned, 'step')}, as many as {runs:.1f} full runs"
         )
         self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
         if self.sweep.trials:
@@ -124,7 +124,9 @@ class _Search:
         losses = {point: self._loss_of(point, steps, self.config.seed) for point in points}
         finite = [point for point in points if math.isfinite(losses[point])]
         if not finite:
-            raise ConfigError(f"all trials of {steps} steps diverged: give lower --learning-rates")
+            raise ConfigError(
+                f"all trials of {counted(steps, 'step')} diverged: give lower --learning-rates"
+            )
 
         best_first = sorted(finite, key=lambda point: losses[point])
         return best_first[: math.ceil(len(points) / CUT)]
@@ -175,12 +177,13 @@ class _Search:
 
         number = len(self.sweep.trials)
         self.log(
-            f"trial {number}: {trial.point}, {trial.steps} steps, seed {trial.seed}: "
+            f"trial {number}: {trial.point}, {counted(trial.steps, 'step')}, seed {trial.seed}: "
             f"{result} ({trial.seconds:.0f} s)"
         )
         if number == 1:
             minutes = self.planned * trial.seconds / max(1, trial.done) / 60
-            self.log(f"sweep: at this pace, all trials take up to {minutes:.0f} minutes")
+            most = counted(math.ceil(minutes), "minute")
+            self.log(f"sweep: at this pace, all trials take up to {most}")
 
 
 def sweep_rates(

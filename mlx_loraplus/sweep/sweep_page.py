@@ -7,6 +7,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from ..errors import counted
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
 from ..runs.report import REFRESH, plain
@@ -40,7 +41,7 @@ def sweep_headline(sweep: Sweep, *, live: bool = False) -> Headline:
         tiles = [
             Tile("Learning rate", f"{best.learning_rate:.3g}", "η, of A"),
             Tile("Ratio", f"{best.lr_ratio:.3g}", "λ, of B's rate to A's"),
-            Tile("Validation loss", loss, f"after {sweep.config.iters} steps"),
+            Tile("Validation loss", loss, f"after {counted(sweep.config.iters, 'step')}"),
         ]
 
     # What to do next, and why.
@@ -66,7 +67,7 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
     sections: list[Section] = []
     finalists = _finalists(sweep)
     if finalists.rows:
-        heading = f"The best settings, trained for {sweep.config.iters} steps"
+        heading = f"The best settings, trained for {counted(sweep.config.iters, 'step')}"
         sections.append(Section(heading, table=finalists))
 
     for heatmap in sweep.heatmaps():

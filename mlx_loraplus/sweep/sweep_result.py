@@ -13,6 +13,7 @@ from rich.console import Group
 from rich.table import Column, Table
 
 from ..command_config import SweepConfig
+from ..errors import counted
 from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.matplotlib_plots import Plot
@@ -169,8 +170,8 @@ class Sweep(RichDisplay):
         cut = sum(not math.isfinite(trial.loss) for trial in self.trials)
         runs = steps / self.config.iters
         return (
-            f"{len(self.trials)} trials, {cut} of them cut; {steps:,} steps, as many as "
-            f"{runs:.1f} full runs; {minutes:.1f} minutes"
+            f"{counted(len(self.trials), 'trial')}, {cut} of them cut; {counted(steps, 'step')},"
+            f" as many as {runs:.1f} full runs; {minutes:.1f} minutes"
         )
 
     def heatmaps(self) -> list[Heatmap]:
@@ -184,7 +185,7 @@ class Sweep(RichDisplay):
         # One map per pair of rank and alpha.
         maps: list[Heatmap] = []
         for rank, alpha in sorted({(point.rank, point.alpha) for point in losses}):
-            title = f"validation loss after {first} steps, rank {rank}, alpha {alpha:g}"
+            title = f"validation loss after {counted(first, 'step')}, rank {rank}, alpha {alpha:g}"
             here = {p: loss for p, loss in losses.items() if (p.rank, p.alpha) == (rank, alpha)}
             maps.append(self._heatmap(title, here))
         return maps
@@ -230,7 +231,7 @@ class Sweep(RichDisplay):
             remark = "default" if point == self.default else ""
             table.add_row(*numbers, _with_noise(losses), remark)
 
-        title = f"the last round, after {self.config.iters} steps"
+        title = f"the last round, after {counted(self.config.iters, 'step')}"
         lines = [self.verdict(), *self.edges(), self.cost()]
         if wider := self.widen_command():
             lines.append(f"wider: {wider}")

@@ -302,7 +302,8 @@ def _answer_lengths(train: Examples) -> Iterator[Text]:
         ):
             if members.any():
                 mean = train.target_counts[members].mean()
-                yield Text(f"  {members.sum():,} {kind} answers, of {mean:.1f} tokens on average")
+                answers = counted(int(members.sum()), f"{kind} answer")
+                yield Text(f"  {answers}, of {mean:.1f} tokens on average")
 
 
 def _samples(

@@ -1,12 +1,16 @@
 """``--dry-run``: everything that training checks, and what it would take, without training."""
 
+import math
 import shlex
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
+import mlx.nn as nn
 from rich.console import Console
 from rich.text import Text
 
@@ -18,12 +22,14 @@ from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
+from ..memory.estimate import Sizes
 from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
 from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
+from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import check_folder
 from .data_preview import Preview, preview_run
@@ -33,9 +39,10 @@ from .run_checks import check_model_name, check_rates, check_validation, warn_ab
 from .schedule import Schedule, schedule_of
 from .trainer import TrainState, train
 
-_MOST_OPERATIONS = 5e13
-"""Floating-point operations of the steps that are timed, at most: seconds on a GPU."""
-_SLOW_SHARE = 1e-2  # the share of these operations that a CPU may take
+# Two steps are timed if their matrix products take at most this long; the rest of a step takes as
+# long again or more.
+_LONGEST = 5.0  # seconds
+_MEASURED = 0.5  # seconds, for which the speed of matrix products is measured
 
 Result = TypeVar("Result")
 
@@ -118,11 +125,13 @@ def _describe_run(
     # The length and the rates.
     batch = config.data.batch_size * config.grad_accumulation_steps
     optimizer = config.optimizer
+    assert config.steps_per_report is not None
+    assert config.steps_per_eval is not None
     yield (
         "run",
         f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)};"
-        f" reports every {config.steps_per_report} and validations every"
-        f" {config.steps_per_eval} steps",
+        f" reports every {counted(config.steps_per_report, 'step')}, validations every"
+        f" {counted(config.steps_per_eval, 'step')}",
     )
     shown = replace_auto_rate(config)
     rates = f"A {shown.optimizer.learning_rate:.2e}, B {optimizer.lr_ratio:g} times that"
@@ -145,12 +154,8 @@ def _describe_run(
         yield "memory", line.removeprefix("plan: ")
     if plan is not None and checkpoint is not None:
         tokens = tokens_per_epoch * schedule.batches / batches.per_epoch
-        weights = plan.sizes.weights
-        if config.adapter.adapter == "full":
-            weights += plan.sizes.adapters()
-        operations = 6.0 * weights * tokens / schedule.steps
         timed = replace(config, grad_checkpoint="on" if checkpoint else "off")
-        yield "time", _time(timed, batches, tokens, operations, found)
+        yield "time", _time(timed, batches, plan.sizes, tokens, schedule.steps, found)
         saved = plan.sizes.gradients() + plan.sizes.moments(optimizer.optimizer)
         yield "disk", _disk(config, saved * (config.keep_checkpoints + 2), found)
     yield "folder", str(Path(config.adapter_path).absolute())
@@ -163,27 +168,70 @@ def _check_targets(config: TrainConfig) -> None:
 
 
 def _time(
-    config: TrainConfig, batches: Batches, tokens: float, operations: float, found: _Findings
+    config: TrainConfig,
+    batches: Batches,
+    sizes: Sizes,
+    tokens: float,
+    steps: int,
+    found: _Findings,
 ) -> str:
     """Return how long a run takes, from two steps if they take only seconds.
+
+    Otherwise, return how long its matrix products take at least, from the speed of one of them.
 
     Args:
         config: The run's settings.
         batches: The run's batches.
+        sizes: The model's sizes.
         tokens: Tokens of all steps, with padding.
-        operations: Floating-point operations of a step, roughly.
+        steps: Steps of the run.
         found: Receives the problems with the model.
     """
-    most = _MOST_OPERATIONS * (1.0 if on_gpu() else _SLOW_SHARE)
-    if found.problems or 2 * operations > most:
-        return "unknown until the first steps, which report the time left"
+    if found.problems:
+        return "unknown, because training would stop"
+
+    # Forward through all blocks, backward through the last ones; adapters need no gradients of W.
+    backward = 4.0 if config.adapter.adapter == "full" else 2.0
+    products = [block.products() for block in sizes.blocks]
+    learning = products[len(products) - sizes.learning :]
+    operations = tokens * (2.0 * sum(products) + backward * sum(learning))
+    least = operations / _operations_per_second(_bits_of(sizes))
+    if 2 * least / steps > _LONGEST:
+        return (
+            f"at least {duration(least)} in steps, which this machine needs for the matrix products"
+            " alone; the first steps of the run report the time left"
+        )
 
     seconds = found.check(_seconds_per_token, config, batches)
     if seconds is None:
-        return "unknown"
-    minutes = tokens * seconds / 60
-    shown = "less than a minute" if minutes < 1 else f"about {minutes:.0f} minutes"
+        return "unknown, because a step was not possible or not finite"
+    needed = tokens * seconds
+    shown = "less than a minute" if needed < 60 else f"about {duration(needed)}"
     return f"{shown} in steps, plus validations"
+
+
+def _bits_of(sizes: Sizes) -> int:
+    """Return the bits per number of the weights with adapters, without their scales; or 16."""
+    numbers, size = max(sizes.adapted, default=(1, 2))
+    return min(16, 8 * size // numbers)
+
+
+def _operations_per_second(bits: int) -> float:
+    """Return the speed of a matrix product with a weight of this type on this machine."""
+    rows, size = (2048, 4096) if on_gpu() else (128, 1024)
+    layer: Any = nn.Linear(size, size, bias=False)
+    layer.set_dtype(mx.bfloat16 if on_gpu() else mx.float32)
+    if bits in (2, 3, 4, 5, 6, 8):
+        layer = layer.to_quantized(64, bits)
+    inputs = mx.ones((rows, size), mx.bfloat16 if on_gpu() else mx.float32)
+
+    # The fastest product counts: the first one also starts the device, and other programs disturb.
+    fastest = math.inf
+    end = time.perf_counter() + _MEASURED
+    while (started := time.perf_counter()) < end:
+        mx.eval(layer(inputs))
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2.0 * rows * size * size / fastest
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:

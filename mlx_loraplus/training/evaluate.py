@@ -33,7 +33,7 @@ from ..data.model_limits import check_examples, limits_of
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.sources import SPLITS, SplitName, describe_sources
-from ..errors import AdapterError, ConfigError, DataError
+from ..errors import AdapterError, ConfigError, DataError, counted
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..keyword_types import EvaluateOptions
@@ -136,7 +136,8 @@ class Evaluation(RichDisplay):
             if self.base.base is not None:
                 columns = {"base": self.base.base, "start": self.base, "tuned": self}
 
-        title = f"{self.examples:,} {self.split} examples, {self.tokens:,} supervised tokens"
+        examples = counted(self.examples, f"{self.split} example")
+        title = f"{examples}, {counted(self.tokens, 'supervised token')}"
         table = Table(title=title)
         for name in ("", *columns):
             table.add_column(name, overflow="fold")

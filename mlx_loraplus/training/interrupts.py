@@ -14,7 +14,7 @@ import mlx.core as mx
 from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
-from ..errors import DeviceError, LoRAPlusError, PeerError
+from ..errors import DeviceError, LoRAPlusError, PeerError, counted
 from ..failures import MEMORY, failure_of, reason_text
 from ..files import write_atomically
 from ..runs.state import BAD_BATCH, Progress
@@ -84,7 +84,7 @@ def explain_failure(
         rows, length = max(shapes, key=math.prod)
 
         # Advise smaller batches and, if memory ran out, gradient checkpointing.
-        happened = f"{failure.what} on a batch of {rows} rows x {length:,} tokens"
+        happened = f"{failure.what} on a batch of {counted(rows, 'row')} x {length:,} tokens"
         reason = reason_text(error)
         smaller = _smaller_batches(config, length)
         if failure is MEMORY:
@@ -149,10 +149,12 @@ def too_many_skipped(
         ]
         content = {"step": step, "reason": reason, "batches": described}
         write_atomically(path, json.dumps(content).encode())
+    most = config.max_skipped_steps
+    skipped = "a step was" if most == 1 else f"{most} steps in a row were"
     return LoRAPlusError(
-        f"{config.max_skipped_steps} steps in a row were not finite; the last is step {step}"
-        f" ({reason}): train again with a lower --learning-rate or --lr-ratio; the batches of that"
-        f" step are in {path}, and --resume continues with the next step"
+        f"{skipped} not finite; the last is step {step} ({reason}): train again with a lower"
+        f" --learning-rate or --lr-ratio; the batches of that step are in {path}, and --resume"
+        " continues with the next step"
     )
 
 

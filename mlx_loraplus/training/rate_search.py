@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 import pydantic
 
 from ..config import TrainConfig
+from ..errors import counted
 from ..rich_display import RichDisplay
 from ..runs.state import Event
 from ..settings import default_rate
@@ -64,7 +65,8 @@ class RateSearch(RichDisplay):
     reason: str = ""
 
     def __str__(self) -> str:
-        spent = f"{self.method}, the work of {self.steps:.0f} steps in {self.seconds:.1f} s"
+        work = counted(round(self.steps), "step")
+        spent = f"{self.method}, the work of {work} in {self.seconds:.1f} s"
         if self.reason:
             after = f" ({spent})" if self.steps else ""
             return f"learning rate: the default, {self.rate:.3g}, because {self.reason}{after}"

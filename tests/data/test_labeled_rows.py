@@ -259,7 +259,7 @@ def test_unequal_labels_are_reported_with_weights(folder: Path):
 def test_one_prompt_is_reported(folder: Path):
     rows = [row | {"prompt": "Guess:"} for row in sums(6)]
     _, report, _ = load(folder, rows)
-    assert any("6 of the 6 mismatched answers" in note for note in report.notes)
+    assert any("6 of 6 mismatched answers" in note for note in report.notes)
 
 
 def test_long_answers_are_cut(folder: Path):

@@ -61,7 +61,7 @@ def test_long_rows(tmp_path: Path, letters):
         load(tokenizer, folder, max_seq_length=12, on_long="error")
     with pytest.raises(
         DataError,
-        match=r"none of the 3 training rows is left \(3 rows dropped \(longer than 2 tokens\)\);"
+        match=r"no training row of 3 is left \(3 rows dropped \(longer than 2 tokens\)\);"
         " raise max_seq_length 2$",
     ):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")

@@ -98,6 +98,22 @@ def test_wide_encodings_are_refused(tmp_path: Path, suffix: str, mark: str, enco
         list(read_text(path)) if suffix == ".txt" else read(path)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(ROWS, indent=1),
+        json.dumps(ROWS),
+        "[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]\n",
+        "[" + ",\n".join(map(json.dumps, ROWS)) + "]\n",
+    ],
+)
+def test_an_array_in_a_jsonl_file_is_read(tmp_path: Path, text: str):
+    (tmp_path / "rows.jsonl").write_text(text)
+    records, problems = read(tmp_path / "rows.jsonl")
+    assert [record.fields for record in records] == ROWS
+    assert problems == []
+
+
 def test_an_infinite_weight_is_not_read_as_no_weight(tmp_path: Path):
     turns = (
         '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": %s}]'

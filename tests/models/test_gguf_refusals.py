@@ -54,7 +54,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("llama", {"tokenizer.ggml.tokens": None}, {}, "it holds no tokenizer"),
     ("llama", {"tokenizer.ggml.tokens": [*PIECES, "more"]}, {}, "11 tokens for 10 embeddings"),
     ("llama", {"tokenizer.ggml.tokens": ["a"] * 10}, {}, "a token appears twice"),
-    ("llama", {"tokenizer.ggml.scores": [1.0]}, {}, "10 tokens and 1 scores"),
+    ("llama", {"tokenizer.ggml.scores": [1.0]}, {}, "10 tokens and 1 score"),
     ("llama", {"tokenizer.ggml.bos_token_id": 10}, {}, "bos token id is 10; allowed are 0 to 9"),
     (
         "llama",

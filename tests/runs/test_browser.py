@@ -25,6 +25,7 @@ from mlx_loraplus.training.doctor_page import ModelExamination, doctor_page
 from mlx_loraplus.training.fastest_step import StepTiming, StepWay, TuningResult
 from mlx_loraplus.training.model_probes import ModelProbes
 from mlx_loraplus.training.selfcheck import STOCK, CheckResult, Deviation
+from tests.runs.page_checks import check_in_browser
 from tests.training.tiny_runs import Place, write_pairs
 
 
@@ -90,90 +91,12 @@ def chromium() -> Iterator[Any]:
         opened.close()
 
 
-CONTRAST = """() => {
-  const light = (text) => {
-    const [r, g, b] = text.match(/[\\d.]+/g).slice(0, 3).map((each) => {
-      const share = each / 255;
-      return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgb = (color, under) => {
-    canvas.fillStyle = under; canvas.fillRect(0, 0, 1, 1);
-    canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-    return `rgb(${[...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3)})`;
-  };
-  const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  const page = dark ? "rgb(18, 18, 18)" : "rgb(255, 255, 255)";
-  const behind = (element) => {
-    const above = element.parentElement ? behind(element.parentElement) : page;
-    return rgb(getComputedStyle(element).backgroundColor, above);
-  };
-  const poor = [];
-  for (const element of document.querySelectorAll("h1, h2, p, td, span, strong, b, ins, del, figcaption")) {
-    if (!element.textContent.trim() || !element.checkVisibility()) continue;
-    const under = behind(element);
-    const [one, other] = [light(rgb(getComputedStyle(element).color, under)), light(under)];
-    const ratio = (Math.max(one, other) + 0.05) / (Math.min(one, other) + 0.05);
-    if (ratio < 4.5) poor.push(`${element.tagName} ${element.textContent.slice(0, 20)} ${ratio}`);
-  }
-  return poor;
-}"""
-
-
-LABELS = """() => {
-  const problems = [];
-  for (const chart of document.querySelectorAll("svg.chart")) {
-    const frame = chart.getBoundingClientRect();
-    const boxes = [...chart.querySelectorAll("text")].map((each) => [each.textContent, each.getBoundingClientRect()]);
-    boxes.forEach(([text, box], number) => {
-      if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.bottom > frame.bottom + 3) problems.push(`${text} is cut`);
-      for (const [other, second] of boxes.slice(number + 1)) {
-        const across = Math.min(box.right, second.right) - Math.max(box.left, second.left);
-        const down = Math.min(box.bottom, second.bottom) - Math.max(box.top, second.top);
-        if (across > 1 && down > 5) problems.push(`${text} and ${other} overlap`);
-      }
-    });
-  }
-  return problems;
-}"""
-
-
-BROKEN = """() => {
-  const words = [...document.querySelectorAll("code .word")].filter((each) => each.checkVisibility());
-  const height = (each) => each.getBoundingClientRect().height;
-  return words.filter((each) => each.textContent.length < 20 && height(each) > 30).map((each) => each.textContent);
-}"""
-
-
-def check_in_browser(chromium: Any, page: Path) -> None:
-    """Open a page at two widths, light and dark, with everything unfolded, and look for problems."""
-    view = chromium.new_page()
-    problems: list[str] = []
-    view.on("console", lambda message: problems.append(message.text))
-    view.on("pageerror", lambda error: problems.append(str(error)))
-    view.goto(page.as_uri())
-    view.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
-    assert view.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
-
-    for width in (390, 1280):
-        view.set_viewport_size({"width": width, "height": 900})
-        assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
-        assert view.evaluate(LABELS) == []
-        assert view.evaluate(BROKEN) == [], "no line ends within an option"
-    for scheme in ("light", "dark"):
-        view.emulate_media(color_scheme=scheme)
-        assert view.evaluate(CONTRAST) == []
-    assert problems == []
-    view.close()
-
-
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_a_browser_shows_the_page_of_a_run(folder: Path, tmp_path: Path, chromium: Any, name: str):
     page = tmp_path / "report.html"
     page.write_bytes(report_page(long_run(folder, name), live=name == "live"))
-    check_in_browser(chromium, page)
+    texts = check_in_browser(chromium, page)
+    assert {"h1", "h2", "p", "th", "td", "b", "code", "dt", "summary", "text", "ins"} <= texts
 
 
 def test_a_browser_shows_a_resumed_run(place: Place, chromium: Any):
@@ -203,7 +126,7 @@ def test_a_browser_shows_the_list_of_runs_and_a_comparison(
     listed, compared = tmp_path / "index.html", tmp_path / "compared.html"
     listed.write_bytes(render_index("Runs in sums", links, None))
     ml.compare_runs(*runs.values()).save(compared)
-    check_in_browser(chromium, listed)
+    assert "a" in check_in_browser(chromium, listed)
     check_in_browser(chromium, compared)
 
 
@@ -264,6 +187,61 @@ def test_notebooks_show_the_same_parts(place: Place, tmp_path: Path, chromium: A
     head = '<!doctype html><html lang="en" style="color-scheme: light dark"><title>cells</title>'
     page.write_text(head + "".join(cells))
     check_in_browser(chromium, page)
+
+
+def test_tables_are_cards_on_a_phone(view: Any):
+    """Each cell has the whole width and says what it is; on a wide screen they are rows."""
+    view.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true })")
+    measure = """(table) => {
+      const cells = [...table.querySelectorAll("tbody tr:first-child > *")];
+      const boxes = cells.map((each) => each.getBoundingClientRect());
+      const labels = cells.slice(1).map((each) => getComputedStyle(each, "::before").content);
+      const share = Math.min(...boxes.map((each) => each.width)) / table.getBoundingClientRect().width;
+      const head = table.querySelector("thead").checkVisibility();
+      return [boxes[1].top > boxes[0].top + 5, share, head, labels];
+    }"""
+    table = view.locator("table.headed").first
+    heads = table.locator("thead th").all_text_contents()
+    view.set_viewport_size({"width": 390, "height": 900})
+    stacked, share, has_head, labels = table.evaluate(measure)
+    assert (stacked, has_head) == (True, False)
+    assert share > 0.9
+    assert labels == [f'"{head}"' for head in heads[1:]]
+
+    view.set_viewport_size({"width": 1280, "height": 900})
+    stacked, share, has_head, _ = table.evaluate(measure)
+    assert (stacked, has_head) == (False, True)
+
+
+def test_answers_are_beside_each_other_and_below_each_other_on_a_phone(view: Any):
+    answers = """(card) => [...card.querySelectorAll(".answers > div")].map((each) => {
+      const box = each.getBoundingClientRect();
+      return [box.left, box.top, box.width];
+    })"""
+    card = view.locator("article.card").first
+    view.set_viewport_size({"width": 1280, "height": 900})
+    assert len({top for _, top, _ in card.evaluate(answers)}) == 1
+    view.set_viewport_size({"width": 390, "height": 900})
+    boxes = card.evaluate(answers)
+    assert len({left for left, _, _ in boxes}) == 1
+    assert all(width > 250 for _, _, width in boxes)
+
+
+def test_charts_of_a_notebook_are_in_columns(place: Place, tmp_path: Path, chromium: Any):
+    """Six pictures of a comparison, in a cell that is narrower than a page."""
+    runs = ml.compare_runs(place.folder / "plain", place.folder / "plus")
+    page = tmp_path / "notebook.html"
+    page.write_text(f"<!doctype html><title>cell</title>{runs._repr_html_()}")
+    view = chromium.new_page()
+    view.goto(page.as_uri())
+    lefts = """[...document.querySelectorAll(".charts figure")].map(
+      (each) => Math.round(each.getBoundingClientRect().left))"""
+    for width, columns in ((900, 2), (390, 1)):
+        view.set_viewport_size({"width": width, "height": 900})
+        found = view.evaluate(lefts)
+        assert len(found) == 6
+        assert len(set(found)) == columns
+    view.close()
 
 
 def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(

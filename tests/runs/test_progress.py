@@ -193,6 +193,20 @@ def test_open_shows_the_page_once_where_there_is_a_browser(
     assert told == [f"note: there is no browser here, so open {folder}/report.html yourself"]
 
 
+def test_the_flag_open_opens_the_page_of_the_run(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[str] = []
+    monkeypatch.setenv("BROWSER", "a browser")
+    monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
+    short = ["--iters", "1", "--warmup", "0", "--sample-rows", "0", "--model", "--data"]
+    values = {"--model": str(place.folder / "model"), "--data": str(place.folder / "data")}
+    given = [word for name in short for word in (name, values.get(name)) if word is not None]
+    for name, flags in (("closed", []), ("open", ["--open"])):
+        train([*given, "--adapter-path", str(tmp_path / name), *flags])
+    assert opened == [(tmp_path / "open" / "report.html").as_uri()]
+
+
 def test_sparklines():
     assert sparkline([1, 2, 3]) == "▁▅█"
     assert sparkline([1, 2, 3], ascii_only=True) == "_=#"

@@ -188,6 +188,41 @@ def test_the_text_above_answers_and_a_single_validation(folder: Path):
     assert f"<td>{first:.4f} before</td>" in report_page(run).decode()
 
 
+def test_a_single_point_is_a_number_and_no_chart(folder: Path):
+    run = ml.Run.load(folder)
+    only = next(event for event in run.history if "loss" in event)
+    run.history = [run.history[0], only]
+    page = report_page(run).decode()
+    captions = re.findall(r"<figcaption>(.*)", page)
+    assert all(caption.startswith("‖") for caption in captions), "maps of the modules alone"
+    assert f"<td>{only['loss']:.4f}</td>" in page
+    assert "at first" not in page
+
+    run.history.append(only | {"step": only["step"] + 1, "loss": 0.5})
+    page = report_page(run).decode()
+    assert "<figcaption>Loss, nats" in page
+    assert f"<td>{only['loss']:.4f} at first, 0.5000 at last</td>" in page
+
+
+def test_how_a_step_is_computed_is_on_the_page(folder: Path):
+    run = ml.Run.load(folder)
+    assert "choices" in run.start, "a run stores them"
+    run.start["memory"] |= {"planned_gb": 1.5, "available_gb": 8.0}
+    run.start["choices"] |= {"grad_checkpoint": True, "compiled": False}
+    run.start["choices"]["choices"] |= {"attention": "windows", "slice_bytes": 64 * 2**20}
+    run.start["self_check"] = "loss and gradients are right"
+    (part,) = re.findall(r"<h2>Does it fit\?</h2>.*?</table>", report_page(run).decode(), re.DOTALL)
+    rows = dict(re.findall(r'<th scope="row">(.*?)</th><td>(.*?)</td>', part))
+    assert rows["planned peak"] == "1.50 GB"
+    assert rows["available"] == "8.00 GB"
+    assert rows["attention"] == "windows"
+    assert rows["cross-entropy"]
+    assert rows["slices of the logits"] == "64 MiB"
+    assert rows["gradient checkpointing"] == "on"
+    assert rows["compiled"] == "off"
+    assert rows["self-check"] == "loss and gradients are right"
+
+
 def test_a_run_that_was_killed_early_can_only_be_resumed(folder: Path, tmp_path: Path):
     for name in ("history.jsonl", "run.yaml"):
         shutil.copy(folder / name, tmp_path / name)

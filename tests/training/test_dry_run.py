@@ -1,9 +1,12 @@
 """The dry run checks what training checks, estimates what it takes, and prints the command to start."""
 
 import json
+import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -21,7 +24,7 @@ def words(place: Place, *more: str) -> list[str]:
 def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
     cli.train(words(place, "--dry-run", "--rank", "4"))
     said = capsys.readouterr().out
-    assert "20 steps of 8 examples; reports every 1 and validations every 4 steps" in said
+    assert "20 steps of 8 examples; reports every 1 step, validations every 4 steps" in said
     assert "A 5.00e-04, B 4 times that, cosine, warm-up 2" in said
     assert "lora, 4,096 parameters to train" in said
     assert "at the peak, for 8 rows x 24 tokens" in said
@@ -97,13 +100,26 @@ def test_an_occupied_folder_and_bad_rows_are_told_together(
     assert "no 'completion'" in said
 
 
+@pytest.mark.parametrize(
+    ("adapted", "bits"),
+    [(((1000, 4000), (10, 20)), 16), (((1000, 2000),), 16), (((1000, 562),), 4), ((), 16)],
+)
+def test_weights_are_timed_as_they_are_stored(adapted: Any, bits: int):
+    sizes: Any = SimpleNamespace(adapted=adapted)
+    assert dry_run._bits_of(sizes) == bits
+    assert dry_run._operations_per_second(bits) > 0
+
+
 def test_slow_steps_and_a_full_disk(
     place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(dry_run, "_MOST_OPERATIONS", 0.0)
+    monkeypatch.setattr(dry_run, "_LONGEST", 0.0)
     free = shutil.disk_usage(Path("/"))._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     cli.train(words(place, "--dry-run"))
     said = capsys.readouterr().out
-    assert "unknown until the first steps" in said
+    assert re.search(
+        r"time +at least 0\.\d+ (seconds|minutes) in steps, which this machine needs", said
+    )
+    assert "the first steps of the run report the time left" in said
     assert "are free: give another --adapter-path, or a smaller --keep-checkpoints" in said

@@ -1,10 +1,14 @@
 """The history and the report while a run trains."""
 
 import errno
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.runs.history import read_history
+from mlx_loraplus.runs.report import report_page
 from mlx_loraplus.runs.state import Event
+from mlx_loraplus.training import live_files
 from tests.training.tiny_runs import Place, without_times
 
 
@@ -29,6 +35,51 @@ def test_files_are_current_after_every_event(place: Place):
     assert len(seen) == len(run.history) - 2
     assert all("data-refresh" in page for _, page in seen)
     assert "data-refresh" not in (run.folder / "report.html").read_text()
+
+
+def test_the_page_has_every_report_and_validation(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """It is written again at each, while that takes at most its share of the time."""
+    monkeypatch.setattr(live_files, "REPORT_SHARE", math.inf)
+    pages: list[bytes] = []
+
+    def look(run: ml.Run, event: Event) -> None:
+        if "outcome" not in event:
+            page = (run.folder / "report.html").read_bytes()
+            assert without_time(page) == without_time(report_page(run, live=True))
+            pages.append(without_time(page))
+
+    run = place.run("live", callback=look, steps_per_report=1)
+    assert len(pages) == len(run.history) - 1
+    assert all(before != after for before, after in pairwise(pages))
+
+
+def without_time(page: bytes) -> bytes:
+    return re.sub(rb'data-written="\d+"', b"", page)
+
+
+@pytest.mark.parametrize(("step", "writes_all"), [(0.1, False), (5.0, True)])
+def test_writing_the_page_takes_one_percent_of_the_time(
+    place: Place, monkeypatch: pytest.MonkeyPatch, step: float, writes_all: bool
+):
+    """A page that takes 0.04 s is written at each event of 5 s, and every 4 s at events of 0.1 s."""
+    run = place.run("timed")
+    clock, written = [0.0], []
+
+    def write(run: ml.Run, *, live: bool) -> None:
+        clock[0] += 0.04
+        written.append(clock[0])
+
+    monkeypatch.setattr(live_files, "write_report", write)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    live = live_files.LiveFiles(lambda _: None)
+    live(run, run.history[0])
+    events = 1000
+    for number in range(events):
+        clock[0] += step
+        live(run, {"step": number, "loss": 1.0})
+    assert 0.04 * len(written) <= 0.01 * clock[0] + 0.04
+    assert max(later - earlier for earlier, later in pairwise(written)) <= max(4.2, step + 0.1)
+    assert (len(written) == events + 1) == writes_all
 
 
 def test_the_start_says_where_the_page_is(place: Place):

@@ -173,6 +173,25 @@ def test_names_that_are_no_paths_stay(tmp_path: Path):
     assert present_path("/lost/model", "/lost/run", tmp_path) == "/lost/model"
 
 
+def test_a_single_file_is_enough_for_test_and_prompts(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """A tenth of its rows is held out, which --test scores; --prompts are answered with it."""
+    file = place.folder / "data" / "train.jsonl"
+    place.run("single", data=str(file), prompts=["1 + 1 ="])
+    run = ml.Run.load(place.folder / "single")
+    held_out = run.start["valid"]["examples"]
+    assert held_out == len(file.read_text().splitlines()) // 10
+    assert [prompt["prompt"] for prompt in run.start["prompts"]] == ["1 + 1 ="]
+    assert all(len(answers) == 1 for _, answers in run.losses("answers"))
+    assert run.losses("answers")
+
+    cli.train(["--test", "--adapter-path", str(run.folder)])
+    said = capsys.readouterr().out
+    assert "there are no test rows, so the validation rows are used" in said
+    assert f"{held_out} valid examples" in said
+
+
 def test_a_run_is_evaluated_with_its_own_model_and_data(
     ended: Place, capsys: pytest.CaptureFixture[str]
 ):

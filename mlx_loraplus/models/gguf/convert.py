@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from ...device import on_gpu
-from ...errors import ModelError, join_problems
+from ...errors import ModelError, counted, join_problems
 from ...files import cached_folder
 from .architectures import expected_tensors, half_of
 from .llama4 import as_config_json
@@ -204,7 +204,8 @@ def check_tensors(file: GGUFFile, config: dict[str, Any]) -> None:
     # A token id without an embedding would read past the end of the embeddings.
     tokens = file.metadata.get("tokenizer.ggml.tokens", [])
     if len(tokens) > config["vocab_size"]:
-        problems.append(f"it has {len(tokens)} tokens for {config['vocab_size']} embeddings")
+        embeddings = counted(config["vocab_size"], "embedding")
+        problems.append(f"it has {counted(len(tokens), 'token')} for {embeddings}")
     if problems:
         raise ModelError(join_problems(problems, most=3))
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from ...errors import ModelError, join_problems
+from ...errors import ModelError, counted, join_problems
 from .architectures import ARCHITECTURES, fixed_settings, model_type_of
 from .delta_net import delta_net_settings
 from .gemma4 import gemma4_settings
@@ -116,7 +116,8 @@ def _check_heads(numbers: MetadataNumbers, config: dict[str, Any]) -> None:
     architecture = numbers.architecture
     heads, key_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % key_heads:
-        numbers.problems.append(f"{heads} heads can't share {key_heads} key heads")
+        shared = counted(key_heads, "key head")
+        numbers.problems.append(f"{counted(heads, 'head')} can't share {shared}")
 
     # mlx-lm uses one size for the keys, the values and, in most families, the rotated part of a
     # head.

@@ -20,7 +20,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import dequantize, quant_shape_to_byte_shape
 
-from ...errors import ModelError
+from ...errors import ModelError, counted
 from ...files import LFS_ADVICE, is_lfs_pointer
 
 READABLE_TYPES = [
@@ -113,7 +113,8 @@ class _Cursor:
         start = self.at
         if count > self.size - start:
             raise _BadBytesError(
-                f"at byte {start} it announces {count} bytes, but it ends at byte {self.size}"
+                f"at byte {start} it announces {counted(count, 'byte')}, but it ends at byte"
+                f" {self.size}"
             )
         self.at += count
         return start
@@ -249,7 +250,8 @@ def _tensor_header(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     name, dims = cursor.string(), cursor.number("<I")
     if len(name) > _LONGEST_NAME or not 1 <= dims <= _MOST_DIMENSIONS:
         raise _BadBytesError(
-            f"tensor {name!r:.70} has {dims} dimensions and a name of {len(name):,} characters,"
+            f"tensor {name!r:.70} has {counted(dims, 'dimension')} and a name of"
+            f" {counted(len(name), 'character')},"
             f" allowed are 1 to {_MOST_DIMENSIONS} dimensions and {_LONGEST_NAME} characters"
         )
     shape = tuple(cursor.number("<Q") for _ in range(dims))

@@ -25,7 +25,7 @@ from tokenizers import (
     processors,
 )
 
-from ...errors import ModelError
+from ...errors import ModelError, counted
 from .pre_tokenizers import BYTE_LEVEL, GEMMA4, byte_level_name
 
 _LONGEST = 1024
@@ -106,7 +106,8 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     types = metadata.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
-            f"its tokenizer is broken: it has {len(tokens)} tokens and {len(types)} token types"
+            f"its tokenizer is broken: it has {counted(len(tokens), 'token')} and"
+            f" {counted(len(types), 'token type')}"
         )
     if len(set(tokens)) != len(tokens):
         raise ModelError("its tokenizer is broken: a token appears twice")
@@ -226,7 +227,8 @@ def _merges_by_score(
     scores = metadata.get("tokenizer.ggml.scores", ())
     if len(scores) != len(tokens):
         raise ModelError(
-            f"its tokenizer is broken: it has {len(tokens)} tokens and {len(scores)} scores"
+            f"its tokenizer is broken: it has {counted(len(tokens), 'token')} and"
+            f" {counted(len(scores), 'score')}"
         )
     # Special tokens have no merges.
     score_of: dict[str, float] = {}

@@ -12,7 +12,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ...errors import ModelError
+from ...errors import ModelError, counted
 from .pre_tokenizers import BYTE_LEVEL, GEMMA4, recognize_byte_level
 
 _VISIBLE = {
@@ -93,7 +93,8 @@ def _vocabulary(backend: dict[str, Any], size: int) -> tuple[list[str], list[Tok
 
     for index, token in content_of.items():
         if index >= size:
-            raise ModelError(f"its tokenizer has the id {index}, its embeddings have {size} rows")
+            rows = counted(size, "row")
+            raise ModelError(f"its tokenizer has the id {index}, its embeddings have {rows}")
         tokens[index] = token
         types[index] = type_of.get(index, TokenType.NORMAL)
     return tokens, types

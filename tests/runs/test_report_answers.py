@@ -1,0 +1,42 @@
+"""Sample answers on a run's page."""
+
+import re
+from pathlib import Path
+
+import mlx_loraplus as ml
+from mlx_loraplus.runs.report import report_page
+from mlx_loraplus.runs.report_answers import shown_answer
+
+
+def test_thoughts_are_folded_and_calls_are_marked(folder: Path):
+    run = ml.Run.load(folder)
+    begin = "<|turn>user\nturn it on<turn|>\n<|turn>model\n"
+    call = '<|tool_call>call:on{room:<|"|>%s<|"|>}<tool_call|>'
+    thoughts = "<|channel>thought\nThe <b>hall</b>.\n<channel|>"
+    run.start["prompts"] = [{"prompt": begin, "expected": f"Yes.{call % 'hall'}"}]
+    for event in run.history:
+        if "valid_loss" in event:
+            event["answers"] = [f"{thoughts}Yes.{call % 'kitchen'}"]
+    page = report_page(run).decode()
+    folded = "<summary>thoughts</summary><p>The &lt;b&gt;hall&lt;/b&gt;.</p></details>"
+    assert f'<details class="thought">{folded}' in page
+    assert "<p>Yes.</p>" in page
+    changed = "<del>hall</del><ins>kitchen</ins>"
+    assert f"<b>tool call</b> <code>call:on{{room:&#34;{changed}&#34;}}</code>" in page
+    cards = page[page.index('<article class="card">') : page.index("</article>")]
+    assert not re.search(r"&lt;\||\|&gt;|channel", cards), "no marker of the template is left"
+
+
+def test_calls_are_compared_with_the_expected_calls_in_their_order():
+    expected = '<tool_call>{"name": "on"}</tool_call><tool_call>{"name": "off"}</tool_call>'
+    same = shown_answer("base", expected, expected)
+    assert [kind for kind, _ in same.parts] == ["call", "call"]
+    assert {change for _, pieces in same.parts for change, _ in pieces} == {"same"}
+    assert same.likeness == "\u2713 exact"
+
+    # Thoughts are not compared, and text where none is expected is marked as a whole.
+    other = shown_answer("base", "<think>Hm.</think>I can't.", expected)
+    assert other.parts == [("thought", [("same", "Hm.")]), ("text", [("extra", "I can't.")])]
+    assert shown_answer("base", "<|im_end|>", expected).parts == [
+        ("text", [("same", "(an empty answer)")])
+    ]
