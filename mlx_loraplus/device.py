@@ -160,7 +160,7 @@ def set_wired_limit() -> int | None:
     """
     if backend() != "metal":
         return None
-    recommended = mx.device_info()["max_recommended_working_set_size"]
+    recommended: Any = mx.device_info()["max_recommended_working_set_size"]
     return mx.set_wired_limit(int(_WIRED_SHARE * recommended))
 
 

@@ -1,7 +1,7 @@
 """A copy of a model that computes in float32, for questions that half precision can't decide."""
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,25 +12,27 @@ from ..device import this_machine
 from ..models.derived_weights import forget_derived
 from ..models.loading import shared_copy
 
+Answer = TypeVar("Answer")
 
-@contextmanager
-def in_float32(model: nn.Module) -> Generator[nn.Module]:
-    """Yield a copy of a model that computes in float32, or the model itself.
 
-    It is the model itself if that computes in float32 already; if its weights are quantized to
+def in_float32(model: nn.Module, ask: Callable[[nn.Module], Answer]) -> Answer:
+    """Return the answer to a question about a model, asked to a copy that computes in float32.
+
+    The model itself is asked if it computes in float32 already; if its weights are quantized to
     types that give half precision; if it is divided among processes; or if there is no room for
     the copy. Quantized weights keep their bits in the copy.
     """
     if not _is_possible(model):
-        yield model
-        return
+        return ask(model)
 
     copied = shared_copy(model)
     copied.set_dtype(mx.float32)
     forget_derived(copied)
-    yield copied
-    del copied
-    mx.clear_cache()
+    try:
+        return ask(copied)
+    finally:
+        del copied
+        mx.clear_cache()
 
 
 def _is_possible(model: nn.Module) -> bool:

@@ -97,8 +97,7 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
     The tolerance is 1e-3 of the largest logit (1e-2 for types smaller than float32). Wrong
     candidates differ by much more.
     """
-    with in_float32(model) as exact:
-        number = _matching_candidate(exact)
+    number = in_float32(model, _matching_candidate)
     if number is None:
         return None
     split = list(split_candidates(model))[number]

@@ -44,9 +44,7 @@ def check_caches(model: nn.Module) -> None:
     model.eval()
     try:
         _check_numbers(model, model(tokens))
-        with in_float32(model) as exact:
-            off = _cache_difference(exact, tokens)
-            margin = CACHE_MARGIN if model_dtype(exact) == mx.float32 else HALF_MARGIN
+        off, margin = in_float32(model, lambda exact: _cache_difference(exact, tokens))
     finally:
         model.train(training)
 
@@ -59,11 +57,12 @@ def check_caches(model: nn.Module) -> None:
         )
 
 
-def _cache_difference(model: nn.Module, tokens: mx.array) -> float:
-    """Return the difference of the logits with and without caches, relative to their norm.
+def _cache_difference(model: nn.Module, tokens: mx.array) -> tuple[float, float]:
+    """Return the difference of the logits with and without caches, and the allowed difference.
 
-    It is 0 if they can't be compared.
+    Both are relative to the norm of the logits. The first is 0 if they can't be compared.
     """
+    margin = CACHE_MARGIN if model_dtype(model) == mx.float32 else HALF_MARGIN
     model.eval()
     plain = model(tokens).astype(mx.float32)
     try:
@@ -71,14 +70,14 @@ def _cache_difference(model: nn.Module, tokens: mx.array) -> float:
     except Exception as problem:  # the model needs another kind of cache
         if is_lost(problem):
             raise
-        return 0.0
+        return 0.0, margin
 
     # Logits that are zero or not finite can't be compared: the model is broken in another way.
     can_judge = mx.any(plain) & mx.isfinite(plain).all()
     if not can_judge.item():  # pyright: ignore[reportAttributeAccessIssue]
-        return 0.0
+        return 0.0, margin
     difference = mx.linalg.norm(cached - plain) / mx.linalg.norm(plain)
-    return float(difference.item())  # pyright: ignore[reportArgumentType]
+    return float(difference.item()), margin  # pyright: ignore[reportArgumentType]
 
 
 def _check_numbers(model: nn.Module, logits: mx.array) -> None:
@@ -135,16 +134,18 @@ def resolve_sound_checkpoint(
 def is_checkpoint_sound(model: nn.Module) -> bool:
     """Return whether checkpointed blocks give the same gradients as plain ones."""
     tokens, training = probe_tokens(model, TOKENS), model.training
-    try:
-        with in_float32(model) as exact:
-            exact.eval()
-            plain = _gradients(exact, tokens)
-            with grad_checkpointing(exact):
-                checkpointed = _gradients(exact, tokens)
 
-            difference = mx.linalg.norm(plain - checkpointed)
-            is_close = difference <= GRADIENT_MARGIN * mx.linalg.norm(plain)
-            return bool(is_close.item())
+    def is_sound(exact: nn.Module) -> bool:
+        exact.eval()
+        plain = _gradients(exact, tokens)
+        with grad_checkpointing(exact):
+            checkpointed = _gradients(exact, tokens)
+        difference = mx.linalg.norm(plain - checkpointed)
+        is_close = difference <= GRADIENT_MARGIN * mx.linalg.norm(plain)
+        return bool(is_close.item())
+
+    try:
+        return in_float32(model, is_sound)
     finally:
         model.train(training)
 

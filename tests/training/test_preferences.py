@@ -166,6 +166,7 @@ def test_the_reference_takes_the_smallest_slices_and_validations_those_of_the_ru
     if objective == "kto":
         shutil.rmtree(place.folder / "data")
         write_labeled(place.folder / "data")
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(place.folder / "cache"))
     sizes: list[int] = []
     make = preferences.make_log_probs
 
