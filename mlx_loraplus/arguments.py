@@ -17,7 +17,7 @@ import yaml
 from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError
-from .failures import failure_of, reason_text
+from .failures import failures_in_one_line
 from .foreign_names import find_foreign
 from .help_text import help_text
 from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
@@ -268,16 +268,11 @@ def command(
         if chosen.print_config:
             print(yaml.safe_dump(settings_of(config), sort_keys=False), end="")
             raise SystemExit(0)
-        yield config, chosen
+        with failures_in_one_line():
+            yield config, chosen
     except LoRAPlusError as error:
         if not error.reported:
             print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except (RuntimeError, MemoryError) as error:
-        failure = failure_of(error)
-        if failure is None:
-            raise
-        print(f"error: {failure.what} ({reason_text(error)}): {failure.remedy}", file=sys.stderr)
         raise SystemExit(2) from None
     except ImportError:
         _report_backend()

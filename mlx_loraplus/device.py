@@ -18,6 +18,7 @@ _CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries nee
 _WIRED_SHARE = 0.9
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 _LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
+MOST_NUMBERS = 2**31 - 1  # in an array on a GPU; Metal's kernels compute larger ones wrongly
 
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -151,13 +152,23 @@ def gb(size: float) -> str:
     return f"{size / 1e9:.0f} GB"
 
 
+def set_wired_limit() -> int | None:
+    """Limit wired memory to 90% of what Metal recommends, and return the limit before.
+
+    Wiring everything has made Macs with 48 GB restart. Before macOS 15, MLX ignores the limit.
+    Wired memory exists only on a Mac; elsewhere the result is None.
+    """
+    if backend() != "metal":
+        return None
+    recommended: Any = mx.device_info()["max_recommended_working_set_size"]
+    return mx.set_wired_limit(int(_WIRED_SHARE * recommended))
+
+
 @contextmanager
 def bounded_memory() -> Generator[None]:
     """Limit MLX's memory, its cache and its wired memory on a GPU; restore the limits at the end.
 
-    Wired memory exists only on a Mac. It gets 90% of what Metal recommends: wiring everything has
-    made Macs with 48 GB restart. Before macOS 15, MLX ignores this limit. On a CPU this does
-    nothing.
+    On a CPU this does nothing.
     """
     kind = backend()
     if kind == "cpu":
@@ -167,7 +178,7 @@ def bounded_memory() -> Generator[None]:
     working_set = machine_from(kind, mx.device_info(), 0, 0, 0).working_set
     cache = mx.set_cache_limit(int(_CACHE_SHARE * working_set))
     memory = mx.set_memory_limit(working_set)
-    wired = mx.set_wired_limit(int(_WIRED_SHARE * working_set)) if kind == "metal" else 0
+    wired = set_wired_limit()
 
     try:
         yield
@@ -178,7 +189,7 @@ def bounded_memory() -> Generator[None]:
             mx.synchronize()
         mx.set_cache_limit(cache)
         mx.set_memory_limit(memory)
-        if kind == "metal":
+        if wired is not None:
             mx.set_wired_limit(wired)
 
 

@@ -12,12 +12,15 @@ GPU's work, fails. The texts are those of its ``allocator.cpp``, of its Metal ba
     [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommand...
     cudaMallocAsync(&data, size, stream) failed: out of memory
 
-After a command buffer has failed, its results are lost, and MLX raises the same error again.
+After a command buffer has failed, its results are lost, and MLX raises the same error again. Code
+that tries something on the model and goes on if it fails must not go on then; see ``is_lost``.
 """
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .errors import LoRAPlusError
+from .errors import DeviceError, LoRAPlusError
 
 # The system stops long command buffers. MLX puts 40 operations or more into one.
 _SHORTER_WORK = (
@@ -76,6 +79,32 @@ def failure_of(error: BaseException | None) -> Failure | None:
         if any(words in text for words in failure.words):
             return failure
     return None
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Return whether the device can compute nothing more in this process.
+
+    This is so after its work has failed, but not if MLX got no memory for an array.
+    """
+    failure = failure_of(error)
+    return failure is not None and (failure is not MEMORY or "Command buffer" in str(error))
+
+
+@contextmanager
+def failures_in_one_line() -> Generator[None]:
+    """Turn MLX's errors about memory and the GPU into what happened and what helps.
+
+    Raises:
+        DeviceError: The device failed. Other errors are raised unchanged.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        message = f"{failure.what} ({reason_text(error)}): {failure.remedy}"
+        raise DeviceError(message) from error
 
 
 def reason_text(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from .call_checks import check_call
 from .command_config import ChatConfig, CompareConfig, SweepConfig
 from .config import TrainConfig
 from .errors import LoRAPlusError
+from .failures import failures_in_one_line
 
 _FLAG = re.compile(r"--([a-z][a-z-]*[a-z])\b(?: (\S+))?")
 _END = re.compile(r"[;:,.)]+$")
@@ -37,7 +38,7 @@ _NO_VALUES = ("and", "if", "is", "or", "out")
 def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function whose errors and log lines name keywords instead of flags.
 
-    The types of its arguments are checked first.
+    The types of its arguments are checked first. If the device fails, the error is one line.
     """
 
     @functools.wraps(function)
@@ -48,7 +49,8 @@ def speak_keywords(function: Callable[..., Any]) -> Callable[..., Any]:
             keywords["log"] = lambda line: log(in_keywords(line))
 
         try:
-            return function(*arguments, **keywords)
+            with failures_in_one_line():
+                return function(*arguments, **keywords)
         except LoRAPlusError as error:
             if len(error.args) == 1:
                 error.args = (in_keywords(str(error)),)

@@ -19,7 +19,10 @@ from mlx_loraplus.device import (
     simulate_mac,
     this_machine,
 )
-from mlx_loraplus.kernels.choices import default_choices, has_fused_gradient
+from mlx_loraplus.inference.generate import answer_all
+from mlx_loraplus.kernels import patch
+from mlx_loraplus.kernels.attention import CausalMask
+from mlx_loraplus.kernels.choices import AttentionKind, default_choices, fused_length
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.models import find_model as find_model_module
 from mlx_loraplus.models.find_model import is_embedded
@@ -151,6 +154,22 @@ def test_the_limits_are_set_on_a_gpu_and_restored(gpu: str):
         mx.set_memory_limit(before[1])
 
 
+def test_answers_wire_no_more_memory_than_training(
+    gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """mlx-lm would wire all that Metal recommends, also within a run's limits."""
+    limits: list[int] = []
+    monkeypatch.setattr(mx, "set_wired_limit", lambda limit: limits.append(limit) or 7)
+    model, tokenizer = ml.load(str(write_tiny_model(tmp_path)))
+    answer_all(model, tokenizer, [[5, 6, 7], [5, 6]], max_tokens=2)
+    during = list(limits)
+    assert ml.complete(model, tokenizer, "1 + 1", max_tokens=2) is not None
+    if gpu == "cuda":
+        assert not limits
+    else:
+        assert during == limits[2:] == [int(0.9 * 11 * GIB), 7]
+
+
 def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
     gpu: str, monkeypatch: pytest.MonkeyPatch
 ):
@@ -158,7 +177,7 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
 
     def is_fused(length: int, width: int, dtype: mx.Dtype) -> bool:
         array = mx.zeros((1, 1, length, width), dtype)
-        return has_fused_gradient(array, array)
+        return fused_length(array, array) == length
 
     assert default_choices().attention == "native"
     assert is_fused(256, 128, mx.bfloat16)
@@ -168,6 +187,9 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
     assert is_fused(256, 256, mx.bfloat16) is (gpu == "metal")
     assert is_fused(200, 128, mx.bfloat16) is (gpu == "metal")
     assert is_fused(256, 128, mx.float32) is (gpu == "metal")
+    assert is_fused(256, 64, mx.bfloat16)
+    assert is_fused(256, 32, mx.bfloat16) is (gpu == "cuda")
+    assert not is_fused(256, 512, mx.bfloat16)
     if gpu == "cuda":
         monkeypatch.setattr(mx, "device_info", lambda: CUDA | {"compute_capability_major": 7})
         assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"
@@ -183,6 +205,42 @@ def test_attention_without_a_fused_gradient_is_computed_in_chunks(gpu: str):
     assert not is_mlxs(320)
     assert is_mlxs(256) is (gpu == "metal")
     assert is_mlxs(32) is (gpu == "cuda")
+
+
+@pytest.mark.parametrize(("length", "computed"), [(256, 256), (513, 640), (448, 512), (200, 0)])
+def test_attention_on_cuda_pads_rows_to_what_has_a_fused_gradient(
+    length: int, computed: int, monkeypatch: pytest.MonkeyPatch
+):
+    """The tokens of a batch stay as they are, so the limit on padding holds."""
+    lengths: list[int] = []
+    native = patch._native
+
+    def counted(q: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        lengths.append(q.shape[2])
+        return native(q, *arguments, **keywords)
+
+    keys = mx.random.split(mx.random.key(0), 3)
+    shapes = [(2, 4, length, 64), (2, 2, length, 64), (2, 2, length, 64)]
+    arrays = [mx.random.normal(s, mx.float16, key=k) for s, k in zip(shapes, keys, strict=True)]
+
+    def learn(kind: AttentionKind) -> list[mx.array]:
+        def attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+            masks: Any = {"mask": CausalMask()}
+            return mx.fast.scaled_dot_product_attention(q, k, v, scale=0.1, **masks)
+
+        with patch.replaced_attention(kind):
+            results, gradients = mx.vjp(attend, arrays, [arrays[0]])
+        return [*results, *gradients]
+
+    expected = learn("chunked")
+    monkeypatch.setattr(patch, "_native", counted)
+    monkeypatch.setattr("mlx_loraplus.kernels.choices.backend", lambda: "cuda")
+    monkeypatch.setattr(mx, "device_info", lambda: CUDA)
+    found = learn("native")
+    assert lengths == ([computed] if computed else [])
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert mx.abs(one - other).max() <= 1e-2 * mx.abs(other).max()
 
 
 def write_four_bits(folder: Path, kind: str) -> Path:

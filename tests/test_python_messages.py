@@ -5,12 +5,14 @@ import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlx_loraplus.python_messages import in_keywords
 from mlx_loraplus.train import main
-from scripts.tiny_model import write_tiny_model
+from scripts.tiny_model import write_sums, write_tiny_model
+from tests.training.tiny_runs import write_pairs
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,57 @@ def test_errors_of_public_functions_name_keywords(
     with pytest.raises(SystemExit):
         main(["--data", str(rows), "--model", folder, "--dry-run"])
     assert "--on-bad drop skips bad rows" in "".join(capsys.readouterr().out.split("\n"))
+
+
+HELD_UP = "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPU)."
+SET_UP = {
+    "caches": "mlx_loraplus.training.finetune.check_caches",
+    "probes": "mlx_loraplus.training.finetune.probe_model",
+    "the reference": "mlx_loraplus.training.reference.answer_log_probs",
+    "the self-check": "mlx_loraplus.training.step_choices.check_step",
+}
+
+
+@pytest.mark.parametrize("part", SET_UP)
+def test_a_gpu_that_fails_before_the_first_step_is_one_line(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = ml.load(str(write_tiny_model(tmp_path / "model")))
+    write_pairs(tmp_path / "data")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(HELD_UP)
+
+    monkeypatch.setattr(SET_UP[part], fail)
+    with pytest.raises(ml.DeviceError) as error:
+        ml.finetune(
+            model, tokenizer, data=str(tmp_path / "data"), objective="dpo", iters=1, warmup=0,
+            selfcheck="on", adapter_path=str(tmp_path / "run"),
+        )  # fmt: skip
+    assert str(error.value).startswith(
+        "macOS stopped the GPU's work because it held up the display"
+    )
+    assert HELD_UP in str(error.value)
+    assert "caffeinate -i" in str(error.value)
+
+
+def test_a_gpu_that_fails_in_a_sweep_or_an_evaluation_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
+    model, tokenizer = ml.load(str(write_tiny_model(tmp_path / "model")))
+    data = str(write_sums(tmp_path / "data"))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(HELD_UP)
+
+    for module in ("sweep.sweep", "training.evaluate"):
+        monkeypatch.setattr(f"mlx_loraplus.{module}.score", fail)
+    with pytest.raises(ml.DeviceError, match="caffeinate -i"):
+        ml.sweep_rates(model, tokenizer, data=data, adapter_path=str(tmp_path / "sweep"))
+    with pytest.raises(ml.DeviceError, match="caffeinate -i"):
+        ml.evaluate(model, tokenizer, data=data)
 
 
 def test_public_functions_keep_their_names_and_signatures():

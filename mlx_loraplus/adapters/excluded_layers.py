@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
+from ..failures import failure_of
 from .base_layers import (
     EMBEDDINGS,
     EXPERTS,
@@ -183,7 +184,10 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
     try:
         model.update_modules(tree_unflatten(list(probed.items())))
         gradients = _gradients_of_changes(model, probed)
-    except Exception as problem:  # noqa: BLE001
+    except Exception as problem:
+        if failure_of(problem) is not None:
+            raise
+
         # A model of mlx-lm that cannot run may raise any type of exception. A user's own model may
         # take inputs other than tokens, so its exceptions are ignored.
         if not type(model).__module__.startswith("mlx_lm."):

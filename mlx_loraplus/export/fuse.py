@@ -20,6 +20,7 @@ from ..adapters.trainable import find_adapters, find_fully_trained
 from ..adapters.unfreeze import end_training
 from ..command_config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError, counted
+from ..failures import failure_of
 from ..files import replacing_folder, write_atomically
 from ..kernels.head import model_dtype
 from ..models.find_model import missing_file
@@ -283,7 +284,9 @@ def _save_weights(
             mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
             weight_map |= dict.fromkeys(shard, name)
     except RuntimeError as problem:
-        # MLX raises this error if the disk is full.
+        # MLX raises this error if the disk is full, or if the device fails.
+        if failure_of(problem) is not None:
+            raise
         raise OutputError(f"can't write {save_path}: {problem}; free some space") from None
 
     metadata = {"total_size": total_size, "total_parameters": parameters}

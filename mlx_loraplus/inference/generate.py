@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from os import PathLike, fspath
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..command_config import ChatConfig
 from ..data.encode_prompt import encode_prompt
 from ..data.eval_prompts import EvalPrompt
 from ..data.model_limits import check_prompt, limits_of
+from ..device import set_wired_limit
 from ..errors import ConfigError, ModelError
 from ..files import read_bounded
 from ..models.activation_note import activation_note
@@ -223,14 +225,15 @@ def stream(
 
     sampler = make_sampler(temp=temperature)
     responses = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
-    for number, response in enumerate(responses):
-        if number == 0 and mx.isnan(response.logprobs).any().item():
-            raise ModelError(
-                "this model computes NaN instead of probabilities: its weights or those of its"
-                " adapter are damaged, or too large for their type; get them again, or use another"
-                " model"
-            )
-        yield response.text
+    with _wiring_less():
+        for number, response in enumerate(responses):
+            if number == 0 and mx.isnan(response.logprobs).any().item():
+                raise ModelError(
+                    "this model computes NaN instead of probabilities: its weights or those of its"
+                    " adapter are damaged, or too large for their type; get them again, or use"
+                    " another model"
+                )
+            yield response.text
 
 
 def answer_all(
@@ -271,18 +274,34 @@ def _answer_batch(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], max_tokens: int
 ) -> list[list[int]]:
     """Return the token ids of the greedy answers to prompts, without those that end them."""
-    answers = batch_generate(
-        model,
-        tokenizer,
-        list(prompts),
-        max_tokens=max_tokens,
-        return_token_ids=True,
-        sampler=lambda logits: mx.argmax(logits, axis=-1),
-    )
+    with _wiring_less():
+        answers = batch_generate(
+            model,
+            tokenizer,
+            list(prompts),
+            max_tokens=max_tokens,
+            return_token_ids=True,
+            sampler=lambda logits: mx.argmax(logits, axis=-1),
+        )
     # The generator has already started to compute a token that is not used. Wait for it, because
     # on several processes its collective operations must not mix with those of the next step.
     mx.synchronize(generation_stream)
     return answers.token_ids or []
+
+
+@contextmanager
+def _wiring_less() -> Generator[None]:
+    """Inside the context, mlx-lm wires as much memory as a run does; see ``set_wired_limit``.
+
+    It would wire all that Metal recommends, and it has no setting for this.
+    """
+    module: Any = sys.modules[batch_generate.__module__]
+    original = module.maybe_set_recommended_wired_limit
+    module.maybe_set_recommended_wired_limit = set_wired_limit
+    try:
+        yield
+    finally:
+        module.maybe_set_recommended_wired_limit = original
 
 
 def _can_batch(cache: Any) -> bool:

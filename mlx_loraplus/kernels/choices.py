@@ -15,8 +15,11 @@ AttentionKind = Literal["native", "chunked"]
 CrossEntropyKind = Literal["native", "composed"]
 DeltaRuleKind = Literal["native", "loop"]
 
-_CPU_SLICE = 4 * 2**20
+SMALLEST_SLICE = 4 * 2**20
+"""Bytes of a slice on a CPU, and the fewest that a GPU tries."""
 _GPU_SLICE = 64 * 2**20
+_CUDA_TILE = 128  # queries
+_MOST_PADDING = 1 / 4  # of the length; shorter rows need little memory without a fused gradient
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class StepChoices:
     """
 
     attention: AttentionKind = "chunked"
-    slice_bytes: int = _CPU_SLICE
+    slice_bytes: int = SMALLEST_SLICE
     cross_entropy: CrossEntropyKind = "composed"
     delta_rule: DeltaRuleKind = "loop"
 
@@ -49,8 +52,13 @@ class StepChoices:
         kind = "composed" if self.cross_entropy == "native" else "native"
         return replace(self, cross_entropy=kind)
 
+    def other_delta_rule(self) -> "StepChoices":
+        """Return the choices with the other way to compute the gated delta rule."""
+        return replace(self, delta_rule="loop" if self.delta_rule == "native" else "native")
+
     def __str__(self) -> str:
-        return f"{self.attention} attention, {self.cross_entropy} cross-entropy"
+        names = f"{self.attention} attention, {self.cross_entropy} cross-entropy"
+        return names + (", native delta rule" if self.delta_rule == "native" else "")
 
 
 def default_choices(*, gpu: bool | None = None) -> StepChoices:
@@ -60,24 +68,31 @@ def default_choices(*, gpu: bool | None = None) -> StepChoices:
     return StepChoices("native", _GPU_SLICE, "native", "native") if gpu else StepChoices()
 
 
-def has_fused_gradient(q: mx.array, v: mx.array) -> bool:
-    """Return whether MLX's causal attention has a fused gradient for these shapes and types.
+def fused_length(q: mx.array, v: mx.array) -> int | None:
+    """Return the length at which MLX's causal attention has a fused gradient, or None.
 
-    Otherwise, MLX keeps the scores of all queries and keys. On a CPU, the result is True, because
-    there "native" is an explicit choice.
+    It is the length of the queries, or, on CUDA, the next multiple of 128. It is None if there is
+    no fused gradient for these shapes and types, or if the padding would exceed a quarter of the
+    length. MLX then keeps the scores of all queries and keys. On a CPU, the length is always that
+    of the queries, because there "native" is an explicit choice.
 
     Args:
         q: The queries, (rows, heads, length, dim).
         v: The values, (rows, kv heads, length, v dim).
     """
-    if not on_gpu():
-        return True
+    length = q.shape[2]
+    kind = backend()
+    if kind == "cpu":
+        return length
 
     dims = (q.shape[3], v.shape[3])
-    if backend() == "metal":
-        return min(dims) >= 64 and max(dims) <= 256
+    if kind == "metal":
+        return length if min(dims) >= 64 and max(dims) <= 256 else None
 
     # cuDNN's attention needs an Ampere GPU; its gradient works on tiles of 128 queries.
     is_ampere = int(mx.device_info().get("compute_capability_major", 0)) >= 8
     is_half = q.dtype in (mx.float16, mx.bfloat16)
-    return is_ampere and is_half and max(dims) <= 128 and q.shape[2] % 128 == 0
+    if not (is_ampere and is_half and max(dims) <= 128):
+        return None
+    padded = -(-length // _CUDA_TILE) * _CUDA_TILE
+    return padded if padded - length <= _MOST_PADDING * length else None

@@ -27,6 +27,8 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..adapters.base_layers import full_weight, project
+from ..device import MOST_NUMBERS, on_gpu
+from ..errors import ConfigError
 from .choices import StepChoices, default_choices
 from .elementwise import exp
 from .head import Head, TrunkAndHead
@@ -62,7 +64,7 @@ def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) ->
     ) -> mx.array:
         if split is None:
             caches = {} if segments is None else {"cache": row_caches(model, segments)}
-            logits = model(tokens, **caches).flatten(0, 1)[positions].astype(mx.float32)
+            logits = full_logits(model, tokens, positions, **caches).astype(mx.float32)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
         hidden = select_hidden(split, model, tokens, positions, segments)
         return head_loss(split.head, hidden, targets, weights, choices)
@@ -86,7 +88,7 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         if split is None:
-            found = _score(model(tokens).flatten(0, 1)[positions], targets, weights)
+            found = _score(full_logits(model, tokens, positions), targets, weights)
             return mx.stack([each.sum() for each in found])
 
         hidden = select_hidden(split, model, tokens, positions, learning=False)
@@ -98,6 +100,23 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         return total
 
     return score
+
+
+def full_logits(model: Any, tokens: mx.array, positions: mx.array, **caches: Any) -> mx.array:
+    """Return the logits at some positions, (positions, vocabulary), from those at all positions.
+
+    Raises:
+        ConfigError: There are more logits than an array on a GPU can have.
+    """
+    logits: mx.array = model(tokens, **caches)
+    if on_gpu() and logits.size > MOST_NUMBERS:
+        rows, length = tokens.shape
+        raise ConfigError(
+            f"a batch of {rows} rows x {length:,} tokens needs an array of {logits.size:,} logits,"
+            f" and on a GPU an array has at most {MOST_NUMBERS:,} numbers: use a smaller"
+            " --batch-size, with --grad-accumulation-steps, or a smaller --max-seq-length"
+        )
+    return logits.flatten(0, 1)[positions]
 
 
 def select_hidden(

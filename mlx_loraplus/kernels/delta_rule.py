@@ -12,11 +12,16 @@ far more than the token's activations. ``loop_in_pieces`` therefore keeps one st
 tokens, and computes the others again in the backward pass.
 """
 
+import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models import gated_delta
+
+from .choices import StepChoices, default_choices
 
 # Tolerance relative to the largest number. A GPU may round the factors of a product to 10 bits.
 # Another formula differs by much more.
@@ -27,6 +32,22 @@ _TOKENS = 70  # more than a chunk of MLX's kernels
 PIECE = 64  # tokens between two states that the loop keeps
 
 _loop = gated_delta.gated_delta_ops
+
+
+def has_delta_rule(model: nn.Module) -> bool:
+    """Return whether a model has layers that compute a gated delta rule."""
+    update = gated_delta.gated_delta_update
+    for module in model.modules():
+        names = vars(sys.modules[type(module).__module__])
+        if names.get("gated_delta_update") is update:
+            return True
+    return False
+
+
+def choices_for(model: nn.Module) -> StepChoices:
+    """Return the device's choices; without a gated delta rule in the model, none for it."""
+    choices = default_choices()
+    return choices if has_delta_rule(model) else replace(choices, delta_rule="loop")
 
 
 def delta_rule(

@@ -23,6 +23,8 @@ from ..adapters.base_layers import EMBEDDINGS, LINEARS, base_shape, blocks_of, c
 from ..adapters.lora import base_of
 from ..adapters.token_tables import probe_tokens
 from ..adapters.trainable import find_groups
+from ..failures import is_lost
+from .float32_copy import in_float32
 from .row_masks import takes_caches
 
 _TRUNKS = ("model", "transformer", "backbone")
@@ -91,9 +93,19 @@ class TrunkAndHead:
 def split_model(model: nn.Module) -> TrunkAndHead | None:
     """Return the trunk and head of a model, or None if no candidate gives the model's logits.
 
-    Each candidate's logits are compared with the model's on a few tokens. The tolerance is 1e-3 of
-    the largest logit (1e-2 for types smaller than float32). Wrong candidates differ by much more.
+    Each candidate's logits are compared with the model's on a few tokens, in float32 if possible.
+    The tolerance is 1e-3 of the largest logit (1e-2 for types smaller than float32). Wrong
+    candidates differ by much more.
     """
+    number = in_float32(model, _matching_candidate)
+    if number is None:
+        return None
+    split = list(split_candidates(model))[number]
+    return replace(split, takes_caches=takes_caches(model), candidate=number)
+
+
+def _matching_candidate(model: nn.Module) -> int | None:
+    """Return the number of the first candidate that gives the model's logits, or None."""
     tokens = probe_tokens(model, 5)
     training = model.training
     model.eval()
@@ -105,12 +117,14 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
             try:
                 logits = split.head(split.trunk(tokens)).astype(mx.float32)
             # Skip a trunk that can't be called like this, for example one that requires a cache.
-            except Exception:  # noqa: BLE001, S112
+            except Exception as problem:
+                if is_lost(problem):
+                    raise
                 continue
             if logits.shape != expected.shape:
                 continue
             if (mx.abs(logits - expected).max() <= tolerance).item():
-                return replace(split, takes_caches=takes_caches(model), candidate=number)
+                return number
     finally:
         model.train(training)
     return None

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .choices import StepChoices, default_choices
-from .cross_entropy import chunk_loss, chunk_score, chunks_of, select_hidden
+from .cross_entropy import chunk_loss, chunk_score, chunks_of, full_logits, select_hidden
 from .head import Head, TrunkAndHead
 
 LogProbs = Callable[..., tuple[mx.array, mx.array]]
@@ -34,7 +34,7 @@ def make_log_probs(
     ) -> tuple[mx.array, mx.array]:
         # The loss of each target.
         if split is None:
-            logits = model(tokens).flatten(0, 1)[positions].astype(mx.float32)
+            logits = full_logits(model, tokens, positions).astype(mx.float32)
             losses = nn.losses.cross_entropy(logits, targets) * weights
         else:
             hidden = select_hidden(split, model, tokens, positions, learning=learning)

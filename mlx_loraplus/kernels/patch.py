@@ -3,7 +3,7 @@
 mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, their
 gated delta rule one of mlx-lm, and the call of a block or an MLP is a method of its class.
 Therefore the contexts in this file replace these functions and give modules a subclass of their
-class. No other code in the package does this.
+class. Besides, only ``inference/generate.py`` replaces a function of mlx-lm.
 
 Attention uses ``attention.py``, ``window_attention.py`` or MLX's own function, the gated delta rule
 uses ``delta_rule.py``, and gated MLPs use ``elementwise.py``. MLPs are not recognized by name
@@ -27,13 +27,14 @@ from mlx_lm.models import gated_delta
 from ..adapters.base_layers import LINEARS, base_shape, blocks_of
 from ..adapters.dropout import drawing_from
 from ..adapters.lora import base_of
+from ..failures import is_lost
 from .attention import CausalMask, attention
 from .choices import (
     AttentionKind,
     DeltaRuleKind,
     StepChoices,
     default_choices,
-    has_fused_gradient,
+    fused_length,
 )
 from .delta_rule import delta_rule, loop_in_pieces
 from .elementwise import GATES
@@ -126,13 +127,28 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
             whole = slice(0, length)
             return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
 
-        if kind == "native" and mask.is_plain(length) and has_fused_gradient(q, v):
-            return _native(q, k, v, scale=scale, mask="causal", **rest)
+        if kind == "native" and mask.is_plain(length):
+            padded = fused_length(q, v)
+            if padded is not None:
+                return _native_causal(q, k, v, padded, scale=scale, **rest)
         if kind == "native" and mask.window is not None and mask.window < length:
             return window_attention(q, k, v, scale, mask)
         return attention(q, k, v, scale, mask)
 
     return attend
+
+
+def _native_causal(q: mx.array, k: mx.array, v: mx.array, padded: int, **rest: Any) -> mx.array:
+    """Return MLX's causal attention, computed on rows that are padded to a length.
+
+    The padding is at the end, so no query sees the keys in it.
+    """
+    length = q.shape[2]
+    if padded == length:
+        return _native(q, k, v, mask="causal", **rest)
+    width = [(0, 0), (0, 0), (0, padded - length), (0, 0)]
+    q, k, v = (mx.pad(array, width) for array in (q, k, v))
+    return _native(q, k, v, mask="causal", **rest)[:, :, :length]
 
 
 @contextmanager
@@ -256,7 +272,9 @@ def _computes(mlp: Any, gate: Any) -> bool:
     for size in PROBED_SIZES:
         try:
             expected, slopes = mx.vjp(mlp, [x * size], [x])
-        except Exception:  # it needs other arguments than x  # noqa: BLE001
+        except Exception as problem:  # it needs other arguments than x
+            if is_lost(problem):
+                raise
             return False
         got, gradients = mx.vjp(ours, [x * size], [x])
         for one, other in ((got[0], expected[0]), (gradients[0], slopes[0])):

@@ -19,6 +19,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..adapters.token_tables import TOKEN_TABLES, table_rows
 from ..errors import ConfigError
+from ..failures import is_lost
 from .attention import CausalMask
 from .patch import replaced_attention, replaces_attention
 from .reduced_model import front_of
@@ -113,5 +114,7 @@ def takes_caches(model: nn.Module) -> bool:
         )
         return fits.item()
     # A model that requires its own type of cache, or a mask array, may raise any exception.
-    except Exception:  # noqa: BLE001
+    except Exception as problem:
+        if is_lost(problem):
+            raise
         return False

@@ -254,6 +254,24 @@ class Block:
         streams = _EXPERT_STREAMS * self.routed * self.hidden
         return batch.of(_EXPERT_ARRAYS * self.experts + streams)
 
+    def largest_array(self, batch: BatchShape) -> int:
+        """Return the numbers in the largest array: T times a width, or the scores of attention."""
+        width = max(self.hidden, self.queries, self.mlp, self.experts)
+        return max(batch.rows * batch.length * width, self._largest_scores(batch))
+
+    def _largest_scores(self, batch: BatchShape) -> int:
+        """Return the numbers in the largest array of scores; 0 if MLX's attention keeps none.
+
+        Attention in blocks bounds its arrays.
+        """
+        heads = batch.rows * self.heads
+        if any(self.whole_scores):
+            return heads * batch.length**2
+        is_windowed = self.window is not None and self.window < batch.length
+        if batch.blocks and (is_windowed or not batch.packed):
+            return 0
+        return heads * self.seen(batch.length, 0)
+
     def forward(self, batch: BatchShape, parts: Coefficients) -> int:
         """Return the temporary bytes of a forward pass that saves nothing.
 

@@ -212,6 +212,18 @@ class Memory:
         return self.arrays + self.traces
 
 
+def batch_shape(sizes: Sizes, config: TrainConfig, rows: int, length: int) -> BatchShape:
+    """Return what the memory of a batch depends on."""
+    return BatchShape(
+        rows,
+        length,
+        sizes.itemsize,
+        packed=config.data.pack,
+        blocks=sizes.choices.attention == "native",
+        native_delta=sizes.choices.delta_rule == "native",
+    )
+
+
 def estimate(
     sizes: Sizes,
     config: TrainConfig,
@@ -236,14 +248,7 @@ def estimate(
     """
     parts = parts or coefficients()
     targets = rows * length if targets is None else targets
-    batch = BatchShape(
-        rows,
-        length,
-        sizes.itemsize,
-        packed=config.data.pack,
-        blocks=sizes.choices.attention == "native",
-        native_delta=sizes.choices.delta_rule == "native",
-    )
+    batch = batch_shape(sizes, config, rows, length)
     optimizer = config.optimizer.optimizer
 
     # The activations that the trained blocks save, and the temporary arrays of a backward pass.

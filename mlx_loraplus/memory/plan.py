@@ -2,7 +2,7 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -12,31 +12,37 @@ from mlx.core.distributed import Group
 from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
-from ..device import Machine, gb, this_machine
+from ..device import MOST_NUMBERS, Machine, gb, this_machine
 from ..errors import ConfigError, ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.find_model import is_embedded, original_of
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
-from .estimate import Memory, Sizes, estimate
+from .display_advice import display_advice
+from .estimate import Memory, Sizes, batch_shape, estimate
+from .measured import MeasuredStep
 from .model_shapes import measure
 from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
 ROOM = 0.9
-# A layer with more floating-point operations than this keeps a small GPU busy for seconds.
-_LONG_LAYER = 5e12
+# A measured step lowers the prediction at most to this share.
+_LEAST_CORRECTION = 0.5
 _MOST_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The batches of a run that fit, from the sizes of a model and the budget of a machine."""
+    """The batches of a run that fit, from the sizes of a model and the budget of a machine.
+
+    ``correction`` is the measured size of a step's temporary arrays, relative to the prediction.
+    """
 
     sizes: Sizes
     config: TrainConfig
     machine: Machine
+    correction: float = 1.0
 
     @property
     def budget(self) -> int:
@@ -66,15 +72,39 @@ class MemoryPlan:
         if checkpoint is None:
             checkpoint = self.checkpoint(rows, length)
         memory = estimate(self.sizes, self.config, rows, length, checkpoint=checkpoint)
+        memory = replace(
+            memory,
+            activations=int(self.correction * memory.activations),
+            working=int(self.correction * memory.working),
+        )
         if not self.holds_traces:
             return memory
 
         traces = all_traces(self.sizes, rows * length, checkpoint=checkpoint)
         return replace(memory, traces=traces)
 
+    def corrected(self, measured: MeasuredStep | None) -> "MemoryPlan":
+        """Return the plan with the correction that a measured step shows."""
+        if measured is None:
+            return self
+        shape, checkpoint = (measured.rows, measured.length), measured.grad_checkpoint
+        memory = estimate(self.sizes, self.config, *shape, checkpoint=checkpoint)
+        predicted = memory.activations + memory.working
+        found = predicted + measured.peak - memory.arrays
+        return replace(self, correction=max(_LEAST_CORRECTION, found / predicted))
+
     def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
         """Return whether a batch fits; ``checkpoint`` as for ``memory``."""
+        if self.largest_array(rows, length) > MOST_NUMBERS:
+            return False
         return self.memory(rows, length, checkpoint=checkpoint).total <= self.budget
+
+    def largest_array(self, rows: int, length: int) -> int:
+        """Return the numbers in a batch's largest array; 0 on a CPU, which has no limit for it."""
+        if not self.machine.has_gpu:
+            return 0
+        batch = batch_shape(self.sizes, self.config, rows, length)
+        return max(block.largest_array(batch) for block in set(self.sizes.blocks))
 
     def checkpoint(self, rows: int, length: int) -> bool:
         """Return the setting or, if it is auto, whether the batch needs checkpointing to fit."""
@@ -277,15 +307,21 @@ def resolve_batch(
 
 
 def resolve_grad_checkpoint(
-    config: TrainConfig, model: nn.Module, batch: tuple[int, int], log: Callable[[str], None]
+    config: TrainConfig,
+    model: nn.Module,
+    batch: tuple[int, int],
+    log: Callable[[str], None],
+    measured: MeasuredStep | None = None,
 ) -> bool:
     """Return whether to checkpoint a run whose largest batch is ``batch``, (rows, length).
+
+    What a step was measured to take, in an earlier session, corrects the prediction.
 
     Raises:
         ConfigError: The batch does not fit. The message suggests up to three changes.
     """
     try:
-        plan = memory_plan_of(config, model)
+        plan = memory_plan_of(config, model).corrected(measured)
     except ModelError as problem:
         log(f"warning: {problem}")
         return config.grad_checkpoint == "on"
@@ -299,46 +335,10 @@ def resolve_grad_checkpoint(
         f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
         f" {'on' if checkpoint else 'off'}"
     )
-    for line in (shortage(plan, *batch), display_advice(plan, *batch)):
+    for line in (shortage(plan, *batch), display_advice(plan.sizes, plan.machine, *batch)):
         if line:
             log(line)
     return checkpoint
-
-
-def compare_with_plan(
-    config: TrainConfig,
-    model: nn.Module,
-    shapes: Iterable[tuple[int, int]],
-    peaks: Sequence[float],
-    log: Callable[[str], None],
-    *,
-    checkpoint: bool,
-) -> None:
-    """Report if the measured peak differs by more than 15% from the plan for the same batches.
-
-    Args:
-        config: The run's settings.
-        model: The model with its adapters.
-        shapes: The (rows, length) of the batches so far.
-        peaks: Peaks in bytes: those of validations first, then that of the steps.
-        log: Called with the line to report.
-        checkpoint: Whether blocks are checkpointed.
-    """
-    try:
-        plan = memory_plan_of(config, model)
-    except ModelError:
-        return
-
-    # If validation set the peak, the peak of the steps is unknown.
-    if peaks[-1] <= max(peaks[:-1], default=0):
-        return
-
-    predicted = max(plan.memory(*shape, checkpoint=checkpoint).arrays for shape in shapes)
-    if not 1 / 1.15 <= predicted / peaks[-1] <= 1.15:
-        log(
-            f"plan: the first steps took {gb(peaks[-1])}, but {gb(predicted)} was predicted; expect"
-            " the same error for the largest batch"
-        )
 
 
 def check_fit(config: TrainConfig, group: Group | None = None) -> None:
@@ -362,9 +362,17 @@ def check_fit(config: TrainConfig, group: Group | None = None) -> None:
 
 def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
     """Return the message for a batch that does not fit."""
+    suggestions = "; ".join(plan.suggestions(rows, length)[:3])
+    numbers = plan.largest_array(rows, length)
+    if numbers > MOST_NUMBERS:
+        return (
+            f"{plan.config.model} can't compute {counted(rows, 'row')} x {length:,} tokens at once:"
+            f" an array would have {numbers:,} numbers, and on a GPU it has at most"
+            f" {MOST_NUMBERS:,}; the cheapest ways to make it smaller: {suggestions}"
+        )
+
     checkpoint = " with gradient checkpointing" if plan.checkpoint(rows, length) else ""
     needed = gb(plan.memory(rows, length).total)
-    suggestions = "; ".join(plan.suggestions(rows, length)[:3])
     return (
         f"{plan.config.model} does not fit: {counted(rows, 'row')} x {length:,} tokens take"
         f" {needed}{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it"
@@ -380,21 +388,4 @@ def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
     return (
         f"warning: the run takes {gb(needed)} at the peak, and only {gb(machine.free)} are free"
         " now: macOS makes room by compressing and swapping, which is slow; close other programs"
-    )
-
-
-def display_advice(plan: MemoryPlan, rows: int, length: int) -> str | None:
-    """Return advice if one layer would occupy a Mac's small GPU for several seconds.
-
-    macOS stops a program that blocks the display for too long.
-    """
-    block = plan.sizes.blocks[-1]
-    layer = 2 * rows * length * block.hidden * max(block.mlp, block.experts, block.queries)
-    attention = 4 * rows * min(length, 512) * length * block.queries
-    if plan.machine.backend != "metal" or max(layer, attention) < _LONG_LAYER:
-        return None
-    return (
-        "a single layer may keep the GPU busy for seconds: if macOS stops the run for 'Impacting"
-        " Interactivity', use smaller batches or shorter rows (--batch-size, with"
-        " --grad-accumulation-steps), or a Mac without a display"
     )

@@ -24,8 +24,9 @@ from ..pages.save_path import check_save_path
 from ..python_messages import in_keywords, speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import configure
+from .display_advice import display_advice
 from .estimate import Memory
-from .plan import MemoryPlan, display_advice, memory_plan_of
+from .plan import MemoryPlan, memory_plan_of
 from .plan_page import TO_FIT, plan_headline, plan_sections
 
 _SHORTEST = 64  # tokens
@@ -264,7 +265,7 @@ def plan_run(
     if not memory_plan.fits(rows, length):
         suggestions = memory_plan.suggestions(rows, length)[:3]
         advice += [f"{TO_FIT}{suggestion}" for suggestion in suggestions]
-    line = display_advice(memory_plan, rows, length)
+    line = display_advice(memory_plan.sizes, memory_plan.machine, rows, length)
     if line:
         advice.append(line)
     return Plan(memory_plan, rows, length, family, advice)

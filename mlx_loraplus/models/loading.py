@@ -17,6 +17,7 @@ from mlx_lm.utils import load_model, load_tokenizer
 
 from ..device import on_gpu
 from ..errors import ModelError, counted
+from ..failures import failure_of
 from .config_translation import check_config, for_mlx_lm, load_config
 from .find_model import missing_file, unreadable_file
 from .rope_parameters import without_unread_rope
@@ -103,6 +104,8 @@ def load_base(
     try:
         mx.eval(model.parameters())
     except Exception as problem:  # for example, a truncated file
+        if failure_of(problem) is not None:
+            raise
         raise ModelError(f"{path} can't be read: {one_line(problem)}") from problem
     return model, without_unread_rope(config, original, model)
 

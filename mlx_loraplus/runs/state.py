@@ -43,6 +43,8 @@ class Progress:
     """Validations since the best one."""
     skipped: int = 0
     skipped_in_a_row: int = 0
+    owes_validation: bool = False
+    """Whether the validation after the last step is still to be made."""
     seconds: float = 0.0
     """Time spent in steps, over all sessions."""
 

@@ -24,6 +24,7 @@ from ..data.load_data import load_examples
 from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, counted
+from ..failures import failures_in_one_line
 from ..files import locked
 from ..kernels.head import split_model
 from ..keyword_types import SweepOptions
@@ -87,13 +88,8 @@ class _Search:
         self._report_plan(early, last)
 
         try:
-            for _, steps in early:
-                points = self._run_round(points, steps)
-
-            # The last round: full runs with several seeds, the baseline among them.
-            for seed in range(self.config.seed, self.config.seed + self.config.seeds):
-                for point in dict.fromkeys([*points, self.sweep.default]):
-                    self._loss_of(point, self.config.iters, seed)
+            with failures_in_one_line():
+                self._run_rounds(points, early)
             self.sweep.outcome = "finished"
         except _Stopped as stopped:
             self.sweep.outcome = stopped.args[0]
@@ -102,6 +98,16 @@ class _Search:
                 f"{error}; {counted(len(self.sweep.trials), 'trial')} saved; to continue:"
                 f" {resume_sweep_command(self.config)}"
             ) from error
+
+    def _run_rounds(self, points: list[Point], early: list[tuple[int, int]]) -> None:
+        """Run the early rounds, each of a number of steps, and then the last one."""
+        for _, steps in early:
+            points = self._run_round(points, steps)
+
+        # The last round: full runs with several seeds, the baseline among them.
+        for seed in range(self.config.seed, self.config.seed + self.config.seeds):
+            for point in dict.fromkeys([*points, self.sweep.default]):
+                self._loss_of(point, self.config.iters, seed)
 
     def _report_plan(self, early: list[tuple[int, int]], last: tuple[int, int]) -> None:
         finals, full_steps = last

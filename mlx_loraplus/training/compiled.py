@@ -2,10 +2,11 @@
 
 ``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
 seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
-Therefore each shape gets its own compiled function when it occurs for the second time. If there
-are too many functions, a shape that has occurred twice as often as the least recently used one
-replaces it, which frees its memory. Without this condition, a run with more shapes than functions
-would trace them again and again; scripts/bench/shapes counts the functions that a run compiles.
+Therefore each shape gets its own compiled function when it occurs for the second time. A run keeps
+at most ``MAX_TRACES`` of them, whatever it compiles. If there are more, a shape that has occurred
+twice as often as the least recently used one replaces it, which frees its memory. Without this
+condition, a run with more shapes than functions would trace them again and again;
+scripts/bench/shapes counts the functions that a run compiles.
 """
 
 from collections import Counter, OrderedDict
@@ -23,6 +24,8 @@ from ..memory.trace_memory import MAX_TRACES
 
 Shape = tuple[Any, ...]
 """The names, shapes and types of all arrays of a call."""
+Call = tuple[int, Shape]
+"""The number of a function, and the shape of its arguments."""
 
 
 def should_compile(config: TrainConfig) -> bool:
@@ -33,21 +36,71 @@ def should_compile(config: TrainConfig) -> bool:
     return config.compile == "on" or (config.compile == "auto" and on_gpu())
 
 
+class Traces:
+    """The compiled functions that are kept, one for each function and shape.
+
+    Args:
+        most: Maximum number of compiled functions that are kept.
+    """
+
+    def __init__(self, most: int = MAX_TRACES):
+        self.most = most
+        self._functions = 0
+        self._seen: Counter[Call] = Counter()
+        self._kept: OrderedDict[Call, Callable[..., Any]] = OrderedDict()
+
+    @property
+    def count(self) -> int:
+        """The number of compiled functions that are kept."""
+        return len(self._kept)
+
+    def add_function(self) -> int:
+        """Return the number that a further function has in its calls."""
+        self._functions += 1
+        return self._functions
+
+    def choose(
+        self, call: Call, function: Callable[..., Any], compile_it: Callable[[], Callable[..., Any]]
+    ) -> Callable[..., Any]:
+        """Return the compiled function for a call, or the function itself.
+
+        Args:
+            call: The function's number, and the shapes of its arguments.
+            function: The function that is not compiled.
+            compile_it: Makes a new compiled function.
+        """
+        self._seen[call] += 1
+        if call in self._kept:
+            self._kept.move_to_end(call)
+            return self._kept[call]
+
+        # A new shape has to be worth a trace, and the trace that it replaces.
+        if self._seen[call] == 1:
+            return function
+        if len(self._kept) == self.most:
+            oldest = next(iter(self._kept))
+            if self._seen[call] < 2 * self._seen[oldest]:
+                return function
+            del self._kept[oldest]
+
+        self._kept[call] = compile_it()
+        return self._kept[call]
+
+
 class CompiledByShape:
     """A function that runs eagerly for new shapes, and compiled for shapes that it has seen before.
 
     Args:
         function: Takes trees of arrays. Everything else that it reads or changes is in ``state``.
         state: Arrays that the function reads and changes, as for ``mx.compile``.
-        most: Maximum number of compiled functions that are kept.
+        traces: What keeps the compiled functions, of this function and of others.
     """
 
-    def __init__(self, function: Callable[..., Any], state: list[Any], most: int = MAX_TRACES):
+    def __init__(self, function: Callable[..., Any], state: list[Any], traces: Traces):
         self.function = function
         self.state = state
-        self.most = most
-        self._seen: Counter[Shape] = Counter()
-        self._traces: OrderedDict[Shape, Callable[..., Any]] = OrderedDict()
+        self.traces = traces
+        self._number = traces.add_function()
 
     def __call__(self, *arguments: Any) -> Any:
         """Call the function, compiled if these shapes were seen before.
@@ -56,7 +109,7 @@ class CompiledByShape:
             ConfigError: The function can't be compiled.
         """
         try:
-            return self._choose(_shape_of(arguments))(*arguments)
+            return self._choose(arguments)(*arguments)
         except ValueError as problem:
             # Some models of mlx-lm compute a part with NumPy, which needs the numbers themselves.
             if "during function transformations" not in str(problem):
@@ -66,37 +119,18 @@ class CompiledByShape:
                 " compiled: set --compile off"
             ) from None
 
-    @property
-    def traces(self) -> int:
-        """The number of compiled functions that are kept."""
-        return len(self._traces)
-
     def count_call(self, *arguments: Any) -> None:
         """Count a call that an earlier session made, without computing it.
 
         A resumed run then compiles the same calls as an uninterrupted one. This matters because
         compiled and eager results may differ in their last bits.
         """
-        self._choose(_shape_of(arguments))
+        self._choose(arguments)
 
-    def _choose(self, shape: Shape) -> Callable[..., Any]:
-        """Return the compiled function of a shape, or the function itself."""
-        self._seen[shape] += 1
-        if shape in self._traces:
-            self._traces.move_to_end(shape)
-            return self._traces[shape]
-
-        # A new shape has to be worth a trace, and the trace that it replaces.
-        if self._seen[shape] == 1:
-            return self.function
-        if len(self._traces) == self.most:
-            oldest = next(iter(self._traces))
-            if self._seen[shape] < 2 * self._seen[oldest]:
-                return self.function
-            del self._traces[oldest]
-
-        self._traces[shape] = self._compile()
-        return self._traces[shape]
+    def _choose(self, arguments: tuple[Any, ...]) -> Callable[..., Any]:
+        """Return the compiled function for these arguments' shapes, or the function itself."""
+        call = self._number, _shape_of(arguments)
+        return self.traces.choose(call, self.function, self._compile)
 
     def _compile(self) -> Callable[..., Any]:
         """Return a new compiled function with its own trace."""

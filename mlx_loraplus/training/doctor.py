@@ -27,6 +27,7 @@ from ..data.tokenize import Example
 from ..device import gb, on_gpu, this_machine
 from ..files import write_atomically
 from ..inference.generate import load
+from ..kernels.delta_rule import choices_for, has_delta_rule
 from ..memory.plan import memory_plan_of
 from ..models.find_model import is_stored
 from ..pages.save_path import check_save_path
@@ -208,7 +209,8 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     split = probes.split(model)
-    state = TrainState(model, split, optimizer, batches, schedule, probes=probes)
+    choices = choices_for(model)
+    state = TrainState(model, split, optimizer, batches, schedule, probes=probes, choices=choices)
 
     # Check the results of all ways to compute a step.
     check = check_step(model, probes, config.adapter, ways_to_check(state, config))
@@ -219,7 +221,8 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
         log(f"{to_markdown(table.head, table.rows)}\n{allowed}")
 
     # Time the ways to compute a step.
-    freedom = OpenChoices((True,), (True, False) if on_gpu() else ())
+    compiled = (True, False) if on_gpu() else ()
+    freedom = OpenChoices((True,), compiled, has_delta_rule(model))
     budget = memory_plan_of(config, model).budget
     start = way_of(state, config)
     tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)

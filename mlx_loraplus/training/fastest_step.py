@@ -1,8 +1,8 @@
 """Find the fastest way to compute a run's step, by timing steps of the run's largest batch.
 
-One choice is varied at a time: the kinds of attention and cross-entropy, the slices of the
-vocabulary, gradient checkpointing, and whether the step is compiled. A way is kept if it is faster
-than the best one before it and fits in memory. No new way is tried after ``SECONDS``.
+One choice is varied at a time: the kinds of attention, cross-entropy and gated delta rule, the
+slices of the vocabulary, gradient checkpointing, and whether the step is compiled. A way is kept if
+it is faster than the best one before it and fits in memory. No new way is tried after ``SECONDS``.
 """
 
 import time
@@ -16,14 +16,16 @@ import numpy as np
 from ..config import TrainConfig
 from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..device import bounded_memory, gb, kept_random_state
-from ..kernels.choices import StepChoices
+from ..failures import is_lost
+from ..kernels.choices import SMALLEST_SLICE, StepChoices
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from .compiled import should_compile
+from .make_step import make_step
 from .objectives import make_objective
-from .trainer import TrainState, make_step
+from .trainer import TrainState
 
 SECONDS = 30.0
-SLICES = (4 * 2**20, 16 * 2**20, 64 * 2**20)
+SLICES = (SMALLEST_SLICE, 16 * 2**20, 64 * 2**20)
 REPEATS = 3
 # A smaller relative difference is noise.
 NOISE = 0.02
@@ -100,15 +102,19 @@ class TuningResult:
 
 @dataclass(frozen=True)
 class OpenChoices:
-    """What may be varied besides the kernels' choices, because the user left it open.
+    """What may be varied besides the kernels' choices that every model has.
+
+    The user left the first two open.
 
     Attributes:
         grad_checkpoint: The values to try; empty to keep the first one.
         compiled: The values to try; empty to keep the first one.
+        delta_rule: Whether the model has a gated delta rule, so that both ways are tried.
     """
 
     grad_checkpoint: tuple[bool, ...] = ()
     compiled: tuple[bool, ...] = ()
+    delta_rule: bool = False
 
 
 def way_of(state: TrainState, config: TrainConfig) -> StepWay:
@@ -171,6 +177,7 @@ def search_ways(
     for vary in (
         lambda way: [replace(way, choices=way.choices.other_attention())],
         lambda way: [replace(way, choices=way.choices.other_cross_entropy())],
+        lambda way: [replace(way, choices=way.choices.other_delta_rule())] * freedom.delta_rule,
         _other_slices,
         lambda way: [replace(way, grad_checkpoint=value) for value in freedom.grad_checkpoint],
         lambda way: [replace(way, compiled=value) for value in freedom.compiled],
@@ -216,6 +223,9 @@ def time_step(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
     """Time one way on one batch; a RuntimeError of MLX, such as a lack of memory, is recorded.
 
     The model and the optimizer are updated.
+
+    Raises:
+        RuntimeError: The GPU failed, so that it can't compute another way.
     """
     mx.clear_cache()
     gates = None if state.probes is None else state.probes.gated_mlps
@@ -224,6 +234,8 @@ def time_step(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
         with memory_efficient(state.model, gates, way.choices), checkpointing:
             return _time_repeatedly(state, batch, way)
     except RuntimeError as problem:
+        if is_lost(problem):
+            raise
         return StepTiming(way, failure=" ".join(str(problem).split())[:100])
 
 

@@ -12,7 +12,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters
 from ..adapters.storage import write_trained
-from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
@@ -21,8 +20,9 @@ from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import DeviceError, OutputError
 from ..files import locked
+from ..kernels.delta_rule import choices_for
 from ..keyword_types import TrainOptions
-from ..memory.plan import resolve_batch, resolve_grad_checkpoint, resolve_length
+from ..memory.plan import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import original_of
 from ..python_messages import in_keywords
@@ -58,10 +58,10 @@ from .run_fingerprint import (
 )
 from .run_writer import RunWriter, restore_best, start_folder, with_choices
 from .schedule import Schedule, schedule_of
-from .self_consistency import check_caches, is_checkpoint_sound, resolve_sound_checkpoint
+from .self_consistency import check_caches
 from .session import Session
 from .starting_adapter import continue_adapters, continues, resolve_config
-from .step_choices import set_up_step
+from .step_choices import choose_grad_checkpoint, set_up_step
 from .trainer import TrainState, train
 
 
@@ -362,7 +362,7 @@ def _make_state(
     optimizer.init(model, trainable.groups)
     warn_about_rates(config, schedule.steps, session.log)
 
-    probes, grad_checkpoint = _choose_grad_checkpoint(model, session, probes, batches)
+    probes, grad_checkpoint = choose_grad_checkpoint(model, session, probes, batches)
     return TrainState(
         model=model,
         optimizer=optimizer,
@@ -372,28 +372,6 @@ def _make_state(
         split=probes.split(model),
         probes=probes,
         grad_checkpoint=grad_checkpoint,
+        choices=choices_for(model),
         objective=config.objective,
     )
-
-
-def _choose_grad_checkpoint(
-    model: nn.Module, session: Session, probes: ModelProbes, batches: Batches
-) -> tuple[ModelProbes, bool]:
-    """Return the probes, with a verdict on checkpointing, and whether to checkpoint gradients."""
-    config, log, checkpoint = session.config, session.log, session.checkpoint
-
-    # A resumed run keeps the choice of its first session, because the choice changes the last bits
-    # of the results.
-    if checkpoint is not None and config.grad_checkpoint == "auto":
-        wanted = checkpoint.identity.grad_checkpoint
-        config = replace(config, grad_checkpoint="on" if wanted else "off")
-    else:
-        wanted = resolve_grad_checkpoint(config, model, batches.largest(), log)
-
-    # The gradients are tested at most once in a run.
-    if wanted and probes.checkpoint_sound is None and not is_sharded(model):
-        probes = replace(probes, checkpoint_sound=is_checkpoint_sound(model))
-    grad_checkpoint = resolve_sound_checkpoint(
-        model, config, log, wanted=wanted, sound=probes.checkpoint_sound
-    )
-    return probes, grad_checkpoint

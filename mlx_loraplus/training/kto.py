@@ -29,7 +29,7 @@ from ..kernels.choices import StepChoices
 from ..kernels.head import TrunkAndHead
 from ..kernels.log_probs import make_log_probs
 from ..runs.state import Event
-from .compiled import CompiledByShape
+from .compiled import CompiledByShape, Traces
 from .distributed import ALONE, World
 from .preferences import BETA, SUMS, PreferenceScore, answer_log_probs
 
@@ -149,7 +149,7 @@ class KLEstimate:
         split: The model's trunk and head, or None.
         choices: The size of the slices.
         objective: The objective.
-        compiled: Whether the forward pass is compiled.
+        traces: What keeps the compiled forward passes; None to compute them eagerly.
     """
 
     def __init__(
@@ -158,8 +158,7 @@ class KLEstimate:
         split: TrunkAndHead | None,
         choices: StepChoices,
         objective: ObjectiveConfig,
-        *,
-        compiled: bool,
+        traces: Traces | None,
     ):
         self.is_needed = objective.is_labeled
         kl_sum = make_kl_sum(split, choices)
@@ -168,8 +167,8 @@ class KLEstimate:
             return kl_sum(model, *arrays)
 
         self.measure: Callable[[tuple[mx.array, ...]], mx.array] = measure
-        if compiled:
-            self.measure = CompiledByShape(measure, [model.state, mx.random.state])
+        if traces is not None:
+            self.measure = CompiledByShape(measure, [model.state, mx.random.state], traces)
 
     def __call__(self, parts: Sequence[Batch], world: World) -> tuple[mx.array, ...]:
         """Return z0, from the mismatched answers of all processes; nothing if it is not needed."""
@@ -227,11 +226,13 @@ def score_labeled(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World = ALONE,
+    choices: StepChoices | None = None,
 ) -> PreferenceScore:
     """Score a model on all labeled answers, shared among the processes."""
     # Each process computes its share. The others' values are 0, so the sum joins the shares.
     columns = [
-        answer_log_probs(model, split, answers, batch_size, world) for answers in examples.both
+        answer_log_probs(model, split, answers, batch_size, world, choices)
+        for answers in examples.both
     ]
     log_probs = world.sum(mx.array(np.stack(columns, axis=1)))
     ratios = log_probs - mx.array(examples.reference)

@@ -55,10 +55,14 @@ def score_preferences(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World = ALONE,
+    choices: StepChoices | None = None,
 ) -> PreferenceScore:
-    """Score a model on all pairs or labeled answers of a split, shared among the processes."""
+    """Score a model on all pairs or labeled answers of a split, shared among the processes.
+
+    ``choices`` give the size of the slices; by default that of the device.
+    """
     if isinstance(examples, LabeledExamples):
-        return score_labeled(model, split, examples, batch_size, objective, world)
+        return score_labeled(model, split, examples, batch_size, objective, world, choices)
     if isinstance(examples, Pairs):
-        return score_pairs(model, split, examples, batch_size, objective, world)
+        return score_pairs(model, split, examples, batch_size, objective, world, choices)
     raise TypeError(f"no preferences: {type(examples).__name__}")

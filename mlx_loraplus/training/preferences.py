@@ -177,10 +177,11 @@ def score_pairs(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World = ALONE,
+    choices: StepChoices | None = None,
 ) -> PreferenceScore:
     """Score a model on all pairs, shared among the processes."""
     start_inference(model)
-    loss_of = make_pair_loss(split, objective, learning=False)
+    loss_of = make_pair_loss(split, objective, choices, learning=False)
     total = mx.zeros(1 + len(PAIR_SUMS))
     size = math.ceil(batch_size / world.data_shards)
     for batch in pairs_in_order(pairs, size, world.share):
@@ -197,10 +198,14 @@ def answer_log_probs(
     answers: Examples,
     batch_size: int,
     world: World = ALONE,
+    choices: StepChoices | None = None,
 ) -> np.ndarray:
-    """Return log pi(y) of this process's share of the answers, (answers,) float32; others are 0."""
+    """Return log pi(y) of this process's share of the answers, (answers,) float32; others are 0.
+
+    ``choices`` give the size of the slices; by default that of the device.
+    """
     start_inference(model)
-    log_probs = make_log_probs(split, learning=False)
+    log_probs = make_log_probs(split, choices, learning=False)
     found = np.zeros(len(answers), np.float32)
     size = math.ceil(batch_size / world.data_shards)
     for members, length, targets in ordered_rows(answers, size, world.share):

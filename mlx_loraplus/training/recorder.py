@@ -13,7 +13,7 @@ from ..data.eval_prompts import EvalPrompt, choose_eval_prompts, choose_format, 
 from ..data.model_limits import check_prompt, limits_of
 from ..errors import counted
 from ..inference.generate import answer_length, answer_questions
-from ..memory.plan import compare_with_plan
+from ..memory.compare_with_plan import compare_with_plan
 from ..runs.advice import remedy_for_fall
 from ..runs.start_event import measure_norms, start_event
 from ..runs.state import Event
@@ -84,8 +84,8 @@ def start_history(
         event["found_rate"] = state.rate_search
 
     # A measured peak is better than the planned one.
-    if state.measured_peak is not None:
-        event["memory"]["planned_gb"] = state.measured_peak / 1e9
+    if state.measured is not None:
+        event["memory"]["planned_gb"] = state.measured.peak / 1e9
     run.history.append(event)
     run.planned = state.schedule.steps
 
@@ -95,7 +95,7 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     run, steps = session.run, state.schedule.steps
     restore(checkpoint, state.model, state.optimizer)
     run.history = checkpoint.history
-    if run.progress.step < steps:
+    if run.progress.step < steps or run.progress.owes_validation:
         session.log(f"resume: from step {run.progress.step} of {steps}")
     else:
         session.log(
@@ -187,7 +187,7 @@ def memory_checker(session: Session, state: TrainState) -> OnEvent:
     def check_memory(event: Event) -> None:
         peaks.append(mx.get_peak_memory())
         is_first_report = "loss" in event and len(run.losses()) == 1
-        if not is_first_report or state.measured_peak is not None:
+        if not is_first_report or state.measured is not None:
             return
 
         shapes = _trained_shapes(session, state, steps=event["step"])

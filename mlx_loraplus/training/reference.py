@@ -2,11 +2,14 @@
 
 DPO, IPO and KTO compare with a model that does not change. Its log-probabilities are constants, so
 they are stored in the cache, keyed by the model, its adapters and the rows, and no second model is
-in memory while training runs.
+in memory while training runs. They are computed before a run times the ways to compute its step.
+So they take the smallest slices of the vocabulary that a run can choose, on every device, which
+always fit and give the same bits in a run and when it is resumed.
 """
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,6 +24,7 @@ from ..config import TrainConfig
 from ..data.pairs import ComparedExamples
 from ..errors import ConfigError, counted
 from ..files import cache_folder, cached_folder, read_bounded, remove_unused
+from ..kernels.choices import SMALLEST_SLICE, default_choices
 from ..kernels.head import split_model
 from ..models.loading import shared_copy
 from .distributed import World
@@ -128,8 +132,9 @@ def _log_probs_of(
     found = np.zeros((len(examples), 2), np.float32) if stored is None else stored
     if not is_stored:
         split, size = split_model(model), config.data.batch_size
+        choices = replace(default_choices(), slice_bytes=SMALLEST_SLICE)
         for column, answers in enumerate(examples.both):
-            found[:, column] = answer_log_probs(model, split, answers, size, world)
+            found[:, column] = answer_log_probs(model, split, answers, size, world, choices)
     if world.size > 1:
         found = np.array(world.sum(mx.array(found)))
 

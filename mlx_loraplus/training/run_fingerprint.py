@@ -14,6 +14,7 @@ from ..adapters.trainable import find_adapters
 from ..config import TrainConfig
 from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
+from ..memory.measured import MeasuredStep
 from ..models.moved_run_paths import lasting_name, relocated, stored_settings
 from ..settings import configure, current_names, settings_of
 from .model_probes import ModelProbes
@@ -52,6 +53,8 @@ class RunFingerprint:
         choices: How a step is computed; a resumed run keeps this. None in checkpoints of version
             0.1.0, like ``compiled``.
         compiled: Whether the step is compiled; a resumed run with ``auto`` keeps this.
+        measured: What a step of the largest batch took; None if it was not measured.
+        machine: The chip, the system and the kind of device that the last session computed on.
         base_config: The config of the base model, from ``model_config``; None in older checkpoints.
     """
 
@@ -63,6 +66,8 @@ class RunFingerprint:
     probes: ModelProbes | None = None
     choices: StepChoices | None = None
     compiled: bool | None = None
+    measured: MeasuredStep | None = None
+    machine: dict[str, str] | None = None
     base_config: dict[str, Any] | None = None
 
     def comparable(self) -> dict[str, Any]:

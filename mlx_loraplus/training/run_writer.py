@@ -14,6 +14,7 @@ from ..adapters.full import trains_weights
 from ..adapters.storage import write_trained
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
+from ..device import gb
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of
 from ..files import remove_leftovers, write_atomically
@@ -24,6 +25,7 @@ from ..runs.next_steps import resume_command
 from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.run_folder import holds_full_run, newest_step
+from ..runs.start_event import versions
 from ..runs.state import BAD_BATCH, COMPLETE, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
@@ -37,6 +39,7 @@ from .checkpoint import (
 from .fastest_step import way_of
 from .run_fingerprint import RunFingerprint, identifying_settings
 from .session import Session
+from .step_choices import machine_facts
 from .trainer import TrainState
 
 _MAX_REASON = 500  # characters of an error in the history
@@ -220,6 +223,8 @@ def with_choices(
         probes=state.probes,
         choices=state.choices,
         compiled=state.compiled,
+        measured=state.measured,
+        machine=machine_facts(),
     )
 
 
@@ -265,12 +270,22 @@ def start_folder(
     # ``resume`` and ``overwrite`` only affect how the folder is used; they are not stored.
     config = replace(run.config, resume=False, overwrite=False)
     settings = identifying_settings(state.model, config)
-    chosen = f"# Chosen for this machine, and kept by --resume: {way_of(state, run.config)}\n"
-    text = yaml.safe_dump(settings, sort_keys=False) + chosen
+    text = yaml.safe_dump(settings, sort_keys=False) + _describe_machine(state)
+    text += f"# Chosen for this machine, and kept by --resume: {way_of(state, run.config)}\n"
     write_atomically(folder / SETTINGS, text.encode())
     write_history(folder, run.history)
     if residuals:
         write_atomically(folder / RESIDUALS, json.dumps(residuals, indent=1).encode())
+
+
+def _describe_machine(state: TrainState) -> str:
+    """Return a comment that says where a run computes, with which versions, and what it takes."""
+    parts = [*machine_facts().values(), *(f"{name} {each}" for name, each in versions().items())]
+    step = state.measured
+    if step is not None:
+        shape = f"{step.rows} x {step.length:,} tokens"
+        parts.append(f"{step.seconds:.3g} s/step and {gb(step.peak)} for {shape}")
+    return f"# Machine: {', '.join(parts)}\n"
 
 
 def restore_best(run: Run, model: nn.Module, log: Log) -> None:

@@ -7,7 +7,8 @@ result is stored in the cache, once for each machine, model and set of versions.
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,11 +18,15 @@ import pydantic
 
 from ..adapters.tensor_parallel import is_sharded
 from ..config import TrainConfig
+from ..data.batches import Batches
 from ..device import gb, on_gpu, this_machine
-from ..errors import ModelError, OutputError
+from ..errors import DeviceError, ModelError, OutputError
+from ..failures import failures_in_one_line
 from ..files import cache_folder, read_bounded, write_atomically
 from ..kernels.choices import StepChoices
-from ..memory.plan import MemoryPlan, memory_plan_of
+from ..kernels.delta_rule import has_delta_rule
+from ..memory.measured import MeasuredStep
+from ..memory.plan import MemoryPlan, memory_plan_of, resolve_grad_checkpoint
 from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
@@ -34,7 +39,8 @@ from .fastest_step import (
     tune_step,
     way_of,
 )
-from .self_consistency import is_checkpoint_sound
+from .model_probes import ModelProbes
+from .self_consistency import is_checkpoint_sound, resolve_sound_checkpoint
 from .selfcheck import check_step, refuse_if_wrong
 from .session import Session
 from .trainer import TrainState
@@ -60,6 +66,30 @@ class StoredCheck:
     found: str = ""
 
 
+def choose_grad_checkpoint(
+    model: nn.Module, session: Session, probes: ModelProbes, batches: Batches
+) -> tuple[ModelProbes, bool]:
+    """Return the probes, with a verdict on checkpointing, and whether to checkpoint gradients."""
+    config, log, checkpoint = session.config, session.log, session.checkpoint
+    measured = None if checkpoint is None else checkpoint.identity.measured
+
+    # A resumed run keeps the choice of its first session, because the choice changes the last bits
+    # of the results.
+    if checkpoint is not None and config.grad_checkpoint == "auto":
+        wanted = checkpoint.identity.grad_checkpoint
+        config = replace(config, grad_checkpoint="on" if wanted else "off")
+    else:
+        wanted = resolve_grad_checkpoint(config, model, batches.largest(), log, measured)
+
+    # The gradients are tested at most once in a run.
+    if wanted and probes.checkpoint_sound is None and not is_sharded(model):
+        probes = replace(probes, checkpoint_sound=is_checkpoint_sound(model))
+    grad_checkpoint = resolve_sound_checkpoint(
+        model, config, log, wanted=wanted, sound=probes.checkpoint_sound
+    )
+    return probes, grad_checkpoint
+
+
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
     """Check this machine and choose how a run computes its step, in one way on all processes.
 
@@ -82,10 +112,10 @@ def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
             state = _check_and_tune(session, state, base)
 
     # All processes use the main process's choices.
-    mine = StepTiming(way_of(state, config), peak=state.measured_peak)
-    shared = world.gather(json.dumps(asdict(mine)))[0]
-    timing = pydantic.TypeAdapter(StepTiming).validate_python(json.loads(shared))
-    return _with_way(state, timing.way, timing.peak)
+    mine = json.dumps([asdict(way_of(state, config)), state.measured and asdict(state.measured)])
+    shared = json.loads(world.gather(mine)[0])
+    kinds = pydantic.TypeAdapter(tuple[StepWay, MeasuredStep | None])
+    return _with_way(state, *kinds.validate_python(shared))
 
 
 def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainState:
@@ -128,7 +158,9 @@ def ways_to_check(state: TrainState, config: TrainConfig) -> list[tuple[StepChoi
         modes.append(True)
 
     start = state.choices
-    choices = (start, start.other_attention(), start.other_cross_entropy())
+    choices = [start, start.other_attention(), start.other_cross_entropy()]
+    if has_delta_rule(state.model):
+        choices.append(start.other_delta_rule())
     return [(each, compiled) for compiled in modes for each in choices]
 
 
@@ -136,17 +168,21 @@ def _as_stored(state: TrainState, checkpoint: Checkpoint, config: TrainConfig) -
     """Return the state with the choices of a checkpoint; version 0.1.0 stored none."""
     stored = checkpoint.identity
     compiled = stored.compiled if config.compile == "auto" else None
-    return replace(state, choices=stored.choices or state.choices, compiled=compiled)
+    measured = stored.measured
+    if measured is not None and measured.grad_checkpoint != state.grad_checkpoint:
+        measured = None
+    choices = stored.choices or state.choices
+    return replace(state, choices=choices, compiled=compiled, measured=measured)
 
 
-def _with_way(state: TrainState, way: StepWay, peak: int | None) -> TrainState:
-    """Return the state with a way and its measured peak."""
+def _with_way(state: TrainState, way: StepWay, measured: MeasuredStep | None) -> TrainState:
+    """Return the state with a way and what its step took."""
     return replace(
         state,
         choices=way.choices,
         grad_checkpoint=way.grad_checkpoint,
         compiled=way.compiled,
-        measured_peak=peak,
+        measured=measured,
     )
 
 
@@ -164,7 +200,7 @@ def _tune(
         way = stored.best.way
         if stored.run == run:
             log(f"tuning: {stored.best} (stored)")
-            return stored, _with_way(state, way, stored.best.peak)
+            return stored, _with_way(state, way, _measured(stored.best, rows, length))
         state = replace(state, choices=way.choices)
         log(f"tuning: {way_of(state, config)} (the kernels' choices are stored)")
         return stored, state
@@ -174,14 +210,42 @@ def _tune(
     budget = int(_BUDGET_SHARE * this_machine().budget) if plan is None else plan.budget
     start = way_of(state, config)
     freedom = _freedom(session, state, plan, rows, length)
-    result = tune_step(state, batch, start, freedom, budget)
+    with _advice_if_lost():
+        result = tune_step(state, batch, start, freedom, budget)
 
     best = result.best
     if best.peak is None:
         log(f"warning: tuning: every way failed, so none is chosen; {best}")
         return stored, state
     log(f"tuning: {best}{_notes_on(result, plan)}")
-    return replace(stored, best=best, run=run), _with_way(state, best.way, best.peak)
+    return replace(stored, best=best, run=run), _with_way(
+        state, best.way, _measured(best, rows, length)
+    )
+
+
+def _measured(timing: StepTiming, rows: int, length: int) -> MeasuredStep | None:
+    """Return what a timing measured, or None if its way failed."""
+    if timing.seconds is None or timing.peak is None:
+        return None
+    checkpointed = timing.way.grad_checkpoint
+    return MeasuredStep(rows, length, checkpointed, timing.seconds, timing.peak)
+
+
+@contextmanager
+def _advice_if_lost() -> Generator[None]:
+    """If the GPU fails while ways are timed, say how to train without the timing.
+
+    Raises:
+        DeviceError: The GPU failed.
+    """
+    try:
+        with failures_in_one_line():
+            yield
+    except DeviceError as error:
+        raise DeviceError(
+            f"{error}; this happened while ways to compute a step were timed: --selfcheck off"
+            " trains in the default way, without the check and the timing"
+        ) from error.__cause__
 
 
 def _freedom(
@@ -190,19 +254,21 @@ def _freedom(
     """Return the choices that the settings leave open."""
     config, world = session.config, session.world
     compiled = (True, False) if config.compile == "auto" and on_gpu() else ()
+    kinds = OpenChoices(compiled=compiled, delta_rule=has_delta_rule(state.model))
 
     # Another machine of the run may have less memory than this one.
     if config.grad_checkpoint != "auto" or world.size > 1 or plan is None:
-        return OpenChoices(compiled=compiled)
+        return kinds
 
     # Try it without checkpointing only if the plan, which keeps a reserve, says that it fits.
     if state.grad_checkpoint:
         needed = plan.memory(rows, length, checkpoint=False).total
         without = (False,) if needed <= plan.machine.budget else ()
-        return OpenChoices(without, compiled)
+        return replace(kinds, grad_checkpoint=without)
 
     # Try it with checkpointing only if that gives the right gradients.
-    return OpenChoices((True,) if is_checkpoint_sound(state.model) else (), compiled)
+    sound = is_checkpoint_sound(state.model)
+    return replace(kinds, grad_checkpoint=(True,) if sound else ())
 
 
 def _notes_on(result: TuningResult, plan: MemoryPlan | None) -> str:

@@ -24,13 +24,15 @@ from ..device import bounded_memory, on_gpu
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
+from ..memory.measured import MeasuredStep
 from ..models.derived_weights import start_inference
 from ..runs.state import Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
-from .compiled import CompiledByShape, should_compile
+from .compiled import CompiledByShape, Traces, should_compile
 from .distributed import ALONE, World
 from .interrupts import explain_failure, interruptible, saved_if_lost, too_many_skipped
 from .kto import KLEstimate
+from .make_step import Sums, make_step
 from .model_probes import ModelProbes
 from .objectives import make_objective, summed_stats
 from .optimizer import LoRAPlus
@@ -38,16 +40,11 @@ from .schedule import Schedule, batches_of_step, seed_of
 from .step_report import summarize
 from .validation import validate
 
-Tree = dict[str, Any]
-Sums = tuple[mx.array, Tree]
-"""The summed loss and its gradients. For preferences, the loss is followed by statistics."""
-Accumulate = Callable[[tuple[mx.array, ...], Sums | None], Sums]
-Update = Callable[[mx.array, Tree, mx.array], tuple[mx.array, mx.array]]
-
 # The places of two counts in the sizes of a step; see ``TrainLoop.sum_batches``
 SUPERVISED, PAIRS = 0, 3
 
-# On a GPU, the newest checkpoint is at most this old, because macOS may end the program.
+# On a GPU, the newest checkpoint lacks at most this much and one step, because macOS may end the
+# program.
 SAVE_SECONDS = 600.0
 
 
@@ -68,7 +65,7 @@ class TrainState:
         probes: The verdicts about the model; None to test the model when needed.
         choices: How a step is computed; by default as is best for the device.
         compiled: Whether the step is compiled; None for what the config says.
-        measured_peak: Bytes at the peak of the run's largest batch, or None if not measured.
+        measured: What a step of the run's largest batch took, or None if not measured.
         objective: What is minimized.
         self_check: What the check of this machine found; empty without a check.
         rate_search: The search for the learning rate, for the history; None without one.
@@ -84,7 +81,7 @@ class TrainState:
     probes: ModelProbes | None = None
     choices: StepChoices = field(default_factory=default_choices)
     compiled: bool | None = None
-    measured_peak: int | None = None
+    measured: MeasuredStep | None = None
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     self_check: str = ""
     rate_search: Event | None = None
@@ -152,6 +149,7 @@ class TrainLoop:
 
     Attributes:
         step_batches: This process's share of the step that is being made, for an error message.
+        traces: The compiled functions of the session.
     """
 
     def __init__(
@@ -172,15 +170,21 @@ class TrainLoop:
         self.world = world
         self.step_batches: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
-        self._saved = time.perf_counter()
+        self._saved, self._saved_step = time.perf_counter(), self.progress.step
+        self._validation_seconds = 0.0  # of the last validation, with its answers
         # Padding makes shapes repeat, for compiled steps. Other steps remove it by ``trimmed``.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
         loss = make_objective(state.split, state.objective, state.choices)
+        self.traces = Traces()
         self._accumulate, self._update = make_step(
-            state.model, loss, state.optimizer, compiled=self._compiled
+            state.model, loss, state.optimizer, compiled=self._compiled, traces=self.traces
         )
         self.estimate_kl = KLEstimate(
-            state.model, state.split, state.choices, state.objective, compiled=self._compiled
+            state.model,
+            state.split,
+            state.choices,
+            state.objective,
+            self.traces if self._compiled else None,
         )
 
     def run(self, stop_requested: Callable[[], bool]) -> Outcome:
@@ -190,6 +194,9 @@ class TrainLoop:
         progress, config, steps = self.progress, self.config, self.state.schedule.steps
         if progress.step == 0:
             self.validate()
+        elif progress.owes_validation:
+            self.validate()
+            self.save_now()
         self.count_earlier_steps()
         self.state.model.train()
 
@@ -220,8 +227,7 @@ class TrainLoop:
             if ended is None and (stopped or late):
                 ended = "interrupted" if stopped else "out of time"
             if is_best or ended or save_due or progress.step % config.steps_per_save == 0:
-                self.save()
-                self._saved = time.perf_counter()
+                self.save_now()
         return ended
 
     def step(self, number: int) -> StepStats:
@@ -316,14 +322,31 @@ class TrainLoop:
         """Validate, and return whether this is the best validation after a step."""
         if not self.valid:
             return False
+        # If the checkpoint would become too old in the meantime, save the step before it is
+        # validated. A run that is resumed from there begins with the validation.
+        self.progress.owes_validation = True
+        if self.save_due(self._validation_seconds):
+            self.save_now()
 
         started = time.perf_counter()
         state, batch_size = self.state, self.config.data.batch_size
         loss, scores = validate(
-            state.model, state.split, self.valid, batch_size, state.objective, self.world
+            state.model,
+            state.split,
+            self.valid,
+            batch_size,
+            state.objective,
+            self.world,
+            state.choices,
         )
         seconds = time.perf_counter() - started
+
+        # The report may generate answers, which takes long.
+        if self.save_due():
+            self.save_now()
         self.report({"step": self.progress.step, **scores, "valid_seconds": seconds})
+        self._validation_seconds = time.perf_counter() - started
+        self.progress.owes_validation = False
 
         # Return to training mode only now: a report may generate answers, in evaluation mode.
         state.model.train()
@@ -356,6 +379,16 @@ class TrainLoop:
         batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []
         raise too_many_skipped(self.config, progress.step, reason, batches)
 
+    def save_now(self) -> None:
+        """Save the last step."""
+        self.save()
+        self._saved, self._saved_step = time.perf_counter(), self.progress.step
+
+    def save_due(self, seconds: float = 0.0) -> bool:
+        """Return whether the checkpoint lacks a step, and will be too old in ``seconds``."""
+        age = time.perf_counter() - self._saved + seconds
+        return on_gpu() and self.progress.step > self._saved_step and age >= SAVE_SECONDS
+
     def _agree(self, stopped: bool, started: float, *, compare: bool) -> list[bool]:
         """Return whether any process was asked to stop, is out of time, or has to save.
 
@@ -364,37 +397,4 @@ class TrainLoop:
         minutes = self.config.max_minutes
         late = minutes is not None and time.perf_counter() - started > 60 * minutes
         trained = dict(tree_flatten(self.state.model.trainable_parameters())) if compare else None
-        save_due = on_gpu() and time.perf_counter() - self._saved >= SAVE_SECONDS
-        return self.world.any_rank([stopped, late, save_due], trained)
-
-
-def make_step(
-    model: nn.Module, loss: Callable[..., Any], optimizer: LoRAPlus, *, compiled: bool
-) -> tuple[Accumulate, Update]:
-    """Return ``accumulate(arrays, carried)`` and ``update(total, gradients, count)``.
-
-    ``accumulate`` adds a batch's summed loss and gradients to the pair ``carried``, and returns the
-    sums. ``carried`` is None for the first batch of a step. ``update`` divides the summed gradients
-    by ``count``, the number of supervised tokens or of pairs in the step, and updates the model. It
-    returns (summed loss, gradient norm). If one of these is not finite, the model is unchanged.
-
-    If ``loss`` also returns statistics, as for pairs of answers, they follow the loss in the sums.
-    """
-    loss_and_gradients = nn.value_and_grad(model, loss)
-
-    def accumulate(arrays: tuple[mx.array, ...], carried: Sums | None) -> Sums:
-        value, gradients = loss_and_gradients(model, *arrays)
-        if not isinstance(value, mx.array):
-            summed, stats = value
-            value = mx.concatenate([summed[None], stats])
-        new = (value, gradients)
-        return new if carried is None else tree_map(mx.add, carried, new)
-
-    def update(total: mx.array, gradients: Tree, count: mx.array) -> tuple[mx.array, mx.array]:
-        mean = tree_map(lambda gradient: gradient / count, gradients)
-        return total, optimizer.update(model, mean, usable=mx.isfinite(total).all())
-
-    if not compiled:
-        return accumulate, update
-    state = [model.state, optimizer.state, mx.random.state]
-    return CompiledByShape(accumulate, state), CompiledByShape(update, state)
+        return self.world.any_rank([stopped, late, self.save_due()], trained)

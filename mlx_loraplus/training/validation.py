@@ -12,6 +12,7 @@ from ..data.batches import arrays_of, in_order, trimmed
 from ..data.pairs import ComparedExamples
 from ..data.tokenize import Example
 from ..device import on_gpu
+from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import make_score
 from ..kernels.head import TrunkAndHead
 from ..models.derived_weights import start_inference
@@ -39,10 +40,14 @@ def score(
     examples: Sequence[Example],
     batch_size: int,
     world: World = ALONE,
+    choices: StepChoices | None = None,
 ) -> EvalResult:
-    """Score a model on all supervised tokens of ``examples``, shared among the processes."""
+    """Score a model on all supervised tokens of ``examples``, shared among the processes.
+
+    ``choices`` give the size of the slices; by default that of the device.
+    """
     start_inference(model)
-    score_batch = make_score(split)
+    score_batch = make_score(split, choices)
     size = math.ceil(batch_size / world.data_shards)
 
     # Sum the loss, the correct tokens and all tokens over this process's batches.
@@ -66,12 +71,13 @@ def validate(
     batch_size: int,
     objective: ObjectiveConfig,
     world: World,
+    choices: StepChoices,
 ) -> tuple[float, Event]:
     """Return the loss of an objective on validation examples, and all scores by name."""
     if isinstance(examples, ComparedExamples):
-        ranked = score_preferences(model, split, examples, batch_size, objective, world)
+        ranked = score_preferences(model, split, examples, batch_size, objective, world, choices)
         scores = {f"valid_{name}": value for name, value in ranked.stats.items()}
         return ranked.loss, {"valid_loss": ranked.loss, **scores}
 
-    found = score(model, split, examples, batch_size, world)
+    found = score(model, split, examples, batch_size, world, choices)
     return found.loss, {"valid_loss": found.loss, "valid_accuracy": found.accuracy}

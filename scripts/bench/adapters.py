@@ -39,7 +39,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.validation import score
 from scripts.bench.trainers import seconds, settled_memory
 

@@ -27,7 +27,7 @@ from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from scripts.bench.trainers import seconds, settled_memory
 
 MODEL = {"hidden": 256, "layers": 4}

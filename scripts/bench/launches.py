@@ -46,8 +46,8 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_candidates
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 from scripts.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "launches.json"

@@ -27,9 +27,9 @@ from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.kto import make_kl_sum
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.objectives import make_objective
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 
 OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
 

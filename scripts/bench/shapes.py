@@ -25,7 +25,7 @@ from mlx_loraplus.data.load_data import load_examples
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.compiled import CompiledByShape
+from mlx_loraplus.training.compiled import CompiledByShape, Traces
 from scripts.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "shapes.json"
@@ -49,7 +49,7 @@ class CountingTraces(CompiledByShape):
 def count_shapes(batches: Batches, updates: int) -> Result:
     """Count the shapes and the padding of a run's first batches, one in each update."""
     shapes: set[tuple[int, int, int]] = set()
-    compiled = CountingTraces(lambda *_: None, [])
+    compiled = CountingTraces(lambda *_: None, [], Traces())
     used, tokens, supervised, targets = 0, 0, 0, 0
     for number in range(updates):
         rows = batches.rows_of(number)

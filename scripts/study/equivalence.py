@@ -27,7 +27,7 @@ from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.data.batches import arrays_of
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from scripts.tiny_model import write_tiny_model
 
 RATIO, RANK, SCALE, UPDATES = 16.0, 4, 1.0, 200

@@ -44,7 +44,7 @@ from mlx_loraplus.export.gptq import inverse_factors, quantize
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.data.batches import arrays_of
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 

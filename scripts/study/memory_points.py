@@ -27,7 +27,7 @@ from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.kernels.patch import memory_efficient
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.head import split_model

@@ -17,8 +17,8 @@ from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 from tests.conftest import TinyModel, same
 from tests.training.tiny_models import tiny_llama
 

@@ -60,7 +60,7 @@ from mlx_loraplus.export.gguf_lora import write_lora
 from mlx_loraplus.export.peft import write_peft
 from mlx_loraplus.settings import configure
 from mlx_loraplus.memory.model_shapes import measure
-from mlx_loraplus.training.trainer import make_step
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.head import split_model

@@ -17,7 +17,13 @@ from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.attention import CausalMask, attention
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score, slice_width
-from mlx_loraplus.kernels.delta_rule import delta_rule, equals_loop, loop_in_pieces
+from mlx_loraplus.kernels.delta_rule import (
+    choices_for,
+    delta_rule,
+    equals_loop,
+    has_delta_rule,
+    loop_in_pieces,
+)
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
@@ -231,6 +237,17 @@ def test_mlxs_delta_rule_is_the_loop_over_tokens(name: str):
     native = learn(model, StepChoices(delta_rule="native"))
     close(native, learn(model, StepChoices()), 1e-5)
     assert gated_delta.gated_delta_ops is loop
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "olmo_hybrid", "llama"])
+def test_models_with_a_delta_rule_are_recognized(name: str, monkeypatch: pytest.MonkeyPatch):
+    """A choice is tried, and told, only where it makes a difference."""
+    model = make_model("llama") if name == "llama" else family(name)
+    attach_adapters(model, AdapterConfig(rank=4))
+    assert has_delta_rule(model) is (name != "llama")
+    monkeypatch.setattr("mlx_loraplus.kernels.choices.on_gpu", lambda: True)
+    assert ("native delta rule" in str(choices_for(model))) is (name != "llama")
+    assert str(GPU.other_delta_rule()) == "native attention, native cross-entropy"
 
 
 def test_the_delta_rule_with_a_mask_or_other_decays_stays_with_the_loop():

@@ -1,19 +1,25 @@
 """The chunked loss at supervised positions is the full loss, and its gradients are the full gradients."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.data.batches import arrays_of, one_per_row
 from mlx_loraplus.data.tokenize import Example
+from mlx_loraplus.errors import ConfigError
+from mlx_loraplus.kernels import cross_entropy
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
 from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.log_probs import make_log_probs
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.training.test_self_consistency import family
 
@@ -121,6 +127,34 @@ def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
     assert full == pytest.approx(
         make_loss(split_model(model), CHOICES)(model, *arrays_of(BATCH)).item(), rel=1e-5
     )
+
+
+def test_a_head_in_half_precision_is_found_in_float32(tiny: TinyModel):
+    class Larger(llama.Model):
+        def __call__(self, *arguments: Any, **keywords: Any) -> mx.array:
+            return 1.004 * super().__call__(*arguments, **keywords)
+
+    model = tiny("llama")
+    model.set_dtype(mx.bfloat16)
+    assert split_model(model) is not None
+    model.__class__ = Larger
+    assert split_model(model) is None, "bfloat16 rounds by as much"
+
+
+def test_too_many_logits_for_a_gpu_are_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch):
+    """Arrays of 2^31 numbers break on Metal; a model whose head is not found has the most."""
+    model, arrays = tiny("llama"), arrays_of(BATCH)
+    monkeypatch.setattr(cross_entropy, "MOST_NUMBERS", 2 * 16 * 128)
+    functions = (make_loss(None), make_score(None), make_log_probs(None))
+    for function in functions:
+        function(model, *arrays)
+    monkeypatch.setattr(cross_entropy, "on_gpu", lambda: True)
+    for function in functions:
+        function(model, *arrays)
+    monkeypatch.setattr(cross_entropy, "MOST_NUMBERS", 2 * 16 * 128 - 1)
+    for function in functions:
+        with pytest.raises(ConfigError, match="2 rows x 16 tokens needs an array of 4,096 logits"):
+            function(model, *arrays)
 
 
 def test_a_head_that_is_more_than_linear_is_not_mistaken(tiny: TinyModel):

@@ -16,8 +16,8 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.elementwise import GATES
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient, replaced_attention
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 
 NATIVE = mx.fast.scaled_dot_product_attention

@@ -15,7 +15,14 @@ from mlx_loraplus import plan
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import SIMULATED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
-from mlx_loraplus.memory.plan import MemoryPlan, check_fit, memory_plan_of, shortage
+from mlx_loraplus.memory.measured import MeasuredStep
+from mlx_loraplus.memory.plan import (
+    MemoryPlan,
+    _does_not_fit,
+    check_fit,
+    memory_plan_of,
+    shortage,
+)
 from mlx_loraplus.models.known_models import gemma_for
 from mlx_loraplus.models.skeleton import config_of
 from mlx_loraplus.settings import configure
@@ -31,8 +38,48 @@ MACS = {
     36: ("gemma-3-12b-it", 2048, 4, True, "fits comfortably"),
     64: ("gemma-3-27b-it", 2304, 4, True, "fits comfortably"),
     128: ("gemma-3-27b-it", 5632, 4, False, "fits comfortably"),
-    512: ("gemma-3-27b-it", 24_576, 16, False, "fits comfortably"),
+    512: ("gemma-3-27b-it", 12_288, 16, False, "fits comfortably"),
 }
+
+
+def test_an_array_on_a_gpu_has_fewer_than_2_to_31_numbers():
+    """The MLP of Llama 3.1 8B is 14,336 wide. Metal computes wrongly beyond that."""
+    config = configure(TrainConfig, {"model": "llama-3.1-8b", "grad_checkpoint": "on"})
+    mac = memory_plan_of(config, machine=simulate_mac("4096GB"))
+    assert mac.largest_array(32, 4096) == 32 * 4096 * 14_336 < 2**31
+    assert mac.fits(32, 4096)
+    assert not mac.fits(64, 4096)
+    assert mac.memory(64, 4096).total < mac.budget
+    message = _does_not_fit(mac, 64, 4096)
+    assert "llama-3.1-8b can't compute 64 rows x 4,096 tokens at once: an array would" in message
+    assert "3,758,096,384 numbers, and on a GPU it has at most 2,147,483,647" in message
+    assert "--batch-size 32 --grad-accumulation-steps 2 (learns the same)" in message
+    assert mac.most_rows(4096) == 36
+
+    # Attention in chunks of 512 queries keeps scores; that of packed rows is one.
+    packed = replace(mac, config=replace(config, data=replace(config.data, pack=True)))
+    assert packed.largest_array(8, 32_768) == 8 * 32 * 512 * 32_768
+    assert not packed.fits(8, 32_768)
+    assert mac.fits(4, 32_768)
+
+    # A CPU has no such limit.
+    cpu = replace(mac, machine=replace(mac.machine, backend="cpu"))
+    assert cpu.fits(64, 4096)
+
+
+def test_a_measured_step_corrects_the_plan():
+    config = configure(TrainConfig, {"model": "gemma-3-1b-it", "grad_checkpoint": "off"})
+    planned = memory_plan_of(config, machine=simulate_mac("16GB"))
+    before = planned.memory(4, 512)
+    assert planned.corrected(None) is planned
+    for factor in (0.8, 1.3):
+        peak = before.arrays + int((factor - 1) * (before.activations + before.working))
+        corrected = planned.corrected(MeasuredStep(4, 512, False, 1.0, peak))
+        assert corrected.memory(4, 512).arrays == pytest.approx(peak, rel=1e-6)
+        assert corrected.memory(4, 512).weights == before.weights
+        assert (corrected.longest(4) > planned.longest(4)) is (factor < 1)
+    tiny = planned.corrected(MeasuredStep(4, 512, False, 1.0, 0))
+    assert tiny.memory(4, 512).working == pytest.approx(before.working / 2, rel=1e-6)
 
 
 def test_seven_macs():

@@ -21,8 +21,8 @@ from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.memory.trace_memory import MAX_TRACES, trace_bytes
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 from tests.conftest import make_model
 
 assert ml

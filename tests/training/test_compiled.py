@@ -21,9 +21,9 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.memory.trace_memory import MAX_TRACES
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training.compiled import CompiledByShape
+from mlx_loraplus.training.compiled import CompiledByShape, Traces
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.trainer import make_step
 from mlx_loraplus.training.validation import score
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import make_model
@@ -39,18 +39,18 @@ def test_a_shape_is_compiled_when_it_comes_back():
         calls.append(tuple(x.shape))
         return 2 * x
 
-    compiled = CompiledByShape(double, [], most=2)
+    compiled = CompiledByShape(double, [], Traces(2))
     for size in (3, 3, 3, 3):
         assert compiled(mx.ones(size)).tolist() == [2.0] * size
     assert calls == [(3,), (3,)], "once eagerly, once to trace it"
     for size in (4, 4):
         compiled(mx.ones(size))
-    assert compiled.traces == 2, "as many as are kept"
+    assert compiled.traces.count == 2, "as many as are kept"
     calls.clear()
     for _ in range(8):
         compiled(mx.ones(5))
     assert calls == [(5,)] * 8, "eagerly seven times, as 3 occurred four times, then to trace it"
-    assert compiled.traces == 2
+    assert compiled.traces.count == 2
     calls.clear()
     compiled(mx.ones(4))
     compiled(mx.ones(5))
@@ -66,15 +66,28 @@ def test_many_shapes_are_not_traced_again_and_again():
         calls.append(x.size)
         return 2 * x
 
-    compiled = CompiledByShape(double, [], most=4)
+    compiled = CompiledByShape(double, [], Traces(4))
     generator = np.random.default_rng(0)
     made = []
     for size in generator.integers(1, 11, 500).tolist():
-        before = set(compiled._traces)
+        before = set(compiled.traces._kept)
         compiled(mx.ones(size))
-        made.extend(set(compiled._traces) - before)
-    assert compiled.traces == 4
+        made.extend(set(compiled.traces._kept) - before)
+    assert compiled.traces.count == 4
     assert len(made) <= 12, "with the least recently used alone, about 300"
+
+
+def test_functions_share_the_traces_that_are_kept():
+    """A run compiles its step in two functions, and KTO a third one."""
+    traces = Traces(3)
+    functions = [CompiledByShape(lambda x, n=n: n * x, [], traces) for n in (2, 3)]
+    for size in (3, 4, 5):
+        for _ in range(3):
+            assert [function(mx.ones(size)).tolist() for function in functions] == [
+                [2.0] * size,
+                [3.0] * size,
+            ]
+    assert traces.count == 3
 
 
 def steps(
@@ -159,7 +172,7 @@ def test_a_model_that_computes_outside_mlx_is_told_to_leave_compiling_out():
     def read(x: mx.array) -> mx.array:
         return mx.array(np.array(x))
 
-    compiled = CompiledByShape(read, [])
+    compiled = CompiledByShape(read, [], Traces())
     compiled(mx.ones(3))
     with pytest.raises(ml.ConfigError, match="set --compile off"):
         compiled(mx.ones(3))

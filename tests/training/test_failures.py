@@ -3,19 +3,27 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
+import mlx_loraplus as ml  # isort: skip  before mlx
+import mlx.core as mx
 import numpy as np
 import pytest
 
-import mlx_loraplus as ml
 from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import one_per_row
-from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of
+from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of, is_lost
+from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.patch import find_gated_mlps
+from mlx_loraplus.kernels.row_masks import takes_caches
 from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.interrupts import explain_failure
-from tests.conftest import same
+from mlx_loraplus.training.self_consistency import check_caches
+from tests.conftest import TinyModel, same
 from tests.training.tiny_runs import (
     Place,
     adapter_of,
@@ -64,6 +72,39 @@ def test_failures_are_recognized_by_mlx_texts():
     for other in (RuntimeError("another bug"), ValueError("out of memory"), None):
         assert failure_of(other) is None
     assert failure_of(ml.PeerError("lost (Unable to allocate)")) is None
+
+
+def test_a_probe_does_not_take_a_failed_gpu_for_a_verdict(
+    monkeypatch: pytest.MonkeyPatch, tiny: TinyModel
+):
+    """Lack of memory for an array is a verdict; after a failed command buffer nothing can be computed."""
+    model = tiny("llama")
+    split = split_model(model)
+    assert split is not None
+    assert takes_caches(model)
+    assert not is_lost(RuntimeError("[malloc] Unable to allocate 4294967296 bytes."))
+    assert not is_lost(RuntimeError("another bug"))
+    assert is_lost(RuntimeError(OUT_OF_MEMORY))
+
+    def probe_fails(kind: type, works: int, probe: Callable[[], object]) -> None:
+        """Let the calls of a kind of module fail after some that work."""
+        call, calls = kind.__call__, []
+
+        def fail_later(self: Any, *arguments: Any, **keywords: Any) -> mx.array:
+            calls.append(1)
+            if len(calls) > works:
+                raise RuntimeError(HELD_UP)
+            return call(self, *arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "__call__", fail_later)
+            with pytest.raises(RuntimeError, match="Impacting"):
+                probe()
+
+    probe_fails(type(model), 1, lambda: check_caches(model))
+    probe_fails(type(model), 0, lambda: takes_caches(model))
+    probe_fails(type(model.model), 1, lambda: split_model(model))
+    probe_fails(type(model.layers[0].mlp), 0, lambda: find_gated_mlps(model))
 
 
 @pytest.mark.parametrize("text", FAILURES)
@@ -140,6 +181,45 @@ def test_a_run_that_fails_before_its_first_checkpoint_starts_again(place: Place)
     with pytest.raises(ml.DeviceError, match=r"after step 1, and no step is saved; to continue: "):
         place.run("two", at={1: lambda: fail(TOO_LONG)})
     assert same(adapter_of(place.run("two", resume=True)), adapter_of(undisturbed))
+
+
+@pytest.mark.parametrize("place_of_failure", ["mlx_loraplus.training.trainer.validate", "answers"])
+def test_a_run_that_is_saved_before_a_validation_resumes_with_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch, place_of_failure: str
+):
+    """Also if it was the last one."""
+    settings = {"sample_rows": 2}
+    undisturbed = place.run("one", **settings)
+    monkeypatch.setattr("mlx_loraplus.training.trainer.on_gpu", lambda: True)
+    monkeypatch.setattr("mlx_loraplus.training.trainer.SAVE_SECONDS", 0.0)
+    name = "mlx_loraplus.training.recorder.answer_questions"
+    if place_of_failure != "answers":
+        name = place_of_failure
+    for validations in (2, 1):
+        with monkeypatch.context() as patch:
+            fail_after(patch, name, validations)
+            with pytest.raises(ml.DeviceError, match=r"step \d is saved"):
+                place.run("two", **settings, resume=validations == 1)
+    resumed = place.run("two", **settings, resume=True)
+    assert place.told_with("from step 6 of 6")
+    assert without_times(resumed.history) == without_times(undisturbed.history)
+    assert resumed.progress.best_step == undisturbed.progress.best_step
+    assert same(adapter_of(resumed), adapter_of(undisturbed))
+
+
+def fail_after(patch: pytest.MonkeyPatch, name: str, works: int) -> None:
+    """Let a function fail after some calls that work."""
+    module, _, attribute = name.rpartition(".")
+    function = getattr(import_module(module), attribute)
+    calls: list[int] = []
+
+    def fail_later(*arguments: Any, **keywords: Any) -> Any:
+        calls.append(1)
+        if len(calls) > works:
+            raise RuntimeError(HELD_UP)
+        return function(*arguments, **keywords)
+
+    patch.setattr(name, fail_later)
 
 
 FAILING = """

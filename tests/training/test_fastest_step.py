@@ -1,6 +1,7 @@
 """The search for the fastest way to compute a step."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
@@ -30,6 +31,7 @@ from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState
 from tests.conftest import TinyModel, same
+from tests.training.test_failures import HELD_UP, OUT_OF_MEMORY, TOO_LONG
 from tests.training.tiny_runs import examples
 
 MIB = 2**20
@@ -66,10 +68,18 @@ def test_each_choice_is_varied_and_the_fastest_is_kept():
     assert len(timings) == len({timing.way for timing in timings}) == 7
 
 
+def test_the_delta_rule_is_timed_where_a_model_has_one():
+    seconds = lambda way: 0.5 if way.choices.delta_rule == "native" else 1.0  # noqa: E731
+    best, timings, _ = found(costs(seconds), OpenChoices(delta_rule=True))
+    assert best.way.choices.delta_rule == "native"
+    assert len({str(timing.way) for timing in timings}) == len(timings) == 6
+
+
 def test_only_what_is_open_is_varied():
     _, timings, _ = found(costs(lambda _: 1.0), OpenChoices())
     assert {timing.way.compiled for timing in timings} == {False}
     assert {timing.way.grad_checkpoint for timing in timings} == {False}
+    assert {timing.way.choices.delta_rule for timing in timings} == {"loop"}
 
 
 def test_noise_changes_nothing():
@@ -176,6 +186,26 @@ def test_a_lack_of_memory_is_recorded(tiny: TinyModel):
     timing = time_step(failing, batch, START)
     assert timing.seconds is None
     assert timing.failure == "[malloc_or_wait] Unable to allocate 9 bytes."
+
+
+def test_a_gpu_that_failed_times_no_other_way(tiny: TinyModel):
+    """MLX raises the error of a failed command buffer again and again."""
+    config = configure(TrainConfig, {"model": "tiny"})
+    state = state_of(tiny("llama"), config)
+    batch = largest_batch(state.batches, slice(None))
+    calls: list[int] = []
+
+    for text in (OUT_OF_MEMORY, HELD_UP, TOO_LONG):
+
+        def trunk(*_: Any, text: str = text, **__: Any) -> mx.array:
+            calls.append(1)
+            raise RuntimeError(text)
+
+        assert state.split is not None
+        broken = replace(state, split=TrunkAndHead(trunk, Head(state.split.head.layer)))
+        with pytest.raises(RuntimeError, match="Command buffer execution failed"):
+            tune_step(broken, batch, START, ALL, 10**12)
+    assert len(calls) == 3
 
 
 def test_the_largest_batch_of_a_share():

@@ -13,6 +13,7 @@ import pytest
 from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import ObjectiveConfig
 from mlx_loraplus.errors import ConfigError
+from mlx_loraplus.memory.trace_memory import MAX_TRACES
 from mlx_loraplus.training.kto import describe_labeled, labeled_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
@@ -104,6 +105,9 @@ def test_a_resumed_run_compiles_the_steps_of_an_undisturbed_one(
     place.run("two", **KTO | settings, stop_at=3)
     resumed = place.run("two", **KTO | settings, resume=True)
     assert compiled_choices(loops[0]) == compiled_choices(loops[-1])
+    functions = {number for number, _ in loops[0].traces._kept}
+    assert len(functions) == 3, "the gradients, the update and z0 share the traces of a run"
+    assert loops[0].traces.most == MAX_TRACES
     assert same(adapter_of(undisturbed), adapter_of(resumed))
 
 

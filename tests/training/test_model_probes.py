@@ -25,7 +25,7 @@ from tests.training.tiny_runs import Place, adapter_of, without_times
 PACKED: dict[str, Any] = {"pack": True, "grad_checkpoint": "on", "max_seq_length": 64}
 PROBES = (
     "mlx_loraplus.training.finetune.probe_model",
-    "mlx_loraplus.training.finetune.is_checkpoint_sound",
+    "mlx_loraplus.training.step_choices.is_checkpoint_sound",
     "mlx_loraplus.training.make_batches.check_packing",
     "mlx_loraplus.training.self_consistency.is_checkpoint_sound",
     "mlx_loraplus.kernels.patch._computes",

@@ -15,11 +15,13 @@ from mlx_loraplus.cli import train as main
 from mlx_loraplus.config import ObjectiveConfig
 from mlx_loraplus.errors import ConfigError
 from mlx_loraplus.files import cache_folder
+from mlx_loraplus.kernels.choices import SMALLEST_SLICE, StepChoices
 from mlx_loraplus.runs.advice import give_advice
+from mlx_loraplus.training import preferences
 from mlx_loraplus.training.preferences import pair_losses
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import same
-from tests.training.tiny_runs import Place, adapter_of, without_times, write_pairs
+from tests.training.tiny_runs import Place, adapter_of, without_times, write_labeled, write_pairs
 
 OBJECTIVES = ("dpo", "ipo", "orpo", "simpo")
 
@@ -154,6 +156,33 @@ def test_the_reference_is_computed_once(place: Place, monkeypatch: pytest.Monkey
         data=[str(place.folder / "data" / "train.jsonl")],
     )
     assert len(stored()) > len(first)
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_the_reference_takes_the_smallest_slices_and_validations_those_of_the_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch, objective: str
+):
+    """The reference is computed before the tuning, and must fit whatever that finds."""
+    if objective == "kto":
+        shutil.rmtree(place.folder / "data")
+        write_labeled(place.folder / "data")
+    monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(place.folder / "cache"))
+    sizes: list[int] = []
+    make = preferences.make_log_probs
+
+    def seen(split: Any, choices: StepChoices, **rest: Any) -> Any:
+        sizes.append(choices.slice_bytes)
+        return make(split, choices, **rest)
+
+    large = StepChoices(slice_bytes=64 << 20)
+    monkeypatch.setattr("mlx_loraplus.training.reference.default_choices", lambda: large)
+    monkeypatch.setattr("mlx_loraplus.training.finetune.choices_for", lambda _: large)
+    monkeypatch.setattr(preferences, "make_log_probs", seen)
+    run = place.run(objective=objective, iters=1, warmup=0)
+    assert sizes[:4] == [SMALLEST_SLICE] * 4
+    assert set(sizes[4:]) == {64 << 20}
+    assert len(sizes[4:]) > 1
+    assert run.finished
 
 
 def test_the_reference_is_the_base_or_the_adapter_at_the_start(place: Place):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -13,15 +14,16 @@ from mlx_lm.utils import _get_classes
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
+from mlx_loraplus.kernels import float32_copy
+from mlx_loraplus.kernels.head import model_dtype
 from mlx_loraplus.settings import configure
-from mlx_loraplus.training import finetune as finetune_module
-from mlx_loraplus.training import self_consistency
+from mlx_loraplus.training import self_consistency, step_choices
 from mlx_loraplus.training.self_consistency import (
     check_caches,
     is_checkpoint_sound,
     resolve_sound_checkpoint,
 )
-from tests.conftest import CONFIGS, TinyModel
+from tests.conftest import CONFIGS, TinyModel, same
 from tests.training.tiny_runs import Place
 
 FAMILIES = json.loads((Path(__file__).parents[1] / "families" / "configs.json").read_text())
@@ -96,6 +98,45 @@ class WithOtherAnswers(llama.Model):
         return logits if cache is None else -logits
 
 
+class WithSlightlyOtherAnswers(llama.Model):
+    def __call__(self, inputs: mx.array, cache: Any = None, **others: Any) -> mx.array:
+        logits = super().__call__(inputs, cache=cache, **others)
+        return logits if cache is None else 1.1 * logits
+
+
+def test_half_precision_is_decided_in_float32(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch):
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    model.set_dtype(mx.bfloat16)
+    check_caches(model)
+    before = model.parameters()
+
+    # The gradients with and without checkpointing are compared in float32.
+    types: set[mx.Dtype] = set()
+    gradients = self_consistency._gradients
+
+    def seen(model: nn.Module, tokens: mx.array) -> mx.array:
+        types.add(model_dtype(model))
+        return gradients(model, tokens)
+
+    monkeypatch.setattr(self_consistency, "_gradients", seen)
+    assert is_checkpoint_sound(model)
+    assert types == {mx.float32}
+
+    # Half precision alone allows a tenth.
+    model.__class__ = WithSlightlyOtherAnswers
+    with pytest.raises(ml.ModelError, match="they differ by 10%"):
+        check_caches(model)
+    assert same(model.parameters(), before)
+
+    # Without memory for the copy, nothing else is possible.
+    monkeypatch.setattr(float32_copy, "this_machine", lambda: SimpleNamespace(budget=0))
+    check_caches(model)
+    types.clear()
+    assert is_checkpoint_sound(model)
+    assert types == {mx.bfloat16}
+
+
 def test_runs_and_sweeps_refuse_it_before_the_first_step(place: Place):
     model, tokenizer = ml.load(str(place.folder / "model"))
     model.__class__ = WithOtherAnswers
@@ -110,7 +151,7 @@ def test_runs_and_sweeps_refuse_it_before_the_first_step(place: Place):
 
 def test_a_run_acts_on_wrong_gradients(place: Place, monkeypatch: pytest.MonkeyPatch):
     """The verdict itself is tested above; no family that has it can read the letters."""
-    for module in (finetune_module, self_consistency):
+    for module in (step_choices, self_consistency):
         monkeypatch.setattr(module, "is_checkpoint_sound", lambda model: False)
     with pytest.raises(ml.ConfigError, match="grad_checkpoint on gives this model wrong gradients"):
         place.run("on", iters=1, grad_checkpoint="on")

@@ -13,8 +13,8 @@ import pytest
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import LoRAPlusError
-from mlx_loraplus.kernels import elementwise
-from mlx_loraplus.kernels.choices import StepChoices
+from mlx_loraplus.kernels import cross_entropy, elementwise, patch
+from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.kernels.head import model_dtype
 from mlx_loraplus.kernels.window_attention import Blocks
 from mlx_loraplus.models.skeleton import make_skeleton
@@ -183,6 +183,50 @@ def test_a_wrong_gradient_is_refused_with_figures(
     ), said
     assert "--selfcheck off trains nevertheless" in said
     assert "--compile off" not in said
+
+
+def test_the_head_is_summed_over_several_slices_whatever_their_size_in_a_run(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """A gradient that is wrong only from the second slice on is found."""
+    monkeypatch.setitem(CONFIGS, "llama", CONFIGS["llama"] | {"vocab_size": 8192})
+    model = tiny("llama")
+    attach_adapters(model, AdapterConfig(rank=4))
+    probes = probe_model(model, pack=False)
+    ways = [(default_choices(gpu=True), False)]
+    assert check_step(model, probes, AdapterConfig(), ways).problems() == []
+
+    right = cross_entropy._log_of_sum
+
+    def wrong(head: Any, shift: mx.array, *rest: Any) -> mx.array:
+        return right(head, mx.minimum(shift, -1e8), *rest)  # forgets the slices before this one
+
+    monkeypatch.setattr(cross_entropy, "_log_of_sum", wrong)
+    assert check_step(model, probes, AdapterConfig(), ways).problems()
+
+
+def test_the_check_on_cuda_takes_mlxs_fused_attention(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """cuDNN has a gradient for multiples of 128 tokens."""
+    lengths: list[int] = []
+    native = patch._native_causal
+
+    def counted(q: mx.array, k: mx.array, v: mx.array, padded: int, **rest: Any) -> mx.array:
+        lengths.append(padded)
+        return native(q, k, v, padded, **rest)
+
+    model = tiny("llama")
+    model.set_dtype(mx.bfloat16)
+    config = AdapterConfig(rank=4)
+    attach_adapters(model, config)
+    probes = probe_model(model, pack=False)
+    monkeypatch.setattr(patch, "_native_causal", counted)
+    monkeypatch.setattr("mlx_loraplus.kernels.choices.backend", lambda: "cuda")
+    monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 8})
+    assert check_step(model, probes, config, EAGER[:1]).problems() == []
+    assert lengths
+    assert all(length % 128 == 0 for length in lengths)
 
 
 def test_the_model_stays_as_it_was(tiny: TinyModel):

@@ -3,6 +3,7 @@
 import html
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +16,9 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import Machine
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
-from mlx_loraplus.memory.plan import memory_plan_of
+from mlx_loraplus.memory.plan import MemoryPlan, memory_plan_of
 from mlx_loraplus.settings import configure, read_settings
-from mlx_loraplus.training import step_choices
+from mlx_loraplus.training import step_choices, validation
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
 from mlx_loraplus.training.fastest_step import OpenChoices, StepTiming, StepWay
 from mlx_loraplus.training.selfcheck import CheckResult
@@ -25,11 +26,13 @@ from mlx_loraplus.training.step_choices import (
     StoredCheck,
     _freedom,
     key_of,
+    machine_facts,
     read_stored,
     ways_to_check,
     write_stored,
 )
 from tests.conftest import TinyModel, same
+from tests.training.test_failures import HELD_UP
 from tests.training.test_fastest_step import state_of
 from tests.training.test_model_probes import change_identity, refuse
 from tests.training.test_selfcheck import wrong_gate
@@ -171,6 +174,22 @@ def test_checkpointing_is_tried_only_where_it_is_right_and_the_opposite_only_whe
     assert tried(needed, checkpoint=False) == ()
 
 
+def test_a_gpu_that_fails_while_ways_are_timed_ends_the_run_with_advice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise RuntimeError(HELD_UP)
+
+    monkeypatch.setattr("mlx_loraplus.training.fastest_step._time_repeatedly", fail)
+    with pytest.raises(ml.DeviceError) as error:
+        place.run("run", selfcheck="on", **EAGER)
+    assert str(error.value).startswith(
+        "macOS stopped the GPU's work because it held up the display"
+    )
+    assert 'were timed: selfcheck="off" trains in the default way' in str(error.value)
+    assert place.run("run", selfcheck="off", overwrite=True, **EAGER).finished
+
+
 def test_on_checks_again(place: Place):
     place.run("first", selfcheck="on", **EAGER)
     (file,) = (place.folder / "cache" / "selfcheck").iterdir()
@@ -192,6 +211,57 @@ def test_a_run_of_another_size_takes_only_what_does_not_depend_on_it(
     assert identity_of(run).choices == WAY.choices
     assert not identity_of(run).grad_checkpoint
     assert run.start["memory"]["planned_gb"] > 1e-6
+
+
+def test_the_state_stores_the_machine_and_what_a_step_took(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+):
+    run = place.run("run", selfcheck="on", stop_at=3, **EAGER)
+    stored = identity_of(run, 3)
+    assert stored.machine == machine_facts()
+    (file,) = (place.folder / "cache" / "selfcheck").iterdir()
+    best = json.loads(file.read_text())["best"]
+    measured = stored.measured
+    assert (measured.seconds, measured.peak) == (best["seconds"], best["peak"])
+    assert measured.rows == 4
+
+    # run.yaml tells it, and the versions.
+    text = (run.folder / "run.yaml").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("# Machine: ")]
+    for fact in (*machine_facts().values(), f"mlx {version('mlx')}", f"mlx-lm {version('mlx-lm')}"):
+        assert fact in line
+    assert f"{measured.seconds:.3g} s/step and " in line
+
+    # A resume plans with the measured step, and does not compare with the prediction again.
+    plans: list[MemoryPlan] = []
+    fits = MemoryPlan.fits
+    monkeypatch.setattr(
+        MemoryPlan, "fits", lambda self, *a, **k: plans.append(self) or fits(self, *a, **k)
+    )
+    resumed = place.run("run", resume=True, grad_checkpoint="off", **EAGER)
+    assert plans[-1].correction != 1
+    assert plans[-1] == plans[-1].corrected(measured)
+    assert not told(place, "was predicted")
+    assert identity_of(resumed).measured == measured
+
+
+def test_validations_take_the_choices_of_the_run(place: Place, monkeypatch: pytest.MonkeyPatch):
+    """A slice that did not fit in the tuning does not come back in a validation."""
+    sizes: list[int] = []
+    make = validation.make_score
+
+    def seen(split: Any, choices: StepChoices) -> Any:
+        sizes.append(choices.slice_bytes)
+        return make(split, choices)
+
+    monkeypatch.setattr(validation, "make_score", seen)
+    place.run("run", stop_at=3)
+    stored = {"choices": {"attention": "chunked", "slice_bytes": 1 << 20}}
+    change_identity(checkpoint_folder(place.folder / "run", 3), lambda found: found.update(stored))
+    before = len(sizes)
+    assert set(sizes) == {default_choices().slice_bytes}
+    place.run("run", resume=True)
+    assert set(sizes[before:]) == {1 << 20}
 
 
 def test_run_yaml_tells_the_choices_and_can_be_read(place: Place):

@@ -3,6 +3,8 @@
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -188,7 +190,48 @@ def test_a_gpu_gets_a_checkpoint_at_least_every_ten_minutes(
     monkeypatch.setattr(trainer, "on_gpu", lambda: True)
     parts = prepared(tiny, examples(6), iters=5, steps_per_save=100, compile="off")
     train(*parts, report=lambda event: None, save=lambda: saves.append(1))
-    assert len(saves) == 1 + 5
+    assert len(saves) == 1 + 5 + 1, "each step, and the last one before its validation too"
+
+
+def test_a_checkpoint_on_a_gpu_lacks_at_most_ten_minutes_and_one_step(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """Steps, validations and answers take minutes; a failure in any of them loses little."""
+    clock = SimpleNamespace(now=0.0)
+
+    def perf_counter() -> float:
+        clock.now += 1e-6
+        return clock.now
+
+    clock.perf_counter = perf_counter
+    monkeypatch.setattr(trainer, "time", clock)
+    monkeypatch.setattr(trainer, "on_gpu", lambda: True)
+    state, valid, config = prepared(
+        tiny, examples(6), iters=24, steps_per_save=100, steps_per_eval=7, compile="off"
+    )
+    saved = SimpleNamespace(time=0.0, step=0, early=0)
+    lacks: list[float] = []
+
+    def save() -> None:
+        saved.time, saved.step = clock.now, state.progress.step
+        saved.early += state.progress.owes_validation
+
+    def spend(seconds: float) -> None:
+        clock.now += seconds
+        if state.progress.step == saved.step:
+            saved.time = clock.now  # the checkpoint lacks nothing
+        lacks.append(clock.now - saved.time)
+
+    def slow_validate(*_: Any) -> tuple[float, dict]:
+        spend(500)
+        return 9.0 + state.progress.step, {"valid_loss": 9.0}
+
+    monkeypatch.setattr(trainer, "validate", slow_validate)
+    report = lambda event: spend(300 if "valid_loss" in event else 190)  # noqa: E731
+    train(state, valid, config, report=report, save=save)
+    assert 600 <= max(lacks) <= 600 + 190.1
+    assert saved.early
+    assert not state.progress.owes_validation
 
 
 def test_epochs_use_every_row_and_flush_the_last_window(tiny: TinyModel):

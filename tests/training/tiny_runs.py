@@ -25,7 +25,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.state import Event
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
-from mlx_loraplus.training.compiled import CompiledByShape
+from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
 
 TIMES = {
@@ -168,12 +168,7 @@ def keep_loops(monkeypatch: pytest.MonkeyPatch) -> list[trainer.TrainLoop]:
 
 def compiled_choices(loop: trainer.TrainLoop) -> list[Any]:
     """Return what a loop's compiled functions have seen, and which shapes are compiled."""
-    functions = [loop._accumulate, loop._update, loop.estimate_kl.measure]
-    return [
-        (function._seen, list(function._traces))
-        for function in functions
-        if isinstance(function, CompiledByShape)
-    ]
+    return [loop.traces._seen, list(loop.traces._kept)]
 
 
 def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
@@ -185,7 +180,7 @@ def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
         optimizer = LoRAPlus(configure(TrainConfig, {"optimizer": "sgd"}).optimizer, 10)
         optimizer.init(model, trainable_summary(model).groups)
         loss = make_loss(split_model(model))
-        accumulate, update = trainer.make_step(model, loss, optimizer, compiled=False)
+        accumulate, update = make_step(model, loss, optimizer, compiled=False)
         carried, tokens = None, mx.array(float(sum(batch.target_count for batch in batches)))
         for batch in batches[:-1]:
             carried = accumulate(arrays_of(batch), carried)
