@@ -48,7 +48,7 @@ class Machine:
 
     @property
     def has_gpu(self) -> bool:
-        """Whether activations keep the model's type; on a CPU they are float32."""
+        """Whether it has a GPU, which keeps activations in the model's type; a CPU uses float32."""
         return self.backend != "cpu"
 
     @property

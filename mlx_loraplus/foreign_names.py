@@ -92,7 +92,7 @@ MLX_LM: Mapping[str, ForeignSetting] = {
     "clear_cache_threshold": _left_out("memory is managed by the plan"),
     **dict.fromkeys(
         ("wandb", "project_name"),
-        _refused("--report-to names the tracker; variables such as WANDB_PROJECT, the project"),
+        _refused("--report-to sets the tracker; variables such as WANDB_PROJECT set the project"),
     ),
     "trust_remote_code": _only(False, note=_NO_REMOTE_CODE),
     "hf_dataset": _refused("--data org/name, with --fields for its columns"),
@@ -224,7 +224,7 @@ TRL: Mapping[str, ForeignSetting] = {
         _left_out("rows are encoded once, and read while the model trains"),
     ),
     "disable_tqdm": _left_out("--log-format plain has no live display"),
-    "logging_first_step": _left_out("the first validation is before the first step"),
+    "logging_first_step": _left_out("the first step is always reported"),
     "eval_on_start": _left_out("the first validation is before the first step"),
     "neftune_noise_alpha": _only(None, 0, note="noise on embeddings does not exist here"),
     "label_smoothing_factor": _only(0, note="labels are not smoothed"),

@@ -72,7 +72,7 @@ def _as_words(value: Any) -> Any:
 
     words: list[Any] = []
     for item in value:
-        # Brackets and quotes are left of a list in Python's notation.
+        # Brackets and quotes remain from a list in Python's notation.
         words += item.translate(_NO_WORD).strip(",").split(",") if isinstance(item, str) else [item]
     return () if words == ["none"] else tuple(words)
 

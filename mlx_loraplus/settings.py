@@ -304,7 +304,7 @@ def check_settings_file(path: Path) -> None:
     """
     folder = path.parent
     if path.name == "adapter_config.json":
-        advice = f"an adapter's config: to train on from it, --resume-adapter-file {folder}"
+        advice = f"an adapter's config: to start from it, give --resume-adapter-file {folder}"
     elif path.name == "config.json":
         advice = f"a model's config: give the model as --model {folder}"
     elif path.suffix.lower() in _WEIGHTS:

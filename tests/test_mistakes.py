@@ -106,7 +106,7 @@ def test_an_adapter_that_mlx_lm_trained_works_in_every_command(
 
     # It is no run, so it is not resumed; the advice is right when followed.
     said = error_of("train --model tiny --data sums --adapter-path stock --resume", capsys)
-    assert "leave out --resume, and --resume-adapter-file stock with another" in said
+    assert "to start from it, give --resume-adapter-file stock and another" in said
     cli.main(f"{TRAIN} --warmup 0 --resume-adapter-file stock".split())
     assert "training starts from stock" in capsys.readouterr().out
     said = error_of("train --model tiny --data sums --adapter-path stock", capsys)

@@ -263,7 +263,7 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
 
 
 def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]:
-    """Return a note if a turn has special tokens or its answer before the block of thoughts."""
+    """Return a note if thoughts come after the answer or special tokens, or are in no block."""
     # Thoughts that are left out have a note of their own.
     if not thoughts_of(message) or "thoughts" in find_lost(message, turn.answer):
         return []

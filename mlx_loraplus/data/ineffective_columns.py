@@ -84,7 +84,10 @@ def check_switches(
 
 
 def _number(value: object) -> float | None:
-    """Return a number, a boolean or one of these as text as a number; None for anything else."""
+    """Return the number that a value stands for, or None.
+
+    The value may be a number, a boolean, or text that holds one of these.
+    """
     if isinstance(value, bool | int | float):
         return float(value)
     if not isinstance(value, str):

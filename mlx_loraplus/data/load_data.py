@@ -97,8 +97,11 @@ def load_data(
         log: Called regularly with the progress while a large file is encoded.
 
     Raises:
+        ConfigError: The setting ``fields`` is wrong.
         DataError: The data can't be found or read, or can't be trained on. The message lists all
             problems.
+        ModelError: The tokenizer or its chat template can't be used.
+        OutputError: The cache can't be written.
     """
     # Holding out needs both splits, even if only one of them is wanted
     settings = config.data

@@ -57,7 +57,7 @@ def truncate_or_split(shard: Shard, report: SplitReport) -> np.ndarray:
 
 
 def _split_documents(shard: Shard, limit: int) -> np.ndarray:
-    """Return SPAN for joined documents, cut at the maximum length."""
+    """Return the spans of joined documents, cut at the maximum length."""
     starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
     rows = np.searchsorted(shard.spans["stop"], starts, side="right")
     pieces = zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)
@@ -71,7 +71,7 @@ def _overlapping_pieces(row: int, start: int, stop: int, limit: int) -> list[tup
 
 
 def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Return SPAN for each (row, start, stop) that has a supervised token after its first."""
+    """Return a span for each (row, start, stop) with a supervised token after its first token."""
     spans = np.zeros(len(pieces), SPAN)
     used = 0
     for row, start, stop in pieces:

@@ -296,7 +296,7 @@ def _check_lengths(limits: Limits, split: str, examples: Examples, log: Log) -> 
             f"{count:,} of {counted(len(examples), f'{split} example')}"
             f" {'has' if count == 1 else 'have'} more than {most:,} tokens (the"
             f" longest has {longest:,}), and this model has {limits.positions:,} learned positions,"
-            f" padding included; use --max-seq-length {most}"
+            f" which padding uses too; use --max-seq-length {most}"
         )
 
     _warn_beyond(limits.context, "this model's context of {} tokens", split, examples, log)

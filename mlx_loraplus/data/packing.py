@@ -28,7 +28,7 @@ class PackedBatches(Batches):
 
     Args:
         examples, batch_size, seed, shares: As for ``Batches``.
-        max_length: Longest row, in tokens.
+        max_length: Maximum length of an example, in tokens; rows may be longer by rounding.
 
     Attributes:
         row_length: Tokens in a row, from ``choose_length``.
@@ -118,7 +118,7 @@ def choose_length(descending: np.ndarray, batch_size: int, max_length: int) -> i
     Args:
         descending: Lengths of the examples in tokens, longest first.
         batch_size: Rows in a batch.
-        max_length: Longest row, in tokens.
+        max_length: Maximum length of an example, in tokens.
     """
     sample = descending[:: 1 + len(descending) // SAMPLE]
 

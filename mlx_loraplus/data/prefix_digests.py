@@ -93,8 +93,11 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _characters(text: str) -> np.ndarray:
-    """Return the characters of a text in lower case, (characters,) <U1."""
-    # White space does not count, so cutting later would not bound the work
+    """Return the characters of a text in lower case, (characters,) <U1.
+
+    Of a longer text, only the first 2 * ``LONGEST`` characters are used.
+    """
+    # LONGEST does not count white space, so that limit alone would not bound the work
     folded = unicodedata.normalize("NFKC", text[: 2 * LONGEST]).casefold()
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
 

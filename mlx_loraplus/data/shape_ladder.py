@@ -100,7 +100,9 @@ def batch_sizes(
 
 
 def _choose_lengths(lengths: np.ndarray, means: np.ndarray, longest: int) -> np.ndarray:
-    """Return the smallest number of lengths to pad to that leaves little enough padding.
+    """Return the shortest list of lengths to pad to that leaves little enough padding.
+
+    If no list does, the longest one is returned.
 
     Args:
         lengths: Length of each batch's longest row, in tokens: (batches,).

@@ -113,7 +113,7 @@ class Blocks:
         return mx.as_strided(x, shape, strides)
 
     def sum_keys(self, x: mx.array) -> mx.array:
-        """Return the sum over all blocks that have a key, which undoes ``cut_keys``.
+        """Return the sum over all blocks that have a key, as the gradient of ``cut_keys`` needs it.
 
         (rows, kv heads, blocks, keys, dim) → (rows, kv heads, length, dim)
         """

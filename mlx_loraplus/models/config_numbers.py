@@ -37,9 +37,9 @@ def check_numbers(config: dict[str, Any]) -> None:
     """Check the sizes in a config, or in the language model's part of a multimodal one.
 
     Raises:
-        ModelError: A size is not a positive whole number, a norm's epsilon or the factor of a
-            ``rope_scaling`` is missing or not a positive number, or more experts are chosen for a
-            token than there are.
+        ModelError: A size is not a positive whole number, a norm's epsilon is not a positive
+            number, a quantization or a ``rope_scaling`` has the wrong form, a ``rope_scaling``
+            lacks its type or factor, or more experts are chosen for a token than there are.
     """
     part = text_part(config)
     for name in _QUANTIZATIONS:

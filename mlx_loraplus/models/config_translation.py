@@ -205,7 +205,7 @@ def _add_full_attention_pattern(part: dict[str, Any]) -> None:
     if full != list(range(pattern, len(kinds) + 1, pattern)):
         raise ModelError(
             "its layer_types do not have full attention in exactly every nth layer, which mlx-lm"
-            " requires"
+            " requires: use another model"
         )
 
     # If the config also has the pattern, it must give the same layers.

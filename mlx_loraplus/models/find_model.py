@@ -83,7 +83,11 @@ class ModelSource:
 
 
 def original_of(name: str) -> str:
-    """Return the hub id of the original of a quantized model, or a description if unknown."""
+    """Return the hub id of the original of a quantized model.
+
+    If the organization is unknown, return the original's name alone. If the original is unknown,
+    return a description.
+    """
     pattern = r"mlx-community/(?:Meta-)?(.+?)-(?:\d-?bit|mxfp\d|nvfp4).*"
     quantized = re.fullmatch(pattern, MODELS.get(name, name), flags=re.IGNORECASE)
     if not quantized:

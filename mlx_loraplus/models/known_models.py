@@ -80,7 +80,7 @@ def gemma_for(budget: int, family: str = "gemma-3") -> str:
     """Return the short name of the largest model of a family that trains comfortably in a budget.
 
     Args:
-        budget: The memory that a run may use on a Mac, in bytes, from ``Machine.budget``.
+        budget: The memory that a run may use, in bytes, from ``Machine.budget``.
         family: A name of ``CHOSEN_BY_MEMORY``.
     """
     best, best_gb = "", -1.0

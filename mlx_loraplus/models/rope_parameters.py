@@ -59,16 +59,17 @@ def settings_read(modules: Iterable[Any]) -> set[str]:
 
 def _settings_required(modules: Iterable[Any]) -> set[str]:
     """Return the names of the config settings that mlx-lm can't make a model without."""
-    holders = [
-        getattr(module, "args", None) or getattr(module, "config", None) for module in modules
-    ]
-    return {
-        field.name
-        for holder in holders
-        if dataclasses.is_dataclass(holder)
-        for field in dataclasses.fields(holder)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
+    names: set[str] = set()
+    for module in modules:
+        holder: Any = getattr(module, "args", None) or getattr(module, "config", None)
+        if not dataclasses.is_dataclass(holder):
+            continue
+        for field in dataclasses.fields(holder):
+            has_default = field.default is not dataclasses.MISSING
+            has_factory = field.default_factory is not dataclasses.MISSING
+            if not has_default and not has_factory:
+                names.add(field.name)
+    return names
 
 
 def with_older_rope(config: dict[str, Any]) -> dict[str, Any]:

@@ -62,9 +62,11 @@ def linear_axis(low: float, high: float, start: float, stop: float, *, tight: bo
     if tight and float(low).is_integer() and float(high).is_integer():
         distance = max(1.0, distance)
 
-    count = math.floor(last / distance + 1e-9) - math.ceil(first / distance - 1e-9) + 1
-    base = math.ceil(first / distance - 1e-9)
-    return Axis(first, last, start, stop, [(base + each) * distance for each in range(count)])
+    # The ticks are multiples of the distance; 1e-9 allows for rounding.
+    least = math.ceil(first / distance - 1e-9)
+    most = math.floor(last / distance + 1e-9)
+    ticks = [number * distance for number in range(least, most + 1)]
+    return Axis(first, last, start, stop, ticks)
 
 
 def log_ticks(low: float, high: float) -> list[float]:

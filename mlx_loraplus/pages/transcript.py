@@ -196,8 +196,8 @@ def parts_of(text: str, role: str = "assistant") -> list[Part]:
 def differences(expected: str, answer: str) -> list[tuple[ChangeKind, str]]:
     """Return an answer in pieces, marked by how they differ from the expected answer.
 
-    "extra" pieces are only in the answer, and "missing" pieces only in the expected one. Other
-    white space does not count as a difference: crossed-out spaces would look like dashes.
+    "extra" pieces are only in the answer, and "missing" pieces only in the expected one. A
+    difference in white space alone does not count: crossed-out spaces would look like dashes.
     """
     wanted, given = _WORDS.findall(expected), _WORDS.findall(answer)
     if max(len(wanted), len(given)) > _MAX_WORDS:

@@ -59,7 +59,10 @@ def give_advice(run: Run, found: Verdict) -> Advice | None:
 
 
 def _advice_on_answers(run: Run, found: Verdict) -> Advice | None:
-    """Return what to do about the answers, which matter more than the loss; None if it decides."""
+    """Return what to do about the answers, which matter more than the loss.
+
+    Return None if the answers give no reason for advice; then the trend of the loss decides.
+    """
     # The loss of pairs can fall because both answers become less likely.
     fall = fall_of_chosen(run)
     if fall is not None:

@@ -55,7 +55,7 @@ class Lines(AbstractContextManager[Any]):
         self._warned: set[str] = set()
 
     def __exit__(self, *_: object) -> None:
-        """Restore the terminal."""
+        """Do nothing; ``Terminal`` stops its live display."""
 
     def log(self, line: str) -> None:
         """Print a message; a warning is printed only the first time."""
@@ -334,7 +334,7 @@ def _ranked(event: Event, prefix: str = "") -> str:
 def _rewards_are_zero(event: Event, prefix: str) -> bool:
     """Return whether all rewards are zero up to rounding, so that they rank nothing.
 
-    So it is before the first update, if the model is its own reference.
+    This is the case before the first step, if the model is its own reference.
     """
     names = (prefix + "rewards_chosen", prefix + "rewards_rejected")
     rewards = [event[name] for name in names if name in event]

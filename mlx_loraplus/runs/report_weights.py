@@ -106,7 +106,7 @@ def _fuse_maps(layers: Mapping[str, Event]) -> list[Chart]:
             if layer[name] is not None:
                 grid[kinds.index(place.kind), blocks.index(place.block)] = layer[name]
         if np.isfinite(grid).any():
-            caption = f"{what} after fusing: cosine of the change made to the change meant"
+            caption = f"{what} after fusing: cosine between the intended and the actual change"
             charts.append(heat_map(caption, grid, bands, ticks, "blocks", limits=(0.0, 1.0)))
     return charts
 

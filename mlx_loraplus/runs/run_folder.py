@@ -128,8 +128,8 @@ def no_run(folder: Path) -> OutputError:
     """Return the error for a folder that ``resume`` should continue but that holds no run."""
     if (folder / WEIGHTS).is_file() and (folder / CONFIG).is_file():
         return OutputError(
-            f"{folder} holds an adapter, but no run to resume: leave out --resume, and"
-            f" --resume-adapter-file {folder} with another --adapter-path starts from it"
+            f"{folder} holds an adapter, but no run to resume: to start from it, give"
+            f" --resume-adapter-file {folder} and another --adapter-path instead of --resume"
         )
     return OutputError(
         f"{folder} holds no run to resume: give the run's --adapter-path, or leave out --resume"

@@ -191,7 +191,7 @@ def _mlflow(run: Run, log: Log) -> Generator[LogValues]:
     opened = _continue_mlflow(stored) if stored else None
     known: dict[str, int] = {}
     if opened is not None:
-        # The points that the run has; it would keep both of two equal ones.
+        # Find the first step of each metric to log, because MLflow would keep duplicates.
         client = mlflow.MlflowClient()
         for name in opened.data.metrics:
             points = client.get_metric_history(opened.info.run_id, name)

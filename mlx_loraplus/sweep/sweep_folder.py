@@ -57,7 +57,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
     # The content of the folder must agree with --resume and --overwrite.
     if config.resume and TRIALS not in held:
         raise OutputError(
-            f"{folder} holds no sweep to resume: give its --adapter-path, or omit --resume"
+            f"{folder} holds no sweep to resume: give a sweep's --adapter-path, or omit --resume"
         )
     if config.resume and not (folder / TRIALS).stat().st_size:
         raise OutputError(f"{folder / TRIALS} is empty: start again with --overwrite")
@@ -116,7 +116,8 @@ def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
 
     if different:
         raise ConfigError(
-            f"can't resume {folder}: {', '.join(different)} differ; give another --adapter-path"
+            f"can't resume {folder}: {', '.join(different)} differ; take them from its sweep.yaml,"
+            " or start a new sweep in another --adapter-path"
         )
     return trials
 

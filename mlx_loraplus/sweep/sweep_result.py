@@ -134,9 +134,10 @@ class Sweep(RichDisplay):
         return lines
 
     def widen_command(self) -> str | None:
-        """Return the command that also tries values beyond the best ones; None if none is an edge.
+        """Return the command that also tries values beyond the edges where the best values lie.
 
-        The new value is to the edge as the edge is to its neighbour.
+        It is None if no best value lies at an edge. The ratio of a new value to the edge is that of
+        the edge to its neighbour.
         """
         command = resume_sweep_command(self.config)
         edges = self._values_at_an_edge()

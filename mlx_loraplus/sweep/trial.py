@@ -127,8 +127,8 @@ def trial_state(
 ) -> TrainState:
     """Return a trial's state before its first step; ``rule`` is the class of the optimizer."""
     batches = make_batches(model, train_examples, config, no_log)
-    length = schedule_of(config, batches.per_epoch)
-    optimizer = rule(config.optimizer, length.steps)
+    schedule = schedule_of(config, batches.per_epoch)
+    optimizer = rule(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     requested = resolve_grad_checkpoint(config, model, batches.largest(), no_log)
     grad_checkpoint = resolve_sound_checkpoint(model, config, no_log, wanted=requested)
@@ -137,7 +137,7 @@ def trial_state(
         split_model(model),
         optimizer,
         batches,
-        length,
+        schedule,
         grad_checkpoint=grad_checkpoint,
     )
 

@@ -125,10 +125,10 @@ class Evaluation(RichDisplay):
         return sorted(different, key=lambda pair: pair[0].exact - pair[1].exact)
 
     def __rich__(self) -> Table:
-        """Return a table of this model's and its base's metrics, with three changed answers.
+        """Return a table of this model's and its base's metrics, and up to three changed answers.
 
-        If the base has a base of its own, it is the model with the adapter that training started
-        from.
+        If the base has a base of its own, the base is the model with the adapter that training
+        started from, and its own base is the model without it.
         """
         columns = {"model": self}
         if self.base is not None:

@@ -11,14 +11,14 @@ from ..runs.report import write_report
 from ..runs.state import Event
 from .checkpoint import write_history
 
-REPORT_SHARE = 0.01  # of the run's time, for writing its page
+REPORT_SHARE = 0.01  # of the session's time, for writing the page
 
 
 class LiveFiles:
     """A callback that appends each event to ``history.jsonl`` and rewrites ``report.html``.
 
-    A checkpoint rewrites the history as well, so a killed run loses at most the last line. Writing
-    the page takes at most about 1% of the session's time.
+    If the run is killed, at most the last line of the history is lost. A checkpoint rewrites the
+    whole history. Writing the page takes at most about 1% of the session's time.
     """
 
     def __init__(self, log: Log):

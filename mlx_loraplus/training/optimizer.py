@@ -140,7 +140,8 @@ class LoRAPlus:
         """Create the state of some parameters of a group, and store it under ``key``."""
         self._group_of_rule[key] = group
         parameters = self._widened(parameters)
-        join = rule in _ELEMENTWISE and key != "weights"  # a copy of a model's matrices is large
+        # Joining copies the arrays, and the matrices of adapter full are too large to be copied.
+        join = rule in _ELEMENTWISE and key != "weights"
         members = JoinedParameters(parameters, join=join)
         optimizer = _RULES[rule](0.0)  # ``_apply_rule`` sets the rate before each step
         optimizer.init(members.join(parameters))

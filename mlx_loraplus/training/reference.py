@@ -36,7 +36,7 @@ _FILE = "log_probs"  # float32, two values for each example
 
 
 def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
-    """Add the reference's log-probabilities to the examples of a run, if its objective has any.
+    """Add the reference's log-probabilities to the examples of a run, if its objective needs them.
 
     Args:
         model: The model before the run's adapters are attached.

@@ -167,7 +167,7 @@ class RunWriter:
 
         Args:
             error: The error.
-            checkpointing_helps: Whether memory ran out that gradient checkpointing would save.
+            checkpointing_helps: Whether memory ran out, and gradient checkpointing would need less.
         """
         run = self.session.run
         reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__

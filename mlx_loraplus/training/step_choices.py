@@ -20,7 +20,7 @@ from ..adapters.tensor_parallel import is_sharded
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..device import gb, on_gpu, this_machine
-from ..errors import DeviceError, ModelError, OutputError
+from ..errors import DeviceError, ModelError, OutputError, counted
 from ..failures import failures_in_one_line
 from ..files import cache_folder, read_bounded, write_atomically
 from ..kernels.choices import StepChoices
@@ -46,7 +46,7 @@ from .session import Session
 from .trainer import TrainState
 
 FOLDER = "selfcheck"  # in the cache
-_BUDGET_SHARE = 0.9
+_BUDGET_SHARE = 0.9  # of this machine's budget, for a model that can't be planned
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def choose_grad_checkpoint(
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
-    """Check this machine and choose how a run computes its step, in one way on all processes.
+    """Check this machine and choose how a run computes its step, the same on all processes.
 
     Args:
         session: The run's session.
@@ -279,7 +279,7 @@ def _notes_on(result: TuningResult, plan: MemoryPlan | None) -> str:
         predicted = plan.memory(result.rows, result.length, checkpoint=checkpoint).total
         notes = f" (predicted: {gb(predicted)})"
     if not result.is_complete:
-        notes += f"; {len(result.timings)} ways were tried before the time was up"
+        notes += f"; there was only time for {counted(len(result.timings), 'way')}"
     return notes
 
 

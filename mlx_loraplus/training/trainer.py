@@ -63,7 +63,7 @@ class TrainState:
         progress: How far the run has come.
         grad_checkpoint: Whether blocks are checkpointed.
         probes: The verdicts about the model; None to test the model when needed.
-        choices: How a step is computed; by default as is best for the device.
+        choices: How a step is computed; by default, what suits the device best.
         compiled: Whether the step is compiled; None for what the config says.
         measured: What a step of the run's largest batch took, or None if not measured.
         objective: What is minimized.

@@ -255,7 +255,7 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if model_type == "llama4":
         settings |= llama4_fixed(config)
 
-    # Every nth layer is another kind of layer.
+    # The kinds of the layers, which a GGUF file does not store.
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
     if model_type in ("llama", "ministral3"):

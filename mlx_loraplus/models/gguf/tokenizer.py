@@ -99,7 +99,7 @@ def _vocabulary(metadata: dict[str, Any]) -> tuple[list[str], list[int]]:
     tokens = metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise ModelError(
-            "it holds no tokenizer (tokenizer.ggml.tokens is missing); use a complete one"
+            "it holds no tokenizer (tokenizer.ggml.tokens is missing): use a file that holds one"
         )
 
     # If the file has no types, all tokens are normal tokens.

@@ -38,8 +38,8 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     model = backend["model"]
     if model["type"] != "BPE":
         raise ModelError(
-            f"its tokenizer is of the kind {model['type']}, which can't become GGUF here; allowed"
-            " is BPE"
+            f"its tokenizer is of the kind {model['type']}, which can't be written to GGUF here;"
+            " allowed is BPE"
         )
 
     # Choose the kinds of the tokenizer and of its pre-tokenizer.
