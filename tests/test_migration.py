@@ -181,7 +181,7 @@ def test_keywords_of_other_programs(capsys: pytest.CaptureFixture[str]):
         ("--r 8 --lora-r 4", "lora_r 4 is rank 4 here, but rank is also 8"),
         ("--neftune-noise-alpha 5", "noise on embeddings does not exist here"),
         ("--ref-model base", "--reference base or start"),
-        ("--wandb my-project", "--report-to names the tracker"),
+        ("--wandb my-project", "--report-to sets the tracker"),
         ("--loss-type hinge", "--objective takes sft, dpo, ipo, orpo, simpo and kto"),
         ("--eval-strategy epoch --bias all", "give --steps-per-eval; PEFT's bias all can't"),
     ],

@@ -28,7 +28,7 @@ from mlx.nn.utils import checkpoint
 
 from ..adapters.base_layers import full_weight, project
 from ..device import MOST_NUMBERS, on_gpu
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from .choices import StepChoices, default_choices
 from .elementwise import exp
 from .head import Head, TrunkAndHead
@@ -112,8 +112,8 @@ def full_logits(model: Any, tokens: mx.array, positions: mx.array, **caches: Any
     if on_gpu() and logits.size > MOST_NUMBERS:
         rows, length = tokens.shape
         raise ConfigError(
-            f"a batch of {rows} rows x {length:,} tokens needs an array of {logits.size:,} logits,"
-            f" and on a GPU an array has at most {MOST_NUMBERS:,} numbers: use a smaller"
+            f"a batch of {counted(rows, 'row')} x {length:,} tokens needs an array of"
+            f" {logits.size:,} logits, and on a GPU an array has at most {MOST_NUMBERS:,} numbers: use a smaller"
             " --batch-size, with --grad-accumulation-steps, or a smaller --max-seq-length"
         )
     return logits.flatten(0, 1)[positions]

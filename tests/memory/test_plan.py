@@ -379,7 +379,7 @@ def test_a_layer_that_holds_up_the_display_is_reported_on_a_mac_alone(
 ):
     machine = replace(simulate_mac("16GB"), backend=backend)
     monkeypatch.setattr("mlx_loraplus.memory.plan.this_machine", lambda: machine)
-    monkeypatch.setattr("mlx_loraplus.memory.plan._LONG_LAYER", 1.0)
+    monkeypatch.setattr("mlx_loraplus.memory.display_advice._LONG_LAYER", 1.0)
     place.run(iters=1)
     advice = [line for line in place.told if "Impacting Interactivity" in line]
     assert len(advice) == (backend == "metal")

@@ -168,7 +168,7 @@ def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("one key head", "can't be sharded over 2 processes: it has 1 key heads"),
+        ("one key head", "can't be sharded over 2 processes: it has 1 key head"),
         ("cohere", "models of the kind cohere can't be sharded"),
         ("experts", "models with experts"),
         ("few groups", "down_proj has 3 groups of 32 inputs"),
@@ -191,7 +191,7 @@ def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
         assert [process.wait(MOST) for process in processes] == [2, 2]
     first, second = ((tmp_path / "team" / f"{rank}.log").read_text() for rank in (0, 1))
     assert [line for line in first.splitlines() if "error" in line] == [
-        "error: this model can't be sharded over 2 processes: it has 1 key heads; use another"
+        "error: this model can't be sharded over 2 processes: it has 1 key head; use another"
         " number of processes, or parallel data"
     ]
     assert "error" not in second
