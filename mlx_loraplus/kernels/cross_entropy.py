@@ -114,7 +114,8 @@ def full_logits(model: Any, tokens: mx.array, positions: mx.array, **caches: Any
         raise ConfigError(
             f"a batch of {counted(rows, 'row')} x {length:,} tokens needs an array of"
             f" {logits.size:,} logits, and on a GPU an array has at most {MOST_NUMBERS:,} numbers:"
-            " use a smaller --batch-size, with --grad-accumulation-steps, or a smaller --max-seq-length"
+            " use a smaller --batch-size, with --grad-accumulation-steps, or a smaller"
+            " --max-seq-length"
         )
     return logits.flatten(0, 1)[positions]
 
