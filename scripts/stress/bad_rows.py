@@ -91,8 +91,7 @@ CASES = [
         "thinking_switch", "<function=plover>\n<parameter=days>\n37\n</parameter>\n</function>\n</tool_call><|im_end|>⟧"),
     one("a call to Gemma", chat(user("zork?"), bot("", tool_calls=[call()])), "gemma-chat", *LOST_CALL, code=2),
     # Thoughts
-    one("thoughts inside, cut everywhere", INSIDE, "cuts_thoughts",
-        "⟦<think>\nfrobozz\n</think>\n\nxyzzy<|im_end|>⟧"),
+    one("thoughts inside, cut everywhere", INSIDE, "cuts_thoughts", "⟦<think>frobozz</think>xyzzy<|im_end|>⟧"),
     one("thoughts inside, cut everywhere, learning everything", INSIDE, "cuts_thoughts", LOST_THOUGHTS,
         options="--train-on everything"),
     one("thoughts under a key that the template ignores", THINKING, "smollm2",
@@ -100,7 +99,7 @@ CASES = [
     one("thoughts under other keys", [
         *chat(user("zork?"), bot("xyzzy", thinking="frobozz")),
         *chat(user("zork!"), bot("xyzzy", reasoning="frobozz")),
-    ], "cuts_thoughts", "(2 rows", "⟦<think>\nfrobozz\n</think>\n\nxyzzy<|im_end|>⟧"),
+    ], "cuts_thoughts", "(2 rows", "⟦<think>frobozz</think>xyzzy<|im_end|>⟧"),
     one("thoughts that Gemma's template ignores", THINKING, "gemma-chat",
         "⟦<think>\nfrobozz\n</think>\n\nxyzzy<end_of_turn>⟧"),
     one("thoughts that the template keeps in the last turn alone", chat(
