@@ -101,7 +101,7 @@ RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 # scripts/study/preferences, dpo learned its preference at 0.05 and 0.2, with lambda 1 and 16 alike;
 # published runs on larger models and harder data use 0.005 to 0.05. Most of orpo's loss is that of
 # sft, and it learned the content far better at 2 than at 0.5.
-SHARES = {"dpo": 0.05, "ipo": 0.05, "orpo": 1.0, "simpo": 0.05, "kto": 0.05}
+OBJECTIVE_RATE_SHARES = {"dpo": 0.05, "ipo": 0.05, "orpo": 1.0, "simpo": 0.05, "kto": 0.05}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 
@@ -264,8 +264,8 @@ class DataConfig:
     """What it learns from, and how examples are batched."""
 
     data: UserPaths = ()
-    """Folders with train (valid, test) files, single files (jsonl, json, csv, parquet, txt) or hub
-    ids. Default: a small demo set."""
+    """Folders with train (valid, test) files, single files (jsonl, json, csv, tsv, parquet, txt) or
+    hub ids. Default: a small demo set."""
     data_weights: tuple[Annotated[Positive, Field(le=1000)], ...] = ()
     """One weight for each of several data sets: how often an epoch includes its rows, at most 1000
     times; 0.5 includes half of them."""

@@ -18,9 +18,9 @@ import yaml
 from .config import (
     KINDS,
     LR_RATIO,
+    OBJECTIVE_RATE_SHARES,
     OLD_NAMES,
     RATES,
-    SHARES,
     AdapterConfig,
     OptimizerConfig,
     TrainConfig,
@@ -191,7 +191,7 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
 def _rate_at_one(config: TrainConfig) -> float:
     """Return a run's default eta at lambda 1."""
     rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
-    return rate * SHARES.get(config.objective.objective, 1.0)
+    return rate * OBJECTIVE_RATE_SHARES.get(config.objective.objective, 1.0)
 
 
 def _fill_rates(

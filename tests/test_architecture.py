@@ -133,6 +133,8 @@ def test_scripts_and_workflows_name_files_that_exist():
     files += (ROOT / ".ci").iterdir()
     missing: list[str] = []
     for file in filter(Path.is_file, files):
+        if file.name.startswith("."):  # a Mac's .DS_Store
+            continue
         text = file.read_text(encoding="utf-8")
         named = re.findall(r"(?<![\w./-])((?:scripts|tests|docs|mlx_loraplus)/[\w./-]*\w)", text)
         modules = re.findall(r"-m (scripts[\w.]*\w)", text)

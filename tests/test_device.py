@@ -187,9 +187,6 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
     assert is_fused(256, 256, mx.bfloat16) is (gpu == "metal")
     assert is_fused(200, 128, mx.bfloat16) is (gpu == "metal")
     assert is_fused(256, 128, mx.float32) is (gpu == "metal")
-    assert is_fused(256, 64, mx.bfloat16)
-    assert is_fused(256, 32, mx.bfloat16) is (gpu == "cuda")
-    assert not is_fused(256, 512, mx.bfloat16)
     if gpu == "cuda":
         monkeypatch.setattr(mx, "device_info", lambda: CUDA | {"compute_capability_major": 7})
         assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"

@@ -41,8 +41,8 @@ class Batch:
     targets: np.ndarray  # the tokens to predict at these positions: (targets,) int32
     weights: np.ndarray  # 1 for a target, 0 where the list is padded: (targets,) float32
     target_count: int  # number of targets without padding
-    useful: int  # number of input tokens without padding
-    used: np.ndarray  # number of input tokens in each row without padding: (rows,)
+    token_count: int  # number of input tokens without padding
+    row_lengths: np.ndarray  # number of input tokens in each row without padding: (rows,)
     segments: np.ndarray | None = None  # (rows, length) int32
     # number of pairs (each has two rows, the chosen answer first), or of labeled answers
     pairs: int = 0
@@ -130,8 +130,8 @@ class Batches:
         epochs = min(LADDER_EPOCHS, math.ceil(LADDER_BATCHES / self.per_epoch))
         sizes: list[np.ndarray] = []
         for epoch in range(epochs):
-            rows, _ = self._shuffle(epoch)
-            lengths, targets = self.lengths[rows], self.target_counts[rows]
+            examples, _ = self._shuffle(epoch)
+            lengths, targets = self.lengths[examples], self.target_counts[examples]
             sizes.append(batch_sizes(lengths, targets, self.batch_size, self.shares))
         return ShapeLadder.fit(*np.concatenate(sizes, axis=1), longest=int(self.lengths.max()))
 
@@ -250,8 +250,8 @@ def lay_out(
         targets=np.pad(np.concatenate(targets), padding).astype(np.int32),
         weights=np.pad(np.ones(target_count, np.float32), padding),
         target_count=target_count,
-        useful=int(np.count_nonzero(segments)),
-        used=np.count_nonzero(segments, axis=1),
+        token_count=int(np.count_nonzero(segments)),
+        row_lengths=np.count_nonzero(segments, axis=1),
         segments=segments if packed else None,
         places=tuple(example.place for examples in rows for example in examples),
     )
@@ -286,8 +286,8 @@ def trimmed(batch: Batch) -> Batch:
         return batch
 
     # Count the columns, rows and targets to keep.
-    columns = multiple_of_8(int(batch.used.max()))
-    filled = int(np.count_nonzero(batch.used))
+    columns = multiple_of_8(int(batch.row_lengths.max()))
+    filled = int(np.count_nonzero(batch.row_lengths))
     count = multiple_of_8(batch.target_count)
     weights = batch.weights[:count]
 
@@ -300,7 +300,7 @@ def trimmed(batch: Batch) -> Batch:
         positions=positions.astype(np.int32),
         targets=batch.targets[:count],
         weights=weights,
-        used=batch.used[:filled],
+        row_lengths=batch.row_lengths[:filled],
         reference=None if batch.reference is None else batch.reference[:filled],
         labels=None if batch.labels is None else batch.labels[:filled],
         mismatched=None if batch.mismatched is None else trimmed(batch.mismatched),

@@ -222,20 +222,12 @@ class ChatTemplate:
             BadRowError: The template refuses the chat, or the turn's prompt can't be found.
         """
         # Render the chat with the turn, and the prompt that asks for it.
-        messages = chat.messages
+        messages = chat.messages[: turn + 1]
         thoughts = chat.thoughts.get(turn, "")
         message = {**messages[turn], THOUGHT_KEYS[0]: thoughts} if thoughts else messages[turn]
         thinking = bool(thoughts_of(message))
-        whole = self.render(messages[: turn + 1], ask=False, thinking=thinking, tools=tools)
-        if turn == 0:
-            prompt = self._first_header(messages[0], whole, tools)
-        else:
-            prompt = self.render(messages[:turn], ask=True, thinking=thinking, tools=tools)
-            # After another assistant turn, some templates write no header in the prompt.
-            header = self._header(thinking) if messages[turn - 1]["role"] == "assistant" else ""
-            if whole.startswith(prompt + header):
-                prompt += header
-
+        whole = self.render(messages, ask=False, thinking=thinking, tools=tools)
+        prompt = self._prompt_before(messages, whole, thinking=thinking, tools=tools)
         if not prompt:
             raise BadRowError(
                 "the chat begins with an assistant turn, before which this chat template writes"
@@ -246,9 +238,9 @@ class ChatTemplate:
         if thoughts and find_open_tags(prompt) is not None:
             raise UnsupervisableError("the prompt opens a block of thoughts")
 
-        # With most templates, the chat begins with the prompt.
+        # With most templates, the chat begins with the prompt. The answer ends with its end token.
+        # The other lines only change blocks of thoughts.
         if whole.startswith(prompt):
-            # The answer ends with its end token. The lines below only change blocks of thoughts.
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
             answer = close_block(answer, prompt, message)
@@ -256,18 +248,28 @@ class ChatTemplate:
 
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
-        header = prompt.removeprefix(history) if prompt.startswith(history) else ""
-        header = header or after_last_message(prompt, messages[turn - 1])
-        seam = find_seam(prompt, whole, header)
-        is_hidden = seam is None or shows_later(messages[:turn], whole, seam)
-        if is_hidden or opens_later(whole[seam:], prompt):
-            raise UnsupervisableError(
-                "this chat template can't be supervised by turn: the text before"
-                f" messages[{turn}] differs from the prompt that asks for it"
-            )
-        answer, _ = self._split_turn(whole[seam:], message)
+        start = _find_start(messages, whole, prompt, history)
+        answer, _ = self._split_turn(whole[start:], message)
         answer = fit_to_prompt(fill_empty_block(answer, prompt, message), prompt, message)
         return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block))
+
+    def _prompt_before(
+        self,
+        messages: Sequence[Message],
+        whole: str,
+        *,
+        thinking: bool,
+        tools: Sequence[Any] | None,
+    ) -> str:
+        """Return the prompt that asks for the last of the messages, which are rendered as whole."""
+        *history, message = messages
+        if not history:
+            return self._first_header(message, whole, tools)
+        prompt = self.render(history, ask=True, thinking=thinking, tools=tools)
+
+        # After another assistant turn, some templates write no header in the prompt.
+        header = self._header(thinking) if history[-1]["role"] == "assistant" else ""
+        return prompt + header if whole.startswith(prompt + header) else prompt
 
     def _first_header(self, message: Message, whole: str, tools: Sequence[Any] | None) -> str:
         """Return the text before the content, for a chat that begins with an assistant message."""
@@ -340,6 +342,29 @@ class ChatTemplate:
             if ends:
                 found[follower["role"]] = space + max(ends, key=len)
         return found
+
+
+def _find_start(messages: Sequence[Message], whole: str, prompt: str, history: str) -> int:
+    """Return where the last turn begins in a chat that does not begin with the turn's prompt.
+
+    Args:
+        messages: The messages; the last one is the turn.
+        whole: The messages, rendered.
+        prompt: The prompt that asks for the turn.
+        history: The messages before the turn, rendered.
+
+    Raises:
+        UnsupervisableError: The text before the turn says something else than its prompt.
+    """
+    header = prompt.removeprefix(history) if prompt.startswith(history) else ""
+    header = header or after_last_message(prompt, messages[-2])
+    seam = find_seam(prompt, whole, header)
+    if seam is None or shows_later(messages[:-1], whole, seam) or opens_later(whole[seam:], prompt):
+        raise UnsupervisableError(
+            "this chat template can't be supervised by turn: the text before"
+            f" messages[{len(messages) - 1}] differs from the prompt that asks for it"
+        )
+    return seam
 
 
 def _start_of_answer(text: str, message: Message) -> int:

@@ -274,12 +274,14 @@ def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]
 
     # Words before the block are a header, which belongs there; an answer does not.
     before, found, after = text.partition(block.opening)
-    is_inside = _SPECIAL_TOKENS.fullmatch(before) is not None if found else block.is_own
-    if found and find_lost(answer_only(message), after):
+    if not found:
+        inside = f"the chat template writes thoughts inside the answer, not in {block.opening}"
+        return [inside] if block.is_own else []
+    if find_lost(answer_only(message), after):
         return ["the chat template writes thoughts after the content or tool calls of an answer"]
-    if not is_inside:
-        return []
-    return [f"the chat template writes thoughts inside the answer, not in {block.opening}"]
+    if _SPECIAL_TOKENS.fullmatch(before):
+        return ["the chat template writes thoughts after the special tokens that begin an answer"]
+    return []
 
 
 def _advise_lost(message: Mapping[str, Any], lost: Sequence[str]) -> str:

@@ -31,11 +31,12 @@ def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
         return []
 
     # Start with one conversation for all rows that begin with the same messages
-    _, groups = np.unique(_of_all(shards, "begins"), return_inverse=True)
+    _, groups = np.unique(_of_all(shards, "opening_digest"), return_inverse=True)
 
     # Look up which texts and prompts are beginnings of other rows
-    texts = _of_all(shards, "text")
-    known, first = np.unique(np.concatenate([texts, _of_all(shards, "prompt")]), return_index=True)
+    texts = _of_all(shards, "text_digest")
+    prompts = _of_all(shards, "prompt_text_digest")
+    known, first = np.unique(np.concatenate([texts, prompts]), return_index=True)
     owners = np.concatenate([groups, groups])[first]
     stops = np.cumsum([len(shard.rows) for shard in shards])
     pairs: list[np.ndarray] = []
@@ -77,7 +78,7 @@ def _continuations(
         known: The digests that are looked up, sorted.
         owners: The conversation of each known digest.
     """
-    stops = np.cumsum(shard.rows["beginnings"], dtype=np.int64)
+    stops = np.cumsum(shard.rows["beginning_count"], dtype=np.int64)
     for first in range(0, len(groups), _BLOCK):
         # Read the digests of the beginnings of a block of rows
         block = slice(first, first + _BLOCK)

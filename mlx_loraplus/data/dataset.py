@@ -63,7 +63,7 @@ class Span(NamedTuple):
     row: int  # index of its row
     start: int  # its first token
     stop: int  # the end of its tokens
-    inputs: int  # number of input tokens
+    inputs: int  # number of input tokens, which end before the last supervised token
     targets: int  # number of supervised tokens
     source: int = 0  # index of its source, set when shards are combined
     shard: int = 0  # index of its shard, set when shards are combined

@@ -136,7 +136,7 @@ def _choose_system(examples: Examples) -> tuple[str | None, bool]:
     """
     first = examples.first_of_rows()
     has_prompt = examples.of_rows("kind")[first] != KIND_NAMES.index("text")
-    digests = examples.of_rows("system")[first][has_prompt]
+    digests = examples.of_rows("system_digest")[first][has_prompt]
     found, counts = np.unique(digests, return_counts=True)
     if not len(found):
         return None, False

@@ -40,7 +40,7 @@ class LabeledExamples(ComparedExamples):
     def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
         super().__init__(shards, spans)
         self.is_desirable = self.of_rows("kind") == KIND_NAMES.index("desirable")
-        self.prompts = self.of_rows("asked")
+        self.prompts = self.of_rows("prompt_digest")
 
     @property
     def both(self) -> tuple[Examples, Examples]:

@@ -71,7 +71,7 @@ def _first_examples(examples: Examples) -> Examples:
 
 def _duplicates(train: Examples) -> Overlap:
     """Return the training rows that repeat an earlier training row."""
-    digests = train.of_rows("whole")
+    digests = train.of_rows("row_digest")
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     earliest = first[inverse]
     repeated = np.flatnonzero(earliest != np.arange(len(digests)))
@@ -86,10 +86,13 @@ def _leaks(split: str, examples: Examples, other: str, others: Examples) -> Iter
     in_other = others.pick(found[: len(others.shards)])
     in_split = examples.pick(found[len(others.shards) :])
     kinds = {
-        f"{split} rows that are in {other}": (others.of_rows("whole"), examples.of_rows("whole")),
+        f"{split} rows that are in {other}": (
+            others.of_rows("row_digest"),
+            examples.of_rows("row_digest"),
+        ),
         f"{split} rows whose prompt is in {other}, with another answer": (
-            others.of_rows("asked"),
-            examples.of_rows("asked"),
+            others.of_rows("prompt_digest"),
+            examples.of_rows("prompt_digest"),
         ),
         f"{split} rows whose conversation or text begins like one in {other}": (in_other, in_split),
     }

@@ -82,10 +82,10 @@ def _is_array(file: Any, longest: int) -> bool:
     try:
         rows = json.loads(line)
     except (ValueError, RecursionError):
-        # An array over several lines begins with a bracket alone, or with its first object or a
-        # part of it; anything else is an invalid line
-        first = line.strip()
-        begins_array = first in (b"[", b"[{") or (first[:2] == b"[{" and first[-2:] == b"},")
+        # The first line of an array over several lines may end after the bracket, after the brace
+        # of the first object, or after an object and its comma; anything else is an invalid line
+        first = line.strip()[1:].lstrip()
+        begins_array = first in (b"", b"{") or (first[:1] == b"{" and first[-2:] == b"},")
         return bool(rest.strip()) and begins_array
 
     # A file with a single line may also hold one row, which is a chat as a list of messages

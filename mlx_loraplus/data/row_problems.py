@@ -40,6 +40,8 @@ def explain_line(line: bytes, error: json.JSONDecodeError) -> str:
     """Return why a line is not JSON, and what to do in the likely cases."""
     if is_lfs_pointer(line):
         return f"the file is {LFS_ADVICE}"
+    if line.strip().startswith(b"[{"):
+        return "not JSON (it looks like a JSON array): name the file .json, or write a row per line"
     if line.strip() == b"{":
         return "not JSON (a row over several lines): write each row on one line"
     if line.strip().endswith(b"},"):

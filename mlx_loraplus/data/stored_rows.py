@@ -20,20 +20,20 @@ KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except in the system message on which ``system``,
-    ``text`` and ``prompt`` depend.
+    The digests ignore white space and case, except in the system message on which
+    ``system_digest``, ``text_digest`` and ``prompt_text_digest`` depend.
     """
 
     line: int  # line or row number
     kind: int  # index into KIND_NAMES
     thinking: bool  # whether the row's prompt allows thoughts
-    whole: int  # digest of the whole row
-    asked: int  # digest of its prompt
-    begins: int  # digest of the beginning of its conversation
-    system: int = 0  # digest of its system message, or 0
-    text: int = 0  # from ``text_digests``
-    prompt: int = 0  # from ``text_digests``
-    beginnings: int = 0  # number of digests in the file of beginnings
+    row_digest: int
+    prompt_digest: int
+    opening_digest: int  # of the beginning of its conversation
+    system_digest: int = 0  # of its system message, or 0
+    text_digest: int = 0  # from ``text_digests``
+    prompt_text_digest: int = 0  # from ``text_digests``
+    beginning_count: int = 0  # number of digests in the file of beginnings
 
 
 _ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "i4")
@@ -43,19 +43,19 @@ ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, np.ndarray]:
     """Return what is stored of a row, and the digests of its beginnings, (beginnings,) uint64."""
     system = exact_digest(system_of(row))
-    whole, asked, begins = row_digests(row)
+    row_digest, prompt_digest, opening_digest = row_digests(row)
     text = text_digests(row, system)
     stored = StoredRow(
         line=row.line,
         kind=KIND_NAMES.index(row.kind),
         thinking=thinking,
-        whole=whole,
-        asked=asked,
-        begins=begins,
-        system=system,
-        text=text.text,
-        prompt=text.prompt,
-        beginnings=len(text.beginnings),
+        row_digest=row_digest,
+        prompt_digest=prompt_digest,
+        opening_digest=opening_digest,
+        system_digest=system,
+        text_digest=text.text,
+        prompt_text_digest=text.prompt,
+        beginning_count=len(text.beginnings),
     )
     return stored, text.beginnings
 
@@ -65,4 +65,11 @@ def store_document(path: Path, number: int) -> StoredRow:
     with path.open("rb") as file:
         digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
     kind = KIND_NAMES.index("text")
-    return StoredRow(number, kind, thinking=False, whole=digest, asked=digest, begins=digest)
+    return StoredRow(
+        line=number,
+        kind=kind,
+        thinking=False,
+        row_digest=digest,
+        prompt_digest=digest,
+        opening_digest=digest,
+    )

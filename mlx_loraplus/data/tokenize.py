@@ -244,9 +244,9 @@ def encode(
                 [np.zeros(len(start), bool), supervised, np.ones(len(end), bool)]
             )
 
-        # The first token can't be predicted, because there is no token before it.
         if train_on == "everything":
             supervised[:] = True
+        # The first token can't be predicted, because there is no token before it.
         supervised[:1] = False
         result.examples.append(Example(np.array(ids, dtype=np.int32), supervised))
 

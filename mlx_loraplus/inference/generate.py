@@ -41,6 +41,7 @@ from ..settings import configure
 # Number of tokens by which an answer may exceed the longest expected answer.
 _EXTRA_TOKENS = 8
 _CUT_MARK = "…"
+_SETS_WIRED_LIMIT = "maybe_set_recommended_wired_limit"  # mlx-lm's function
 
 
 def load(
@@ -77,7 +78,7 @@ def load(
     check_model_path(name)
     source = find_model(name)
     if source.note:
-        _tell_once(source.note)
+        _print_once(source.note)
 
     # Divide the model before its weights are read.
     prepare = None
@@ -89,7 +90,7 @@ def load(
     model.ignored_window = ignored_window(model, config)
     for note in (activation_note(model, config), positions_note(model, config)):
         if note:
-            _tell_once(f"note: {note}")
+            _print_once(f"note: {note}")
 
     # A fused model stores its prompt format in its config; an adapter has a separate one.
     model.prompt_format = PromptFormat.read(config.get(PROMPT_FORMAT))
@@ -106,7 +107,7 @@ def load(
 
 
 @cache
-def _tell_once(note: str) -> None:
+def _print_once(note: str) -> None:
     """Print a note about a model: once, however often it is loaded, and in the first process."""
     if os.environ.get("MLX_RANK", "0") == "0":
         print(note, file=sys.stderr)
@@ -225,7 +226,7 @@ def stream(
 
     sampler = make_sampler(temp=temperature)
     responses = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
-    with _wiring_less():
+    with _own_wired_limit():
         for number, response in enumerate(responses):
             if number == 0 and mx.isnan(response.logprobs).any().item():
                 raise ModelError(
@@ -274,7 +275,7 @@ def _answer_batch(
     model: nn.Module, tokenizer: TokenizerWrapper, prompts: Sequence[list[int]], max_tokens: int
 ) -> list[list[int]]:
     """Return the token ids of the greedy answers to prompts, without those that end them."""
-    with _wiring_less():
+    with _own_wired_limit():
         answers = batch_generate(
             model,
             tokenizer,
@@ -290,18 +291,21 @@ def _answer_batch(
 
 
 @contextmanager
-def _wiring_less() -> Generator[None]:
+def _own_wired_limit() -> Generator[None]:
     """Inside the context, mlx-lm wires as much memory as a run does; see ``set_wired_limit``.
 
     It would wire all that Metal recommends, and it has no setting for this.
     """
     module: Any = sys.modules[batch_generate.__module__]
-    original = module.maybe_set_recommended_wired_limit
-    module.maybe_set_recommended_wired_limit = set_wired_limit
+    original = getattr(module, _SETS_WIRED_LIMIT, None)
+    if original in (None, set_wired_limit):  # another mlx-lm, or already inside the context
+        yield
+        return
+    setattr(module, _SETS_WIRED_LIMIT, set_wired_limit)
     try:
         yield
     finally:
-        module.maybe_set_recommended_wired_limit = original
+        setattr(module, _SETS_WIRED_LIMIT, original)
 
 
 def _can_batch(cache: Any) -> bool:

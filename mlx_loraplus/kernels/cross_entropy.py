@@ -88,7 +88,7 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
         if split is None:
-            found = _score(full_logits(model, tokens, positions), targets, weights)
+            found = _losses_of_logits(full_logits(model, tokens, positions), targets, weights)
             return mx.stack([each.sum() for each in found])
 
         hidden = select_hidden(split, model, tokens, positions, learning=False)
@@ -185,12 +185,12 @@ def chunk_loss(head: Head, choices: StepChoices) -> Loss:
 
 
 def chunk_score(head: Head, choices: StepChoices) -> Callable[..., tuple[mx.array, mx.array]]:
-    """Return ``score(hidden, targets, weights)``, with the results of ``_score``, no gradient."""
+    """Return ``score(hidden, targets, weights)``: ``_losses_of_logits`` without a gradient."""
 
     def score(hidden: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
         if not head.is_frozen:
-            return _score(head(hidden), targets, weights)
-        losses, likeliest, _ = _score_slices(head, hidden, targets, weights, choices=choices)
+            return _losses_of_logits(head(hidden), targets, weights)
+        losses, likeliest, _ = _losses_in_slices(head, hidden, targets, weights, choices=choices)
         return losses, likeliest
 
     return score
@@ -208,7 +208,9 @@ def slice_width(slice_bytes: int, rows: int, vocabulary: int) -> int:
     return width if width < TILE else math.ceil(width / TILE) * TILE
 
 
-def _score(logits: mx.array, targets: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+def _losses_of_logits(
+    logits: mx.array, targets: mx.array, weights: mx.array
+) -> tuple[mx.array, mx.array]:
     """Return the loss of each target, and whether it has the largest logit: two of (targets,).
 
     Both are multiplied by the weights. The loss is differentiable.
@@ -229,7 +231,7 @@ def _trained_losses(head: Head) -> Loss:
 
     def losses(hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
         def losses_of(hidden: mx.array) -> mx.array:
-            return _score(head(hidden), targets, weights)[0]
+            return _losses_of_logits(head(hidden), targets, weights)[0]
 
         return checkpoint(head.layer, losses_of)(hidden)
 
@@ -246,7 +248,7 @@ def _frozen_losses(head: Head, choices: StepChoices) -> Loss:
     def losses_and_gradient(
         hidden: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
-        losses, _, gradient = _score_slices(
+        losses, _, gradient = _losses_in_slices(
             head, hidden, targets, weights, choices=choices, learning=True
         )
         return losses, gradient
@@ -269,7 +271,7 @@ def _frozen_losses(head: Head, choices: StepChoices) -> Loss:
     return losses
 
 
-def _score_slices(
+def _losses_in_slices(
     head: Head,
     hidden: mx.array,
     targets: mx.array,
@@ -327,6 +329,7 @@ def _score_slices(
             # Sum by a matrix product, which rounds small terms less than a plain sum does.
             total = total * rescale + exps @ mx.ones((scores.shape[1], 1))
         if learning:
+            # Add e W of this slice, where e also has the slope of the multiplier and the cap.
             slice_gradient = head.pull_back(scores, exps).astype(hidden.dtype)
             product = project(head.layer, slice_gradient, part, back=True)
             gradient_sum = gradient_sum * rescale + product.astype(mx.float32)

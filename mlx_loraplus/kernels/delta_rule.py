@@ -38,8 +38,9 @@ def has_delta_rule(model: nn.Module) -> bool:
     """Return whether a model has layers that compute a gated delta rule."""
     update = gated_delta.gated_delta_update
     for module in model.modules():
-        names = vars(sys.modules[type(module).__module__])
-        if names.get("gated_delta_update") is update:
+        # The module of a class that was loaded from a file may not be in ``sys.modules``.
+        code = sys.modules.get(type(module).__module__)
+        if getattr(code, "gated_delta_update", None) is update:
             return True
     return False
 

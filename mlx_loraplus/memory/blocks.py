@@ -256,7 +256,9 @@ class Block:
 
     def largest_array(self, batch: BatchShape) -> int:
         """Return the numbers in the largest array: T times a width, or the scores of attention."""
-        width = max(self.hidden, self.queries, self.mlp, self.experts)
+        # Each of a token's experts returns as many numbers as the residual stream has.
+        returned = self.routed * self.hidden if self.experts else 0
+        width = max(self.hidden, self.queries, self.mlp, self.experts, returned)
         return max(batch.rows * batch.length * width, self._largest_scores(batch))
 
     def _largest_scores(self, batch: BatchShape) -> int:

@@ -170,6 +170,10 @@ class MemoryPlan:
         if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
 
+        # Neither adapters nor weights of fewer bits make the arrays of a batch smaller.
+        if self.largest_array(rows, length) > MOST_NUMBERS:
+            return [*found, "a smaller model"]
+
         if self.config.adapter.adapter == "full":
             return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
 

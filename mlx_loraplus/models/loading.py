@@ -88,6 +88,8 @@ def load_base(
         raise ModelError(f"{path} can't be used: {problem}") from problem
     # mlx-lm's model classes may raise any kind of error for an unexpected config.
     except Exception as problem:
+        if failure_of(problem) is not None:
+            raise
         has_quantization = stored.get("quantization") or stored.get("quantization_config")
         packed = None if has_quantization else find_packed(tensors)
         if packed is not None:
@@ -164,6 +166,8 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     except ModelError:
         raise
     except Exception as problem:
+        if failure_of(problem) is not None:
+            raise
         raise _not_loaded(path, problem) from problem
 
     # The type of an array is known before the array is read.

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Literal
 
+PartKind = Literal["text", "thought", "call", "result"]
+Part = tuple[PartKind, str]
+
 # Names of roles in templates; the names that pages show are in _SHOWN_ROLES.
 _ROLE_NAMES = (
-    "(user|human|assistant|model|chatbot|bot|system|developer|tool|tools|available_tools|ipython"
-    "|observation|functions)"
+    "((?i:user|human|assistant|model|chatbot|bot|system|developer|tool|tools|available_tools|ipython"
+    "|observation|functions))"
 )
 _SHOWN_ROLES = {
     "model": "assistant",
@@ -33,9 +36,8 @@ _TURN = re.compile(
     rf"|<\|start_of_role\|>|<\|start\|>)\s*{_ROLE_NAMES}\b(?:\.[\w.-]+)?(?: to=assistant)?"
     r"(?:<\|end_header_id\|>|<\|header_end\|>|[^<\n]*<\|end_of_role\|>)?"
     rf"|<\|im_{_ROLE_NAMES}\|>\w*<\|im_middle\|>"
-    rf"|[<\[][|\uff5c]{_ROLE_NAMES}(?:_token)?[|\uff5c][>\]]"
-    r"|(\[/?INST\]|\[SYSTEM_PROMPT\]|\[AVAILABLE_TOOLS\]|\[/?TOOL_RESULTS\]|<</?SYS>>)",
-    re.IGNORECASE,
+    rf"|[<\[][|\uff5c]{_ROLE_NAMES}(?i:_token)?[|\uff5c][>\]]"
+    r"|(\[/?INST\]|\[SYSTEM_PROMPT\]|\[AVAILABLE_TOOLS\]|\[/?TOOL_RESULTS\]|<</?SYS>>)"
 )
 _ROLE_OF_MARKER = {
     "[INST]": "user",
@@ -47,7 +49,7 @@ _ROLE_OF_MARKER = {
     "<<SYS>>": "system",
     "<</SYS>>": "user",
 }
-# Alpaca's headings begin turns only if there is one for the answer.
+# Alpaca's headings begin turns only if a prompt has both of them.
 _ALPACA_TURN = re.compile(r"(?:^|(?<=>))### (Instruction|Response):[ \t]*(?:\n|\Z)", re.MULTILINE)
 _ALPACA_ROLES = {"Instruction": "user", "Response": "assistant"}
 
@@ -55,11 +57,14 @@ _ALPACA_ROLES = {"Instruction": "user", "Response": "assistant"}
 # are the bar and the blank of DeepSeek's.
 _MARKERS = re.compile(
     r"(?:<\|start\|>assistant|<\|channel\|>\s*(?:analysis|commentary|final)(?:\s+json)?"
-    r"|<\|constrain\|>\s*\w+|<[|\uff5c]/?[\w.\u2581-]{1,40}[|\uff5c]>|\[\|endofturn\|\]|\[gMASK\]<sop>"
+    r"|<\|constrain\|>\s*\w+|<[|\uff5c]/?[\w.\u2581-]{1,40}[|\uff5c]>"
+    r"|\[\|endofturn\|\]|\[gMASK\]<sop>"
     r"|\[/(?:SYSTEM_PROMPT|AVAILABLE_TOOLS)\]"
-    r"|<(?:bos|eos|pad|s|/s|start_of_turn|end_of_turn|turn\||\|turn|\|channel|channel\|"
+    r"|<(?:bos|eos|BOS_TOKEN|start_of_turn|end_of_turn|turn\||\|turn|\|channel|channel\|"
     r"|\|tool_response)>)+"
 )
+# Tokens around a text, which inside it may be HTML
+_AROUND = re.compile(r"\A(?:\s|</?s>|<pad>)+|(?:\s|</?s>|<pad>)+\Z")
 _SEPARATORS = re.compile(r" ?" + _MARKERS.pattern)
 _TOOL_CALL = r"(?:\w+:)?(?:tool_?calls?|function_calls?)"
 _BEGINS_CALLS = (
@@ -70,45 +75,52 @@ _ENDS_CALLS = (
     r"(?:END_ACTION|calls_end|/tool_call|tool_call_end|eo[mt]_id"
     r"|tool[_\u2581]calls(?:_section)?[_\u2581]end)"
 )
-_RESULTS = (
-    r"<tool_response>(.*?)(?:</tool_response>|\Z)",
-    r"<\|tool_response>(.*?)(?:<tool_response\|>|\Z)",  # Gemma 4
-)
-_THOUGHTS = (
-    r"<(?:\w+:)?think>(.*?)(?:</(?:\w+:)?think>|\Z)",
-    r"\A((?:(?!<think>|<\|channel>).)*?)(?:</think>|<channel\|>)",  # the prompt began the thoughts
-    r"<\|channel>thought\b(.*?)(?:<channel\|>|\Z)",  # Gemma 4
-    r"<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)",  # gpt-oss
-    r"\[THINK\](.*?)(?:\[/THINK\]|\Z)",  # Magistral
-    r"<\|START_THINKING\|>(.*?)(?:<\|END_THINKING\|>|\Z)",  # Command
-)
-_CALLS = (
-    rf"<{_TOOL_CALL}>(.*?)(?:</{_TOOL_CALL}>|\Z)",  # Qwen, Granite 4, GLM
-    r"<\|tool_call>(.*?)(?:<tool_call\|>|\Z)",  # Gemma 4
-    r"(?<=to=)([\w.-]+[^<]*(?:<\|(?:channel|constrain)\|>[^<]*)*<\|message\|>.*?)(?:<\|call\|>|\Z)",
-    r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|</s>|\Z)",  # Mistral
-    r"<\|python_end\|>(\s*\{.*?)(?:<\|eo[tm]\|>|\Z)",  # Llama 4: a text stands before it
-    r"<\|python_start\|>([^<]*)<\|python_end\|>(?!\s*\{)",
-    rf"<[|\uff5c]{_BEGINS_CALLS}[|\uff5c]>(.*?)(?:<[|\uff5c]{_ENDS_CALLS}[|\uff5c]>|(?=<\|call\|>)|\Z)",
-    r'\A\s*(\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":.*\})\s*(?:<\|eo[tm]_id\|>)?\s*\Z',
+# The parts of a turn: a kind, and a pattern whose one group holds the part's text.
+_PARTS: tuple[tuple[PartKind, str], ...] = (
+    ("result", r"<tool_response>(.*?)(?:</tool_response>|\Z)"),  # Qwen
+    ("result", r"<\|tool_response>(.*?)(?:<tool_response\|>|\Z)"),  # Gemma 4
+    ("thought", r"<(?:\w+:)?think>(.*?)(?:</(?:\w+:)?think>|\Z)"),  # Qwen, DeepSeek and others
+    # The prompt began the thoughts.
+    ("thought", r"\A((?:(?!<think>|<\|channel>).)*?)(?:</think>|<channel\|>)"),
+    ("thought", r"<\|channel>thought\b(.*?)(?:<channel\|>|\Z)"),  # Gemma 4
+    # gpt-oss
+    ("thought", r"<\|channel\|>analysis<\|message\|>(.*?)(?:<\|end\|>|(?=<\|start\|>)|\Z)"),
+    ("thought", r"\[THINK\](.*?)(?:\[/THINK\]|\Z)"),  # Magistral
+    ("thought", r"<\|START_THINKING\|>(.*?)(?:<\|END_THINKING\|>|\Z)"),  # Command
+    ("call", rf"<{_TOOL_CALL}>(.*?)(?:</{_TOOL_CALL}>|\Z)"),  # Qwen, Granite 4, GLM
+    ("call", r"<\|tool_call>(.*?)(?:<tool_call\|>|\Z)"),  # Gemma 4
+    # gpt-oss
+    (
+        "call",
+        r"(?<=to=)([\w.-]++[^<]*+(?:<\|(?:channel|constrain)\|>[^<]*+)*<\|message\|>.*?)"
+        r"(?:<\|call\|>|\Z)",
+    ),
+    ("call", r"\[TOOL_CALLS\](.*?)(?=\[TOOL_CALLS\]|</s>|\Z)"),  # Mistral
+    ("call", r"<\|python_end\|>(\s*\{.*?)(?:<\|eo[tm]\|>|\Z)"),  # Llama 4: a text comes before it
+    ("call", r"<\|python_start\|>([^<]*)<\|python_end\|>(?!\s*\{)"),  # Llama 4
+    # Command, Kimi, DeepSeek, LFM2, Phi 4, Llama 3
+    (
+        "call",
+        rf"<[|\uff5c]{_BEGINS_CALLS}[|\uff5c]>(.*?)"
+        rf"(?:<[|\uff5c]{_ENDS_CALLS}[|\uff5c]>|(?=<\|call\|>)|\Z)",
+    ),
+    # Llama 3, which writes a call without markers
+    (
+        "call",
+        r'\A\s*(\{\s*"name":\s*"[^"]+",\s*"(?:parameters|arguments)":.*\})\s*(?:<\|eo[tm]_id\|>)?\s*\Z',
+    ),
 )
 _CALL_HEADER = re.compile(r"(?:<\|channel\|>commentary)?\s*\bto=\Z")  # gpt-oss, before the name
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
 _MIN_LIKENESS = 0.5  # share of words that two answers have in common
 _MAX_WORDS = 2000  # longer answers are not compared word by word
 
-PartKind = Literal["text", "thought", "call", "result"]
-Part = tuple[PartKind, str]
 ChangeKind = Literal["same", "extra", "missing"]
 
-# Only the model thinks and calls: a system prompt may show how a call is written. Each pattern has
-# one group, and _PART_KINDS says what it holds.
-_PARTS_OF_MODEL = re.compile("|".join((*_RESULTS, *_THOUGHTS, *_CALLS)), re.DOTALL)
-_PARTS_OF_OTHERS = re.compile("|".join(_RESULTS), re.DOTALL)
-_PART_KINDS: tuple[PartKind, ...] = (
-    *["result" for _ in _RESULTS],
-    *["thought" for _ in _THOUGHTS],
-    *["call" for _ in _CALLS],
+# Only the model thinks and calls: a system prompt may show how a call is written.
+_PARTS_OF_MODEL = re.compile("|".join(pattern for _, pattern in _PARTS), re.DOTALL)
+_PARTS_OF_OTHERS = re.compile(
+    "|".join(pattern for kind, pattern in _PARTS if kind == "result"), re.DOTALL
 )
 
 
@@ -122,9 +134,12 @@ class ShownTurn:
 
 def chat_of(prompt: str) -> list[ShownTurn]:
     """Return the turns of a prompt; text without known markers is one turn of role "prompt"."""
-    found = [(match.start(), match.end(), _role_of(match)) for match in _TURN.finditer(prompt)]
-    if not found and re.search(r"^### Response:", prompt, re.MULTILINE):
-        headings = _ALPACA_TURN.finditer(prompt)
+    # A text may name the markers of other templates.
+    turns = list(_TURN.finditer(prompt))
+    own = [turn for turn in turns if _marker_of(turn) == _marker_of(turns[0])]
+    found = [(turn.start(), turn.end(), _role_of(turn)) for turn in own]
+    headings = list(_ALPACA_TURN.finditer(prompt))
+    if not found and {each[1] for each in headings} == _ALPACA_ROLES.keys():
         found = [(each.start(), each.end(), _ALPACA_ROLES[each[1]]) for each in headings]
     if not found:
         return [ShownTurn("prompt", parts_of(prompt))]
@@ -154,9 +169,15 @@ def _role_of(match: re.Match[str]) -> str:
     """Return the role of the turn that a marker begins, in the words that pages show."""
     *names, marker = match.groups()
     if marker is not None:
-        return _ROLE_OF_MARKER[marker.upper()]
+        return _ROLE_OF_MARKER[marker]
     name = next(name for name in names if name is not None).lower()
     return _SHOWN_ROLES.get(name, name)
+
+
+def _marker_of(match: re.Match[str]) -> str:
+    """Return the marker of a turn up to the name of its role; "" for a marker without one."""
+    role = next((n for n in range(1, match.re.groups) if match[n] is not None), None)
+    return "" if role is None else match.string[match.start() : match.start(role)].strip()
 
 
 def _kinds(parts: Sequence[Part]) -> set[PartKind]:
@@ -177,7 +198,7 @@ def parts_of(text: str, role: str = "assistant") -> list[Part]:
         if kind in ("call", "result"):
             piece = piece.replace('<|"|>', '"')
         piece = _SEPARATORS.sub(" ", piece) if kind == "call" else _MARKERS.sub("", piece)
-        piece = piece.strip()
+        piece = _AROUND.sub("", piece)
         if piece:
             parts.append((kind, piece))
 
@@ -185,7 +206,7 @@ def parts_of(text: str, role: str = "assistant") -> list[Part]:
     is_model = role in ("assistant", "prompt")
     for match in (_PARTS_OF_MODEL if is_model else _PARTS_OF_OTHERS).finditer(text):
         assert match.lastindex is not None
-        kind = _PART_KINDS[match.lastindex - 1]
+        kind = _PARTS[match.lastindex - 1][0]
         add("text", _CALL_HEADER.sub("", text[done : match.start()]))
         add(kind, match[match.lastindex])
         done = match.end()

@@ -247,7 +247,7 @@ class Comparison(RichDisplay):
             expected = prompt["expected"]
             shown: list[ShownAnswer] = []
             if expected is not None:
-                shown.append(shown_answer("expected", expected, None))
+                shown.append(shown_answer("expected", expected))
             for name, run in zip(self.names, self.runs, strict=True):
                 answers: dict[int, list[str]] = dict(run.losses("answers"))
                 if answers:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from ..data.thoughts import find_open_tags
 from ..pages.pages import AnswerCard, HTMLTable, Section, ShownAnswer
 from ..pages.transcript import ChangeKind, Part, PartKind, chat_of, differences, parts_of
 from .history import Run
@@ -24,10 +25,11 @@ def answers_section(run: Run) -> Section | None:
         expected = prompt["expected"]
         shown: list[ShownAnswer] = []
         if expected is not None:
-            shown.append(shown_answer("expected", expected, None))
+            shown.append(shown_answer("expected", expected))
         for step in columns:
             answer = answers[step][number] if number < len(answers[step]) else ""
-            shown.append(shown_answer(_name_step(run, answers, step), answer, expected))
+            name = _name_step(run, answers, step)
+            shown.append(shown_answer(name, answer, expected, prompt["prompt"]))
         cards.append(AnswerCard(chat_of(prompt["prompt"]), shown))
 
     text = "Long answers are cut."
@@ -44,9 +46,21 @@ def answers_section(run: Run) -> Section | None:
     return Section("Answers to fixed prompts", text, cards=cards)
 
 
-def shown_answer(label: str, answer: str, expected: str | None) -> ShownAnswer:
-    """Return an answer, with its differences from the expected one if that is known."""
+def shown_answer(
+    label: str, answer: str, expected: str | None = None, prompt: str = ""
+) -> ShownAnswer:
+    """Return an answer, with its differences from the expected one if that is known.
+
+    Args:
+        label: What the answer is called.
+        answer: The answer.
+        expected: The expected answer.
+        prompt: The prompt, which may open a block of thoughts.
+    """
     parts = parts_of(answer)
+    tags = find_open_tags(prompt)
+    if tags is not None and tags[1] not in answer:  # it was cut while the model was thinking
+        parts = [("thought", text) for _, text in parts]
     if not parts:
         return ShownAnswer(label, [("text", [("same", _EMPTY)])])
     if expected is None:
@@ -64,7 +78,8 @@ def _compare_parts(
 ) -> list[tuple[PartKind, list[tuple[ChangeKind, str]]]]:
     """Return the parts of an answer in pieces, marked by how they differ from the expected ones.
 
-    The first call is compared with the first expected call, and so on. Thoughts are not compared.
+    The first call is compared with the first expected call, and so on. Parts that a similar answer
+    lacks follow at the end. Thoughts are not compared.
     """
     wanted: dict[PartKind, list[str]] = {"text": [], "call": [], "result": [], "thought": []}
     for kind, text in expected:
@@ -76,6 +91,12 @@ def _compare_parts(
         if kind != "thought":
             pieces = differences(wanted[kind].pop(0) if wanted[kind] else "", text)
         compared.append((kind, pieces))
+
+    # What a similar answer lacks is shown as well.
+    changes = {change for kind, pieces in compared if kind != "thought" for change, _ in pieces}
+    if "same" in changes:
+        for kind in ("text", "call", "result"):
+            compared += [(kind, [("missing", text)]) for text in wanted[kind]]
     return compared
 
 

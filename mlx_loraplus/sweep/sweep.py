@@ -95,8 +95,8 @@ class _Search:
             self.sweep.outcome = stopped.args[0]
         except DeviceError as error:
             raise DeviceError(
-                f"{error}; {counted(len(self.sweep.trials), 'trial')} saved; to continue:"
-                f" {resume_sweep_command(self.config)}"
+                f"{error}; {counted(len(self.sweep.trials), 'trial')} saved; to continue with the"
+                f" same settings: {resume_sweep_command(self.config)}"
             ) from error
 
     def _run_rounds(self, points: list[Point], early: list[tuple[int, int]]) -> None:
@@ -213,6 +213,7 @@ def sweep_rates(
         ConfigError: A setting is unknown or not allowed, or all trials of a round diverged.
         DataError: Examples can't be trained on, or there are none to validate on.
         AdapterError: The model has adapters.
+        ModelError: The model's logits are not numbers, or differ with and without caches.
         DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another sweep, or can't be written.
 
@@ -223,8 +224,8 @@ def sweep_rates(
     given = store_data(translate(SweepConfig, dict(settings)))
     config = configure(SweepConfig, with_model_name(model, given))
     check_no_adapters(model)
-    check_caches(model)
     check_sweep_folder(config)
+    check_caches(model)
     run = resolve_length(run_config_of(config), model, log)
 
     # Every trial is scored on the same sample of the validation examples.

@@ -116,8 +116,8 @@ def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
 
     if different:
         raise ConfigError(
-            f"can't resume {folder}: {', '.join(different)} differ; take them from its sweep.yaml,"
-            " or start a new sweep in another --adapter-path"
+            f"can't resume {folder}: {', '.join(different)} differ; use the settings in its"
+            " sweep.yaml with the same files, or start a new sweep in another --adapter-path"
         )
     return trials
 

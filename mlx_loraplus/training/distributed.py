@@ -82,11 +82,11 @@ class World:
         """
         return cls(_connect()[0], parallel)
 
-    def sum(self, tree: Any) -> Any:
-        """Return a tree's arrays summed over the processes that share rows; see ``add``."""
-        return tree if self.data_shards == 1 else self.add(tree)
+    def sum_shards(self, tree: Any) -> Any:
+        """Return a tree's arrays summed over the processes that share rows; see ``sum_all``."""
+        return tree if self.data_shards == 1 else self.sum_all(tree)
 
-    def add(self, tree: Any) -> Any:
+    def sum_all(self, tree: Any) -> Any:
         """Return a tree's arrays summed over all processes, evaluated and bitwise equal on all.
 
         Raises:

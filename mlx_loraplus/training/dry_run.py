@@ -219,11 +219,12 @@ def _bits_of(sizes: Sizes) -> int:
 def _operations_per_second(bits: int) -> float:
     """Return the speed of a matrix product with a weight of this type on this machine."""
     rows, size = (2048, 4096) if on_gpu() else (128, 1024)
+    dtype = mx.bfloat16 if on_gpu() else mx.float32
     layer: Any = nn.Linear(size, size, bias=False)
-    layer.set_dtype(mx.bfloat16 if on_gpu() else mx.float32)
+    layer.set_dtype(dtype)
     if bits in (2, 3, 4, 5, 6, 8):
         layer = layer.to_quantized(64, bits)
-    inputs = mx.ones((rows, size), mx.bfloat16 if on_gpu() else mx.float32)
+    inputs = mx.ones((rows, size), dtype)
 
     # The fastest product counts: the first one also starts the device, and other programs disturb.
     fastest = math.inf

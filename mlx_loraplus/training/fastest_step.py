@@ -16,7 +16,7 @@ import numpy as np
 from ..config import TrainConfig
 from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..device import bounded_memory, gb, kept_random_state
-from ..failures import is_lost
+from ..failures import is_lost, reason_text
 from ..kernels.choices import SMALLEST_SLICE, StepChoices
 from ..kernels.patch import grad_checkpointing, memory_efficient
 from .compiled import should_compile
@@ -236,7 +236,7 @@ def time_step(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
     except RuntimeError as problem:
         if is_lost(problem):
             raise
-        return StepTiming(way, failure=" ".join(str(problem).split())[:100])
+        return StepTiming(way, failure=reason_text(problem)[:100])
 
 
 def _time_repeatedly(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:

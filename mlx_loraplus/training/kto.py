@@ -181,7 +181,7 @@ class KLEstimate:
                 kl = self.measure(arrays_of(part.mismatched))
                 total = total + mx.stack([kl, mx.array(float(part.pairs))])
                 world.compute(total)
-        kl, count = world.sum(total)
+        kl, count = world.sum_shards(total)
         return (mx.maximum(kl / count, 0.0),)
 
     def count_step(self, parts: Sequence[Batch]) -> tuple[mx.array, ...]:
@@ -234,7 +234,7 @@ def score_labeled(
         answer_log_probs(model, split, answers, batch_size, world, choices)
         for answers in examples.both
     ]
-    log_probs = world.sum(mx.array(np.stack(columns, axis=1)))
+    log_probs = world.sum_shards(mx.array(np.stack(columns, axis=1)))
     ratios = log_probs - mx.array(examples.reference)
 
     # The second column has the mismatched answers.

@@ -39,7 +39,7 @@ def make_step(
         loss: Called with the model and a batch's arrays.
         optimizer: The optimizer, which holds the trainable parameters.
         compiled: Whether to compile both functions.
-        traces: What keeps the compiled functions; by default, something of their own.
+        traces: What keeps the compiled functions; by default, a new ``Traces`` for the two.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 

@@ -83,7 +83,7 @@ class LoRAPlus:
         assert self.config.learning_rate is not None
         self.total_steps = total_steps
         self.groups: dict[str, str] = {}  # the group of each parameter
-        self._rules: dict[str, optim.Optimizer] = {}
+        self._rules: dict[str, optim.Optimizer] = {}  # by key: a group, or a group's vectors
         self._members: dict[str, JoinedParameters] = {}  # the parameters of each rule
         self._group_of_rule: dict[str, str] = {}  # the group whose rate each rule uses
         self.state: dict[str, Any] = {
@@ -169,10 +169,11 @@ class LoRAPlus:
             )
         flat: dict[str, mx.array] = dict(tree_flatten(gradients))
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        # A and B are float32 and stay as they are; weights in half precision get their lost bits.
         exact = self._widened(parameters)
 
-        # Small arrays are flattened and joined into one array per group and type, because each
-        # array costs GPU kernels.
+        # The small arrays of each rule are flattened and joined into a few, because each array
+        # costs GPU kernels.
         joined = {key: members.join(flat) for key, members in self._members.items()}
 
         # Clip by the norm of all gradients together.

@@ -188,7 +188,7 @@ def score_pairs(
         loss, sums = loss_of(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         total = total + mx.concatenate([loss[None], sums])
         world.compute(total)
-    summed, *stats = world.sum(total).tolist()
+    summed, *stats = world.sum_shards(total).tolist()
     return PreferenceScore(summed / len(pairs), describe_pairs(stats, len(pairs)))
 
 

@@ -1,8 +1,8 @@
 """Ways to find a learning rate before a run, at equal cost.
 
 Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. The
-run's rate is a fixed share of it, ``SHARES`` in ``rate_search.py``. Only eta is searched: lambda
-keeps its value, because LoRA+ is equivalent to LoRA with a larger scale.
+run's rate is a fixed share of it, ``RATE_SHARES`` in ``rate_search.py``. Only eta is searched:
+lambda keeps its value, because LoRA+ is equivalent to LoRA with a larger scale.
 
 Losses are compared with those of the untrained model on the same batches, because two batches
 differ more than two rates do.

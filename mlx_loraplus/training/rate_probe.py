@@ -149,7 +149,7 @@ class Probe:
             sums += (summed.item(), batch.target_count, batch.pairs)
 
         world = self.loop.world
-        total, supervised, pairs = world.sum(mx.array(sums, mx.float32)).tolist()
+        total, supervised, pairs = world.sum_shards(mx.array(sums, mx.float32)).tolist()
         self.spent += FORWARD
         return total / (pairs or supervised)
 

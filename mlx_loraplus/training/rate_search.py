@@ -27,7 +27,7 @@ STEPS = 30
 """The work of a search, in steps: a tenth of a run of 300."""
 MIN_STEPS = 8
 """An epoch must have at least this many steps, because a rate found on few examples is too high."""
-SHARES = {
+RATE_SHARES = {
     "range test": 0.5,
     "line search": 1.0,
     "curvature": 1.0,
@@ -146,7 +146,7 @@ def search_rate(
     # Round to three digits, so that the rate that is shown can be given as a setting.
     rate, reason = default, "no rate lowered the loss"
     if found.critical is not None:
-        rate, reason = float(f"{SHARES[method] * found.critical:.3g}"), ""
+        rate, reason = float(f"{RATE_SHARES[method] * found.critical:.3g}"), ""
     return RateSearch(
         rate=rate,
         default=default,

@@ -136,7 +136,7 @@ def _log_probs_of(
         for column, answers in enumerate(examples.both):
             found[:, column] = answer_log_probs(model, split, answers, size, world, choices)
     if world.size > 1:
-        found = np.array(world.sum(mx.array(found)))
+        found = np.array(world.sum_shards(mx.array(found)))
 
     # Store them.
     if world.is_main and not is_stored:

@@ -16,7 +16,7 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..device import gb
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
-from ..failures import MEMORY, failure_of
+from ..failures import MEMORY, failure_of, reason_text
 from ..files import remove_leftovers, write_atomically
 from ..models.save_model_folder import remove_model_files
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
@@ -170,7 +170,7 @@ class RunWriter:
             checkpointing_helps: Whether memory ran out, and gradient checkpointing would need less.
         """
         run = self.session.run
-        reason = " ".join(str(error).split())[:_MAX_REASON] or type(error).__name__
+        reason = reason_text(error)[:_MAX_REASON]
         event = self._end_event("failed") | {"reason": reason}
         if checkpointing_helps:
             event["checkpointing_helps"] = True

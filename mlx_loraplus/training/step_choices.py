@@ -71,7 +71,10 @@ def choose_grad_checkpoint(
 ) -> tuple[ModelProbes, bool]:
     """Return the probes, with a verdict on checkpointing, and whether to checkpoint gradients."""
     config, log, checkpoint = session.config, session.log, session.checkpoint
-    measured = None if checkpoint is None else checkpoint.identity.measured
+    # What a step took on another machine says nothing about this one.
+    measured = None
+    if checkpoint is not None and checkpoint.identity.machine == machine_facts():
+        measured = checkpoint.identity.measured
 
     # A resumed run keeps the choice of its first session, because the choice changes the last bits
     # of the results.
@@ -112,7 +115,8 @@ def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:
             state = _check_and_tune(session, state, base)
 
     # All processes use the main process's choices.
-    mine = json.dumps([asdict(way_of(state, config)), state.measured and asdict(state.measured)])
+    measured = None if state.measured is None else asdict(state.measured)
+    mine = json.dumps([asdict(way_of(state, config)), measured])
     shared = json.loads(world.gather(mine)[0])
     kinds = pydantic.TypeAdapter(tuple[StepWay, MeasuredStep | None])
     return _with_way(state, *kinds.validate_python(shared))
@@ -131,7 +135,8 @@ def _check_and_tune(session: Session, state: TrainState, base: str) -> TrainStat
     if stored is None:
         assert state.probes is not None
         ways = ways_to_check(state, config)
-        result = check_step(state.model, state.probes, config.adapter, ways)
+        with _advice_if_lost("checked"):
+            result = check_step(state.model, state.probes, config.adapter, ways)
         refuse_if_wrong(result)
         stored = StoredCheck(key, found=str(result))
         log(f"self-check: {result}")
@@ -168,7 +173,8 @@ def _as_stored(state: TrainState, checkpoint: Checkpoint, config: TrainConfig) -
     """Return the state with the choices of a checkpoint; version 0.1.0 stored none."""
     stored = checkpoint.identity
     compiled = stored.compiled if config.compile == "auto" else None
-    measured = stored.measured
+    # What a step took counts only on the same machine, and with the same checkpointing.
+    measured = stored.measured if stored.machine == machine_facts() else None
     if measured is not None and measured.grad_checkpoint != state.grad_checkpoint:
         measured = None
     choices = stored.choices or state.choices
@@ -210,7 +216,7 @@ def _tune(
     budget = int(_BUDGET_SHARE * this_machine().budget) if plan is None else plan.budget
     start = way_of(state, config)
     freedom = _freedom(session, state, plan, rows, length)
-    with _advice_if_lost():
+    with _advice_if_lost("timed"):
         result = tune_step(state, batch, start, freedom, budget)
 
     best = result.best
@@ -232,8 +238,11 @@ def _measured(timing: StepTiming, rows: int, length: int) -> MeasuredStep | None
 
 
 @contextmanager
-def _advice_if_lost() -> Generator[None]:
-    """If the GPU fails while ways are timed, say how to train without the timing.
+def _advice_if_lost(work: str) -> Generator[None]:
+    """If the GPU fails while ways are checked or timed, say how to train without this.
+
+    Args:
+        work: What is done with the ways: "checked" or "timed".
 
     Raises:
         DeviceError: The GPU failed.
@@ -243,7 +252,7 @@ def _advice_if_lost() -> Generator[None]:
             yield
     except DeviceError as error:
         raise DeviceError(
-            f"{error}; this happened while ways to compute a step were timed: --selfcheck off"
+            f"{error}; this happened while ways to compute a step were {work}: --selfcheck off"
             " trains in the default way, without the check and the timing"
         ) from error.__cause__
 

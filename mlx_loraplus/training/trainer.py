@@ -260,11 +260,11 @@ class TrainLoop:
 
     def read_batches(self, number: int) -> None:
         """Read this process's share of the batches of a step."""
-        # An uneven batch leaves some processes without rows.
         numbers = batches_of_step(number, self.state.schedule)
         shares = [self.state.batches.rows_of(n)[self.world.share] for n in numbers]
 
-        # The list is changed in place, because ``explain_failure`` reads it.
+        # An uneven batch leaves some processes without rows. The list is changed in place, because
+        # ``explain_failure`` reads it.
         self.step_batches[:] = [self.state.batches.collate(share) for share in shares if share]
         if not self._compiled:
             self.step_batches[:] = map(trimmed, self.step_batches)
@@ -288,14 +288,14 @@ class TrainLoop:
             sums = self._accumulate((*arrays_of(batch), *baseline), sums)
         sizes = np.zeros(4)
         for batch in self.step_batches:
-            sizes += (batch.target_count, batch.useful, batch.tokens.size, batch.pairs)
+            sizes += (batch.target_count, batch.token_count, batch.tokens.size, batch.pairs)
 
         # Sum over the processes.
-        (total, gradients), counts = world.sum(
+        (total, gradients), counts = world.sum_shards(
             (sums or self.no_sums(), mx.array(sizes, mx.float32))
         )
         if world.is_tensor_parallel:
-            gradients = world.add(gradient_shares(state.model, gradients, world.size))
+            gradients = world.sum_all(gradient_shares(state.model, gradients, world.size))
         return total, gradients, counts
 
     def no_sums(self) -> Sums:

@@ -60,7 +60,7 @@ def score(
 
     # Sum over the processes.
     sums = mx.concatenate([total, mx.array([float(tokens)])])
-    loss, right, tokens = world.sum(sums).tolist()
+    loss, right, tokens = world.sum_shards(sums).tolist()
     return EvalResult(loss / tokens, right / tokens)
 
 

@@ -146,7 +146,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         rows, width = batch.tokens.shape
         flops = sizes.step_flops(RANK, rows, width, batch.targets.size, grad_checkpoint=checkpoint)
         measured.add_batch(
-            [rows, width, batch.targets.size], batch.useful, batch.target_count, 0, flops
+            [rows, width, batch.targets.size], batch.token_count, batch.target_count, 0, flops
         )
     measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
     if trainer == "ours" and split is not None:  # last, since it updates the model once more

@@ -28,7 +28,7 @@ compared with those of mlx-lm's own layers and full logits, with checkpointing, 
 `scripts/judges/families` makes the page.
 
 - **correct**: every stage gives the numbers that it must;
-- **refused**: the program says why in one line before it trains;
+- **refused**: a stage is refused, and the program says why in one line; if that stage is a fuse, the model trains;
 - **faulty**: a stage named here gives a wrong number or an error.
 
 {counts}

@@ -93,3 +93,19 @@ def test_thoughts_that_are_left_out_are_not_said_to_be_elsewhere(letters: Letter
     tokenizer.chat_template += "{%- if add_generation_prompt %}{{- '<think></think>' }}{%- endif %}"
     (encoded,) = encode([make_row(ROWS["thoughts inside"][0], 1)], tokenizer)
     assert encoded.notes == ["the chat template leaves out thoughts, so they are not trained on"]
+
+
+def test_thoughts_after_special_tokens_of_the_answer_are_reported(letters: LetterTokenizer):
+    """The template writes <|content|> before every answer, and knows no thoughts by a key."""
+    tokenizer = letters("cuts_thoughts", **CHATML)
+    tokenizer.chat_template = (
+        "{%- for m in messages %}{{- '<|' + m.role + '|>' }}"
+        "{%- if m.role == 'assistant' %}{{- '<|content|>' }}{%- endif %}"
+        "{{- m.content + '</s>' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
+    )
+    row = make_row({"messages": [user("zork"), bot("<think>\nfrobozz\n</think>\n\nplover")]}, 1)
+    (encoded,) = encode([row], tokenizer, "everything")
+    assert encoded.notes == [
+        "the chat template writes thoughts after the special tokens that begin an answer"
+    ]

@@ -95,7 +95,7 @@ def test_any_split_parts_the_rows(asked, share, seed):
     if len(set(asked)) < 2:
         return
     shard = shard_of([[False, True]] * len(asked))
-    shard.rows["asked"] = shard.rows["begins"] = asked
+    shard.rows["prompt_digest"] = shard.rows["opening_digest"] = asked
     examples = Examples([shard], shard.spans)
     train, valid = split_holdout(examples, group_conversations(examples), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]

@@ -167,7 +167,7 @@ def test_mismatched_answers_with_unsupervised_tokens_between(folder: Path):
         supervised[20::20] = True
         supervised[19::20] = True  # each example has an answer, and begins after one
         rows = np.zeros(30, ROW)
-        rows["asked"] = np.arange(30)
+        rows["prompt_digest"] = np.arange(30)
         spans = np.zeros(30, SPAN)
         spans["row"], spans["start"] = np.arange(30), 20 * np.arange(30)
         spans["stop"] = spans["start"] + 20

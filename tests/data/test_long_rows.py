@@ -77,7 +77,9 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
         spans[n] = (n, stops[n] - lengths[n], stops[n], learned[-1], len(learned), 0, 0)
     tokens = np.arange(sum(lengths), dtype=np.int32)
     rows = np.zeros(len(supervised), ROW)
-    rows["line"] = rows["whole"] = rows["asked"] = rows["begins"] = np.arange(len(rows)) + 1
+    numbers = np.arange(len(rows)) + 1
+    for name in ("line", "row_digest", "prompt_digest", "opening_digest"):
+        rows[name] = numbers
     return Shard(
         "train.jsonl",
         documents,

@@ -41,7 +41,7 @@ def test_a_thousand_steps_have_few_shapes_and_little_padding(kind: str, batch_si
             *batch.tokens.shape,
             batch.targets.size,
         )
-        useful += batch.useful
+        useful += batch.token_count
         padded += batch.tokens.size
     assert len(shapes) <= most
     assert 1 - useful / padded <= 0.08
@@ -81,7 +81,7 @@ def test_all_ways_to_train_and_validate_have_few_shapes_and_little_padding(
     batches = list(in_order(rows, batch_size))
     shapes = {(*batch.tokens.shape, batch.targets.size) for batch in batches}
     useful, padded = (
-        sum(sizes) for sizes in zip(*((b.useful, b.tokens.size) for b in batches), strict=True)
+        sum(sizes) for sizes in zip(*((b.token_count, b.tokens.size) for b in batches), strict=True)
     )
     found["validation"] = len(shapes), 1 - useful / padded
 
@@ -95,9 +95,9 @@ def test_trimming_drops_only_what_is_padding():
     ):
         small = trimmed(batch)
         rows, length = small.tokens.shape
-        assert length == multiple_of_8(int(batch.used.max()))
-        assert small.useful == np.count_nonzero(small.used[:, None] > np.arange(length))
-        assert (rows == 4) == (number % 11 != 10) or rows == np.count_nonzero(batch.used)
+        assert length == multiple_of_8(int(batch.row_lengths.max()))
+        assert small.token_count == np.count_nonzero(small.row_lengths[:, None] > np.arange(length))
+        assert (rows == 4) == (number % 11 != 10) or rows == np.count_nonzero(batch.row_lengths)
         real = small.weights > 0
         states = small.tokens.reshape(-1)[small.positions[real]]
         before = batch.tokens.reshape(-1)[batch.positions[batch.weights > 0]]

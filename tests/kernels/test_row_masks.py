@@ -173,7 +173,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
             zip(batch.positions[real].tolist(), batch.targets[real].tolist(), strict=True)
         )
         assert len(learned) == real.sum() == batch.target_count
-        assert batch.useful == (segments > 0).sum()
+        assert batch.token_count == (segments > 0).sum()
         for row in range(batches.batch_size):
             for segment in range(1, segments[row].max() + 1):
                 places = row * batches.row_length + np.flatnonzero(segments[row] == segment)
@@ -187,7 +187,7 @@ def test_an_epoch_has_each_example_once_in_one_shape(
                     )
         assert not learned, "every target belongs to an example"
     assert sorted(seen) == list(range(len(rows)))
-    useful = sum(batch.useful for batch in picked)
+    useful = sum(batch.token_count for batch in picked)
     assert batches.fill == pytest.approx(useful / sum(batch.tokens.size for batch in picked))
 
 

@@ -242,7 +242,7 @@ def test_a_real_step(point: Point):
 
 
 def test_the_stored_grid_is_within_the_band():
-    """Of the steps that were not fitted on, 95% take 0.9 to 1.15 times what was predicted."""
+    """Of the steps not fitted on, 95% are predicted at 0.9 to 1.15 times what they take."""
     rows = json.loads(GRID.read_text())["rows"]
     ratios = np.array([row["foretold"] / row["peak"] for row in rows if row["held_out"]])
     assert np.mean((ratios >= 0.9) & (ratios <= 1.15)) >= 0.95

@@ -21,6 +21,7 @@ from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.memory.trace_memory import MAX_TRACES, trace_bytes
 from mlx_loraplus.settings import configure
+from mlx_loraplus.training.compiled import CompiledByShape
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import make_model
@@ -100,7 +101,10 @@ def test_a_trace_that_is_replaced_gives_its_memory_back():
     # Fill the traces. A further shape replaces one when it occurs for the fourth time.
     heap_after(2, range(1, MAX_TRACES + 1))
     before = heap_after(3, range(20, 24))
+    assert isinstance(accumulate, CompiledByShape)
+    kept = set(accumulate.traces._kept)
     grown = heap_after(2, range(20, 24)) - before
+    assert len(set(accumulate.traces._kept) - kept) == 4
     assert grown < 0.5 * trace_bytes(sizes, 192, checkpoint=False), "four traces were made"
 
 

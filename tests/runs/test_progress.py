@@ -199,9 +199,8 @@ def test_the_flag_open_opens_the_page_of_the_run(
     opened: list[str] = []
     monkeypatch.setenv("BROWSER", "a browser")
     monkeypatch.setattr(webbrowser, "open", lambda address: opened.append(address) or True)
-    short = ["--iters", "1", "--warmup", "0", "--sample-rows", "0", "--model", "--data"]
-    values = {"--model": str(place.folder / "model"), "--data": str(place.folder / "data")}
-    given = [word for name in short for word in (name, values.get(name)) if word is not None]
+    given = ["--model", str(place.folder / "model"), "--data", str(place.folder / "data")]
+    given += ["--iters", "1", "--warmup", "0", "--sample-rows", "0"]
     for name, flags in (("closed", []), ("open", ["--open"])):
         train([*given, "--adapter-path", str(tmp_path / name), *flags])
     assert opened == [(tmp_path / "open" / "report.html").as_uri()]

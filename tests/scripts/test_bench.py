@@ -53,7 +53,7 @@ def test_shapes_traces_and_padding_are_counted():
     counted = count_shapes(batches, 50)
     made = [batches[number] for number in range(50)]
     tokens = sum(batch.tokens.size for batch in made)
-    assert counted["padded_share"] == pytest.approx(1 - sum(b.useful for b in made) / tokens)
+    assert counted["padded_share"] == pytest.approx(1 - sum(b.token_count for b in made) / tokens)
     assert counted["shapes"] == len({(b.tokens.shape, b.targets.shape) for b in made})
     assert 0 < counted["traces"] <= counted["shapes"]
 

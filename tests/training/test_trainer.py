@@ -271,7 +271,7 @@ def test_an_epoch_uses_every_row_once_in_an_order_of_seed_and_epoch(
     ]
     batches = Batches(rows, batch_size, seed=3)
     picked = [batches[epoch * batches.per_epoch + i] for i in range(batches.per_epoch)]
-    filled = [batch.tokens[batch.used > 0] for batch in picked]
+    filled = [batch.tokens[batch.row_lengths > 0] for batch in picked]
     seen = [int(row[0]) for rows_of_batch in filled for row in rows_of_batch]
     assert sorted(seen) == list(range(len(rows)))
     assert sum(batch.target_count for batch in picked) == sum(length - 1 for length in lengths)
@@ -318,5 +318,5 @@ def test_history_reports_padding_and_shapes(tiny: TinyModel):
         {(batch.tokens.shape, batch.targets.shape) for batch in batches}
     )
     assert [event["padding"] for event in reports] == [
-        1 - batch.useful / batch.tokens.size for batch in batches
+        1 - batch.token_count / batch.tokens.size for batch in batches
     ]
