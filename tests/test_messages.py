@@ -53,12 +53,13 @@ def messages_of_package() -> list[str]:
 NOUNS = (
     "rows|examples|steps|values|runs|trials|layers|blocks|tensors|columns|prompts|answers|batches"
     "|minutes|scores|heads|embeddings|dimensions|pairs|experts|seeds|checkpoints|files|processes"
-    "|lines|names|modules|chats"
+    "|lines|names|modules|chats|arrays|weights|parameters|strings"
 )
 NUMBER_BEFORE = re.compile(rf"^ (?:(?!in |of |needs )\w+ )?(?:{NOUNS})\b")
-NOT_NUMBERS = {"role", "split", "row.kind", "form.form", "message['role']"}
+NOT_NUMBERS = {"role", "split", "folder", "row.kind", "form.form", "message['role']"}
 """Expressions whose values are words, as in "train rows"."""
 AT_LEAST_TWO = {
+    "adapters/trainable.py": {"self.total"},
     "tyro_errors.py": {"count"},
     "launching.py": {"processes", "len(processes)"},
     "adapters/tensor_parallel.py": {"processes"},

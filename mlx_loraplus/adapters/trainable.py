@@ -107,8 +107,8 @@ def trainable_summary(
     stray = sorted(trainable.keys() - groups.keys())
     if stray:
         raise AdapterError(
-            f"{len(stray)} trainable parameters, such as {stray[0]}, belong to no adapter: freeze"
-            " them"
+            f"no adapter has {counted(len(stray), 'trainable parameter')} of this model, such as"
+            f" {stray[0]}: freeze what no adapter has"
         )
 
     # mlx-lm counts only the bases, so the parameters of the adapters are added.

@@ -12,6 +12,7 @@ from ..adapters.storage import adapter_folder
 from ..adapters.stored_files import model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
+from ..errors import counted
 from ..files import check_free
 from ..models.find_model import find_model
 from ..models.loading import load_folder, shared_copy, stored_dtypes
@@ -139,9 +140,9 @@ def renamed_weights_note(base: Path, fused: Path) -> str | None:
     if not others:
         return None
     return (
-        f"note: {len(others)} weights have names or shapes of mlx-lm ({others[0]}), so transformers"
-        " can't load this model; for transformers, export the adapter with mlx_loraplus.export --to"
-        " peft"
+        f"note: {counted(len(others), 'weight')} of this model, such as {others[0]}, got mlx-lm's"
+        " name or shape, so transformers can't load it; for transformers, export the adapter with"
+        " mlx_loraplus.export --to peft"
     )
 
 

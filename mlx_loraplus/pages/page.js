@@ -1,12 +1,15 @@
 // Keep open what the reader opened, open everything for printing, and show a live run's newest page.
 const details = [...document.querySelectorAll("details")];
 const place = `open ${location.pathname}`;
-// Several may have the same words, such as "thoughts": their names have a number, too.
+// Several may have the same words, such as "thoughts": their names also say whose they are, and which.
+const cards = [...document.querySelectorAll(".card")];
 const seen = {};
 const names = new Map(details.map((each) => {
-  const text = each.querySelector("summary").textContent;
-  seen[text] = (seen[text] ?? 0) + 1;
-  return [each, `${text} ${seen[text]}`];
+  const card = each.closest(".card");
+  const label = card ? each.parentElement.querySelector("b")?.firstChild.textContent : "";
+  const name = `${cards.indexOf(card)} ${label} ${each.querySelector("summary").textContent}`;
+  seen[name] = (seen[name] ?? 0) + 1;
+  return [each, `${name} ${seen[name]}`];
 }));
 const nameOf = (element) => names.get(element);
 try {

@@ -135,9 +135,9 @@ class ShownTurn:
 def chat_of(prompt: str) -> list[ShownTurn]:
     """Return the turns of a prompt; text without known markers is one turn of role "prompt"."""
     # A text may name the markers of other templates.
-    turns = list(_TURN.finditer(prompt))
-    own = [turn for turn in turns if _marker_of(turn) == _marker_of(turns[0])]
-    found = [(turn.start(), turn.end(), _role_of(turn)) for turn in own]
+    matches = list(_TURN.finditer(prompt))
+    own = [match for match in matches if _marker_of(match) == _marker_of(matches[0])]
+    found = [(match.start(), match.end(), _role_of(match)) for match in own]
     headings = list(_ALPACA_TURN.finditer(prompt))
     if not found and {each[1] for each in headings} == _ALPACA_ROLES.keys():
         found = [(each.start(), each.end(), _ALPACA_ROLES[each[1]]) for each in headings]

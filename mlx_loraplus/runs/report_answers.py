@@ -57,10 +57,9 @@ def shown_answer(
         expected: The expected answer.
         prompt: The prompt, which may open a block of thoughts.
     """
-    parts = parts_of(answer)
     tags = find_open_tags(prompt)
-    if tags is not None and tags[1] not in answer:  # it was cut while the model was thinking
-        parts = [("thought", text) for _, text in parts]
+    is_thought = tags is not None and tags[1] not in answer  # cut while the model was thinking
+    parts: list[Part] = [("thought", answer)] if is_thought else parts_of(answer)
     if not parts:
         return ShownAnswer(label, [("text", [("same", _EMPTY)])])
     if expected is None:
@@ -95,8 +94,9 @@ def _compare_parts(
     # What a similar answer lacks is shown as well.
     changes = {change for kind, pieces in compared if kind != "thought" for change, _ in pieces}
     if "same" in changes:
-        for kind in ("text", "call", "result"):
-            compared += [(kind, [("missing", text)]) for text in wanted[kind]]
+        del wanted["thought"]
+        for kind, lacking in wanted.items():
+            compared.extend((kind, [("missing", text)]) for text in lacking)
     return compared
 
 

@@ -38,7 +38,7 @@ from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
 from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, is_model_folder, read_weights
 from ..config import TrainConfig
-from ..errors import AdapterError, OutputError
+from ..errors import AdapterError, OutputError, counted
 from ..files import (
     check_links,
     check_unlocked,
@@ -317,8 +317,8 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     different = [name for name in names if expected.get(name) != found.get(name)]
     if different:
         raise AdapterError(
-            f"{folder} belongs to another run: {len(different)} arrays differ,"
-            f" {different[0]!r:.80} first"
+            f"{folder} belongs to another run: there is a difference in"
+            f" {counted(len(different), 'array')}, such as {different[0]!r:.80}"
         )
 
     model.load_weights(list(saved.items()), strict=False)

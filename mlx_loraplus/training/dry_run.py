@@ -145,7 +145,8 @@ def _describe_run(
     found.check(_check_targets, config)
     plan = found.check(memory_plan_of, config)
     if plan is not None:
-        yield "adapter", f"{config.adapter.adapter}, {plan.sizes.trainable:,} parameters to train"
+        trained = counted(plan.sizes.trainable, "parameter")
+        yield "adapter", f"{config.adapter.adapter}, {trained} to train"
 
     # Memory, time and disk space.
     lines: list[str] = []

@@ -37,7 +37,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from ..call_checks import types_checked
 from ..config import OptimizerConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, counted
 from ..settings import checked, fit_warmup
 from .compensation import HALF_TYPES, narrowed, widened, zero_compensation
 from .joined_parameters import JoinedParameters
@@ -307,8 +307,8 @@ class LoRAPlus:
         if different:
             raise ConfigError(
                 "the saved optimizer state belongs to another optimizer or other adapters:"
-                f" {len(different)} arrays differ, {different[0]!r:.80} first; use the state of"
-                " this run, or train from the start"
+                f" there is a difference in {counted(len(different), 'array')}, such as"
+                f" {different[0]!r:.80}; use the state of this run, or train from the start"
             )
 
         for name in self._own_names():

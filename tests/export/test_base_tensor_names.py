@@ -223,7 +223,7 @@ def test_weights_under_other_names_or_shapes_are_noted(tmp_path: Path):
     fused = write_base(tmp_path / "fused", {}, other)
     note = renamed_weights_note(base, fused)
     assert note is not None
-    assert "2 weights have names or shapes of mlx-lm (model.conv.weight)" in note
+    assert "2 weights of this model, such as model.conv.weight, got mlx-lm's name" in note
 
 
 def test_experts_of_a_dequantized_model_are_noted(tmp_path: Path):
@@ -235,4 +235,4 @@ def test_experts_of_a_dequantized_model_are_noted(tmp_path: Path):
     plain = write_base(
         tmp_path / "fused", {}, {f"{name}.weight": mx.ones((2, 2)), "norm": mx.ones((2,))}
     )
-    assert "1 weights" in (renamed_weights_note(quantized, plain) or "")
+    assert "1 weight of" in (renamed_weights_note(quantized, plain) or "")

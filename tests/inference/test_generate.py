@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus.errors import ModelError
-from mlx_loraplus.inference.generate import _tell_once, answer_all, complete, load
+from mlx_loraplus.inference.generate import _print_once, answer_all, complete, load
 from mlx_loraplus.models.loading import load_folder_tokenizer
 from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
@@ -50,7 +50,7 @@ def test_a_note_about_a_model_is_told_once_and_by_the_first_process(
     monkeypatch.setenv("MLX_RANK", "1")
     load(folder)
     assert not capsys.readouterr().err
-    _tell_once.cache_clear()
+    _print_once.cache_clear()
     monkeypatch.setenv("MLX_RANK", "0")
     load(folder)
     load(folder)

@@ -198,3 +198,19 @@ def test_unlike_and_very_long_answers_are_not_compared_by_word():
     long = "word " * 5000
     assert differences(long, long) == [("same", long)]
     assert differences(long, long + "x") == [("extra", long + "x")]
+
+
+def test_a_text_may_name_the_markers_of_other_templates():
+    prompt = (
+        "<|im_start|>user\nExplain the [INST] marker. Does <|system|> mark a turn?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    (turn,) = chat_of(prompt)
+    assert turn.role == "user"
+    assert "[INST] marker" in turn.parts[0][1]
+
+
+@pytest.mark.parametrize("text", ["https://x.y/?to=" + "a" * 200_000, "mail to=a " * 5_000])
+def test_a_long_text_after_a_recipient_is_read_once(text: str):
+    """With a pattern that goes back, this would take many minutes."""
+    assert parts_of(text) == [("text", text.strip())]

@@ -275,6 +275,32 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     view.close()
 
 
+def test_a_block_that_the_reader_opened_stays_open_when_answers_are_added(
+    folder: Path, tmp_path: Path, chromium: Any
+):
+    run, place = long_run(folder, "live"), tmp_path / "report.html"
+    run.start["prompts"] = [{"prompt": f"Question {n}?", "expected": "Yes."} for n in (1, 2)]
+    for event in run.history:
+        if "answers" in event:
+            event["answers"] = ["<think>Hm.</think>Yes."] * 2
+    base = [event for event in run.history if event["step"] == 0]
+    history, run.history = run.history, base
+    place.write_bytes(report_page(run))
+    view = chromium.new_page()
+    view.goto(place.as_uri())
+    opened = "details => details.map(each => each.open)"
+    view.evaluate("document.querySelectorAll('.thought')[1].open = true")
+    view.wait_for_timeout(100)
+    assert view.locator(".thought").evaluate_all(opened) == [False, True]
+
+    # The base's thoughts about the second question are the third block now.
+    run.history = history
+    place.write_bytes(report_page(run))
+    view.reload()
+    assert view.locator(".thought").evaluate_all(opened) == [False, False, True, False]
+    view.close()
+
+
 @pytest.fixture
 def view(folder: Path, tmp_path: Path, chromium: Any) -> Iterator[Any]:
     """The page of a finished run of 30 steps, in a browser."""

@@ -40,3 +40,23 @@ def test_calls_are_compared_with_the_expected_calls_in_their_order():
     assert shown_answer("base", "<|im_end|>", expected).parts == [
         ("text", [("same", "(an empty answer)")])
     ]
+
+
+def test_what_a_similar_answer_lacks_is_crossed_out():
+    call = '{"name": "on"}'
+    short = shown_answer("base", "Yes.", f"Yes.<tool_call>{call}</tool_call>")
+    assert short.parts == [("text", [("same", "Yes.")]), ("call", [("missing", call)])]
+
+
+def test_an_answer_that_was_cut_while_thinking_is_a_thought():
+    prompt = "<|im_start|>assistant\n<think>\n"
+    cut = shown_answer("base", "The hall is", "Yes.", prompt)
+    assert cut.parts == [("thought", [("same", "The hall is")])]
+    whole = shown_answer("base", "The hall.</think>Yes.", "Yes.", prompt)
+    assert [kind for kind, _ in whole.parts] == ["thought", "text"]
+
+
+def test_html_in_an_answer_is_no_marker():
+    parts = shown_answer("base", "I use HTML old tag", "I use HTML <s>old</s> tag").parts
+    assert "missing" in {change for _, pieces in parts for change, _ in pieces}
+    assert shown_answer("base", "<s> Yes.</s>", "Yes.").parts == [("text", [("same", "Yes.")])]

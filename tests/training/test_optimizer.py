@@ -308,7 +308,7 @@ def test_a_state_of_another_optimizer_is_refused():
         name: value.astype(mx.bfloat16) for name, value in before.items() if name.endswith(".m")
     }
     for other in (sgd.arrays(), rounded):
-        with pytest.raises(ConfigError, match=r"belongs to another optimizer .* arrays differ, '"):
+        with pytest.raises(ConfigError, match=r"belongs to another optimizer .* arrays, such as '"):
             adam.restore(other)
     assert equal_bits(before, adam.arrays())
 

@@ -154,7 +154,8 @@ class _Cursor:
         # Strings have no fixed size. Check the count before making a list of that length.
         if count * _STRING_HEADER > self.size - self.at:
             raise _BadBytesError(
-                f"at byte {self.at} it announces {count} strings, more than the file can hold"
+                f"at byte {self.at} it announces {counted(count, 'string')}, more than the file"
+                " can hold"
             )
         return [self.string() for _ in range(count)]
 
