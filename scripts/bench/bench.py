@@ -131,7 +131,7 @@ def run_parity(data: str | None) -> None:
     differences = [
         abs(a - b) / abs(b) for a, b in zip(curves["ours"], curves["stock"], strict=True)
     ]
-    title = f"{CASES['b'].title}: {PARITY_UPDATES} updates on our batches, lambda = 1"
+    title = f"{CASES['b'].title}: {PARITY_UPDATES} steps on our batches, lambda = 1"
     result = {"case": "parity", "title": title, "data": _data_name(data), **provenance(), **curves}
     write_json("parity", {**result, "max_relative_difference": max(differences)})
     say(
@@ -258,7 +258,7 @@ def summary(run: Result) -> Result:
 
 HEADINGS = (
     "trainer", "useful tok/s", "to stock", "supervised tok/s", "peak above weights", "to stock", "padding", "shapes",
-    "held-out loss", "s/update", "of matmul rate",
+    "held-out loss", "s/step", "of matmul rate",
 )  # fmt: skip
 
 
@@ -328,7 +328,7 @@ def write_tables() -> None:
         )
         if again := result.get("times"):
             lines += (
-                f"Seconds by `scripts/bench/run times`, {again['updates']} updates:"
+                f"Seconds by `scripts/bench/run times`, {again['updates']} steps:"
                 f" {source_line(again)}\n"
             )
         put("adapters", lines)
@@ -354,7 +354,7 @@ def markdown(results: Sequence[Result]) -> str:
         lines += [
             (
                 f"**({result['case']}) {result['title']}**, batch {result['batch_size']},"
-                f" {result['data']} rows, {result['updates']} updates, median of {repeats}"
+                f" {result['data']} rows, {result['updates']} steps, median of {repeats}"
             ),
             "",
             "| " + " | ".join(HEADINGS) + " |",

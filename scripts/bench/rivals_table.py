@@ -18,7 +18,7 @@ def markdown(result: Result) -> str:
     lines: list[str] = []
     for case in result["cases"].values():
         lines += [
-            f"**{case['title']}**, batch {case['batch_size']}, {case['data']} rows, {case['updates']} updates",
+            f"**{case['title']}**, batch {case['batch_size']}, {case['data']} rows, {case['updates']} steps",
             "",
             "| " + " | ".join(HEADINGS) + " |",
             "|---" + "|--:" * (len(HEADINGS) - 1) + "|",
