@@ -183,7 +183,7 @@ def markdown(result: dict[str, Any]) -> str:
     lora = methods["LoRA+"]["seconds"]
     lines = [
         (
-            f"{result['model']}, {result["updates"]} steps of {result['batch_size']}"
+            f"{result['model']}, {result['updates']} steps of {result['batch_size']}"
             f" {result['data']} rows; held-out loss before: {methods['LoRA+']['loss_before']:.3f}"
         ),
         "",
