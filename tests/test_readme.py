@@ -52,6 +52,16 @@ def test_a_page_is_short_and_begins_with_what_the_reader_will_have_done(page: st
     assert PAGES["README.md"].count(f"({page})") or page in with_addresses(PAGES["README.md"], None)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_lines_are_at_most_120_characters(page: str):
+    """Not those of tables, pictures, code and generated parts."""
+    flags = re.MULTILINE | re.DOTALL
+    text = re.sub(r"^<!-- (\S+):start -->.*?^<!-- \1:end -->", "", PAGES[page], flags=flags)
+    text = re.sub(r"^ *```.*?^ *```", "", text, flags=flags)
+    lines = [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+    assert not [line for line in lines if len(line) > 120]
+
+
 # --- commands ---
 
 
