@@ -105,7 +105,7 @@ def train(arguments: Arguments = None) -> None:
 
         from .data.first_rows import check_rows
         from .inference.generate import load
-        from .memory.plan import check_fit
+        from .memory.run_sizes import check_fit
         from .runs.progress import make_view, with_browser
         from .runs.trackers import check_trackers
         from .training.checkpoint import check_folder

@@ -18,7 +18,9 @@ _CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries nee
 _WIRED_SHARE = 0.9
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 _LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
-MOST_NUMBERS = 2**31 - 1  # in an array on a GPU; Metal's kernels compute larger ones wrongly
+# Numbers in an array on a GPU. Metal's kernels compute larger ones wrongly; on CUDA this was not
+# tried, and the limit is kept.
+MOST_NUMBERS = 2**31 - 1
 
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -120,6 +122,15 @@ def machine_from(
     else:
         working_set = int(_CPU_SHARE * total)
     return Machine(backend, total, working_set, available + used)
+
+
+def room_for_copy() -> int:
+    """Return the bytes that a float32 copy of a model, or of its first blocks, may take now.
+
+    It is half of what is free, because computing with the copy needs as much again.
+    """
+    machine = this_machine()
+    return max(0, min(machine.budget, machine.free) - mx.get_active_memory()) // 2
 
 
 def simulate_mac(memory: str) -> Machine:

@@ -1,6 +1,7 @@
 """What each kind of machine gives to a run, from what MLX says of it; and the branches of a GPU, forced on a CPU."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mlx_loraplus.device import (
     Machine,
     bounded_memory,
     machine_from,
+    room_for_copy,
     simulate_mac,
     this_machine,
 )
@@ -139,6 +141,19 @@ def test_a_run_loads_the_gemma_that_is_planned(
     assert note is not None
     assert note.startswith(f"{family} is {MODELS[planned]} on ")
     assert (planned == gemma_for(this_machine().working_set, family)) is (gpu == "metal")
+
+
+def test_a_copy_takes_at_most_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch):
+    """On a Mac, a run may use more than is free now, but a copy for a check may not."""
+    monkeypatch.setattr(mx, "get_active_memory", lambda: 10**9)
+    mac = replace(simulate_mac("16GB"), free=5 * 10**9)
+    for machine, room in (
+        (mac, 2 * 10**9),
+        (replace(mac, free=mac.memory), (mac.budget - 10**9) // 2),
+        (replace(mac, free=10**8), 0),
+    ):
+        monkeypatch.setattr(device, "this_machine", lambda machine=machine: machine)
+        assert room_for_copy() == room
 
 
 def test_the_limits_are_set_on_a_gpu_and_restored(gpu: str):

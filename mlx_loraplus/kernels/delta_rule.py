@@ -26,8 +26,8 @@ from .choices import StepChoices, default_choices
 # Tolerance relative to the largest number. A GPU may round the factors of a product to 10 bits.
 # Another formula differs by much more.
 TOLERANCE = 1e-2
-# In half precision, MLX's function may also round by so many times as much as the loop does.
-FACTOR = 3
+# In half precision, MLX's function may round by this many times as much as the loop does.
+ROUNDING = 3
 _TOKENS = 70  # more than a chunk of MLX's kernels
 PIECE = 64  # tokens between two states that the loop keeps
 
@@ -35,12 +35,17 @@ _loop = gated_delta.gated_delta_ops
 
 
 def has_delta_rule(model: nn.Module) -> bool:
-    """Return whether a model has layers that compute a gated delta rule."""
+    """Return whether a model has layers with a gated delta rule that MLX's function computes.
+
+    It computes one decay for each head. Layers with a decay for each key, such as those of Kimi
+    Linear, always take the loop.
+    """
     update = gated_delta.gated_delta_update
     for module in model.modules():
         # The module of a class that was loaded from a file may not be in ``sys.modules``.
         code = sys.modules.get(type(module).__module__)
-        if getattr(code, "gated_delta_update", None) is update:
+        is_rule = getattr(code, "gated_delta_update", None) is update and "dt_bias" in module
+        if is_rule and module.dt_bias.size == module.A_log.size:
             return True
     return False
 
@@ -166,7 +171,7 @@ def equals_loop(
     exact = both(_loop, mx.float32)
     loop, ours = both(_loop, dtype), both(mx.fast.gated_delta_update, dtype)
     for right, stock, found in zip(exact, loop, ours, strict=True):
-        rounding = FACTOR * mx.abs(stock - right).max()
+        rounding = ROUNDING * mx.abs(stock - right).max()
         allowed = mx.maximum(TOLERANCE * mx.abs(right).max(), rounding)
         close: Any = mx.abs(found - right).max() <= allowed
         if not close.item():

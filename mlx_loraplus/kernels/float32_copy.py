@@ -8,14 +8,14 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..adapters.tensor_parallel import is_sharded
-from ..device import this_machine
+from ..device import room_for_copy
 from ..models.derived_weights import forget_derived
 from ..models.loading import shared_copy
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
-def in_float32(model: nn.Module, ask: Callable[[nn.Module], Answer]) -> Answer:
+def in_float32(model: nn.Module, ask: Callable[[nn.Module], Result]) -> Result:
     """Return the answer to a question about a model, asked to a copy that computes in float32.
 
     The model itself is asked if it computes in float32 already; if its weights are quantized to
@@ -37,15 +37,12 @@ def in_float32(model: nn.Module, ask: Callable[[nn.Module], Answer]) -> Answer:
 
 def _is_possible(model: nn.Module) -> bool:
     """Return whether a copy in float32 is needed and possible."""
-    half, needed = 0, 0
+    needed = 0
     arrays: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, array in arrays.items():
         if name.endswith(".scales") and not mx.issubdtype(array.dtype, mx.floating):
             return False
         if mx.issubdtype(array.dtype, mx.floating) and array.itemsize < mx.float32.size:
-            half += 1
             needed += mx.float32.size * array.size
 
-    # Keep as much again free for the computation.
-    room = this_machine().budget - mx.get_active_memory()
-    return half > 0 and not is_sharded(model) and 2 * needed <= room
+    return needed > 0 and not is_sharded(model) and needed <= room_for_copy()

@@ -104,6 +104,10 @@ def read_block(
         for module in layers.modules.values()
     )
     mlp, joined, experts = _read_mlps(layers, routed)
+    shapes = [
+        (*local_shape(base), routed if isinstance(base, EXPERTS) else 1)
+        for base in layers.bases.values()
+    ]
     inputs, outputs = _read_adapters(layers, chosen, config, routed)
     if mixer:
         outputs += _mixer_kept(layers.recurrent, mixer)
@@ -127,6 +131,8 @@ def read_block(
         experts=experts,
         expert_arrays=_expert_arrays(layers),
         routed=routed,
+        widest=max(rows * times for rows, _, times in shapes),
+        products=sum(rows * columns * times for rows, columns, times in shapes),
         inputs=inputs,
         outputs=outputs,
         mixer=mixer,

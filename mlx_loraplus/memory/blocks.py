@@ -145,6 +145,9 @@ class Block:
         experts: F of the experts' gated MLPs times the number of experts per token.
         expert_arrays: Arrays of this size that their activation keeps.
         routed: Number of experts per token.
+        widest: Numbers that the linear layer with the largest output returns, for all experts of a
+            token.
+        products: Multiplications of the linear layers, those of the experts that a token uses.
         inputs: Numbers that adapters save from the inputs of layers.
         outputs: Numbers saved from the outputs of layers, both by adapters and for layers outside
             attention and MLPs.
@@ -164,17 +167,11 @@ class Block:
     experts: int
     expert_arrays: int
     routed: int
+    widest: int
+    products: int
     inputs: int
     outputs: int
     mixer: Mixer | None = None
-
-    def products(self) -> int:
-        """Return the multiplications per token of attention's and the MLPs' matrices.
-
-        H (2Q + 2K) + 3 H F, with the F of the experts that a token uses.
-        """
-        attention = 2 * (self.queries + self.keys)
-        return self.hidden * (attention + 3 * (self.mlp + self.experts))
 
     def mlp_kept(self) -> int:
         """Return the numbers per token that MLPs save: gate and up, 2F.
@@ -256,9 +253,7 @@ class Block:
 
     def largest_array(self, batch: BatchShape) -> int:
         """Return the numbers in the largest array: T times a width, or the scores of attention."""
-        # Each of a token's experts returns as many numbers as the residual stream has.
-        returned = self.routed * self.hidden if self.experts else 0
-        width = max(self.hidden, self.queries, self.mlp, self.experts, returned)
+        width = max(self.hidden, self.queries, self.widest)
         return max(batch.rows * batch.length * width, self._largest_scores(batch))
 
     def _largest_scores(self, batch: BatchShape) -> int:

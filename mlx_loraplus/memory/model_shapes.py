@@ -107,6 +107,7 @@ def _measure(model: nn.Module, config: AdapterConfig, itemsize: int | None) -> S
         trained=tuple(trained),
         shared=_count_frozen(targets, config),
         adapted=tuple(sorted(_base_size(module, itemsize) for module, _ in targets)),
+        bits=_bits_of([module for module, _ in targets]),
         blocks=tuple(read_block(block, cache, chosen, config) for block, cache in passes),
         learning=learning,
         context=limits_of(model, skeleton=True).longest,
@@ -157,6 +158,12 @@ def _base_size(module: Any, itemsize: int | None) -> tuple[int, int]:
     return numbers, weight_bytes(module, itemsize)
 
 
+def _bits_of(bases: Sequence[Any]) -> int:
+    """Return the bits of a number of the largest weight; 16 if it is not quantized."""
+    largest = max(bases, key=lambda base: math.prod(base_shape(base)), default=None)
+    return getattr(largest, "bits", 16)
+
+
 def _smallest_itemsize(model: nn.Module) -> int:
     """Return the bytes of the smallest type among a model's floating-point arrays."""
     arrays = _arrays(model.parameters())
@@ -192,6 +199,7 @@ def _measure_full(model: nn.Module, config: AdapterConfig, itemsize: int | None)
         trained=tuple(array.shape for array in trained),
         shared=0,
         adapted=(),
+        bits=16,
         blocks=tuple(read_block(block, cache, chosen, config) for block, cache in passes),
         learning=learning,
         context=limits_of(model, skeleton=True).longest,

@@ -2,7 +2,6 @@
 
 import json
 from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -13,12 +12,11 @@ from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
 from ..device import MOST_NUMBERS, Machine, gb, this_machine
-from ..errors import ConfigError, ModelError, counted
+from ..errors import counted
 from ..kernels.choices import default_choices
 from ..models.find_model import is_embedded, original_of
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
-from .display_advice import display_advice
 from .estimate import Memory, Sizes, batch_shape, estimate
 from .measured import MeasuredStep
 from .model_shapes import measure
@@ -107,10 +105,26 @@ class MemoryPlan:
         return max(block.largest_array(batch) for block in set(self.sizes.blocks))
 
     def checkpoint(self, rows: int, length: int) -> bool:
-        """Return the setting or, if it is auto, whether the batch needs checkpointing to fit."""
+        """Return the setting or, if it is auto, whether memory is too small without it."""
         if self.config.grad_checkpoint != "auto":
             return self.config.grad_checkpoint == "on"
-        return not self.fits(rows, length, checkpoint=False)
+        return self.memory(rows, length, checkpoint=False).total > self.budget
+
+    def problem(self, rows: int, length: int) -> str:
+        """Return why a batch does not fit; "" if it fits."""
+        batch = f"{counted(rows, 'row')} x {length:,} tokens"
+        numbers = self.largest_array(rows, length)
+        if numbers > MOST_NUMBERS:
+            return (
+                f"{batch} need an array of {numbers:,} numbers, and on a GPU it has at most"
+                f" {MOST_NUMBERS:,}"
+            )
+
+        needed = self.memory(rows, length).total
+        if needed <= self.budget:
+            return ""
+        checkpoint = " with gradient checkpointing" if self.checkpoint(rows, length) else ""
+        return f"{batch} take {gb(needed)}{checkpoint}, and {gb(self.budget)} may be used"
 
     def verdict(self, rows: int, length: int) -> str:
         """Return a phrase that says whether a batch fits."""
@@ -259,137 +273,3 @@ def _resolve_name(name: str, machine: Machine) -> str:
     if machine.has_gpu:
         return gemma_for(machine.budget, name)
     return "gemma-3-270m" if is_embedded(name) else without_gpu(name)
-
-
-def resolve_length(
-    config: TrainConfig, model: nn.Module | None, log: Callable[[str], None] = lambda _: None
-) -> TrainConfig:
-    """Return the config, with the largest length that fits if ``max_seq_length`` is auto.
-
-    Raises:
-        ConfigError: Even short rows do not fit.
-    """
-    if config.data.max_seq_length != "auto":
-        return config
-
-    rows = 1 if config.data.batch_size == "auto" else config.data.batch_size
-    rows *= config.objective.rows_per_example
-    plan = memory_plan_of(config, model)
-    length = plan.longest(rows)
-    if length < 2:
-        raise ConfigError(_does_not_fit(plan, rows, 64))
-
-    held = counted(rows, "row")
-    log(f"max_seq_length is {length:,}, the longest for {held} at a time in {gb(plan.budget)}")
-    return replace(config, data=replace(config.data, max_seq_length=length))
-
-
-def resolve_batch(
-    config: TrainConfig,
-    model: nn.Module | None,
-    longest: int,
-    log: Callable[[str], None] = lambda _: None,
-) -> TrainConfig:
-    """Return the config, with a batch size that fits if ``batch_size`` is auto.
-
-    Args:
-        config: The run's settings.
-        model: The loaded model, or None.
-        longest: Tokens in the longest example. Packed rows use ``max_seq_length`` instead.
-        log: Called with a line that reports the choice.
-    """
-    if config.data.batch_size != "auto":
-        return config
-
-    length = round_up(config.data.max_seq_length if config.data.pack else longest)
-    plan = memory_plan_of(config, model)
-    size = plan.batch_size(length)
-    rows = config.objective.rows_per_example * size
-    needed, budget = gb(plan.memory(rows, length).total), gb(plan.budget)
-    log(f"batch_size is {size}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
-    return replace(config, data=replace(config.data, batch_size=size))
-
-
-def resolve_grad_checkpoint(
-    config: TrainConfig,
-    model: nn.Module,
-    batch: tuple[int, int],
-    log: Callable[[str], None],
-    measured: MeasuredStep | None = None,
-) -> bool:
-    """Return whether to checkpoint a run whose largest batch is ``batch``, (rows, length).
-
-    What a step was measured to take, in an earlier session, corrects the prediction.
-
-    Raises:
-        ConfigError: The batch does not fit. The message suggests up to three changes.
-    """
-    try:
-        plan = memory_plan_of(config, model).corrected(measured)
-    except ModelError as problem:
-        log(f"warning: {problem}")
-        return config.grad_checkpoint == "on"
-    if not plan.fits(*batch):
-        raise ConfigError(_does_not_fit(plan, *batch))
-
-    checkpoint = plan.checkpoint(*batch)
-    rows, length = batch
-    log(
-        f"plan: {gb(plan.memory(*batch).total)} at the peak, for {counted(rows, 'row')} x"
-        f" {length:,} tokens, of {gb(plan.budget)}; gradient checkpointing is"
-        f" {'on' if checkpoint else 'off'}"
-    )
-    for line in (shortage(plan, *batch), display_advice(plan.sizes, plan.machine, *batch)):
-        if line:
-            log(line)
-    return checkpoint
-
-
-def check_fit(config: TrainConfig, group: Group | None = None) -> None:
-    """Check, before the model is loaded, that its smallest batch fits.
-
-    Args:
-        config: The run's settings.
-        group: The processes that divide the model's weights.
-
-    Raises:
-        ConfigError: It does not fit. The message suggests up to three changes.
-    """
-    try:
-        plan = memory_plan_of(config, group=group)
-    except ModelError:
-        # Loading the model raises an error with a better message.
-        return
-    if not plan.fits(1, 64):
-        raise ConfigError(_does_not_fit(plan, 1, 64))
-
-
-def _does_not_fit(plan: MemoryPlan, rows: int, length: int) -> str:
-    """Return the message for a batch that does not fit."""
-    suggestions = "; ".join(plan.suggestions(rows, length)[:3])
-    numbers = plan.largest_array(rows, length)
-    if numbers > MOST_NUMBERS:
-        return (
-            f"{plan.config.model} can't compute {counted(rows, 'row')} x {length:,} tokens at once:"
-            f" an array would have {numbers:,} numbers, and on a GPU it has at most"
-            f" {MOST_NUMBERS:,}; the cheapest ways to make it smaller: {suggestions}"
-        )
-
-    checkpoint = " with gradient checkpointing" if plan.checkpoint(rows, length) else ""
-    needed = gb(plan.memory(rows, length).total)
-    return (
-        f"{plan.config.model} does not fit: {counted(rows, 'row')} x {length:,} tokens take"
-        f" {needed}{checkpoint}, and {gb(plan.budget)} may be used; the cheapest ways to make it"
-        f" fit: {suggestions}"
-    )
-
-
-def shortage(plan: MemoryPlan, rows: int, length: int) -> str | None:
-    """Return a warning if a batch fits a Mac, but not in the memory that is free now."""
-    needed, machine = plan.memory(rows, length).total, plan.machine
-    if machine.backend != "metal" or needed <= machine.free:
-        return None
-    return (
-        f"warning: the run takes {gb(needed)} at the peak, and only {gb(machine.free)} are free"
-        " now: macOS makes room by compressing and swapping, which is slow; close other programs"
-    )

@@ -25,19 +25,20 @@ def plan_headline(plan: "Plan") -> Headline:
     peak, budget = gb(memory.total), gb(memory_plan.budget)
     longest = memory_plan.longest(plan.rows)
 
-    # What the reader may wonder about, or should do.
-    checkpointing = ""
-    if memory_plan.checkpoint(plan.rows, plan.length):
-        checkpointing = "Gradient checkpointing saves memory and takes a third more time."
-        if not memory_plan.fits(plan.rows, plan.length):
-            checkpointing = "Gradient checkpointing is on already."
+    # Why it does not fit, or what it takes.
+    problem = memory_plan.problem(plan.rows, plan.length)
+    lead = f"The batch does not fit: {problem}."
+    if not problem:
+        lead = f"The run takes {peak} at the peak, and {budget} may be used."
+        if memory_plan.checkpoint(plan.rows, plan.length):
+            lead += " Gradient checkpointing saves memory and takes a third more time."
     notes = [line for line in plan.advice if not line.startswith(TO_FIT)]
 
     return Headline(
         title=f"{public_name(memory_plan.config.model)}: does training fit?",
         state=plan.verdict,
         text=f"batches of {batch}, on {str(memory_plan.machine).partition(':')[0]}",
-        lead=f"The run takes {peak} at the peak, and {budget} may be used. {checkpointing}",
+        lead=lead,
         next_step=" ".join(f"{note[0].upper()}{note[1:]}." for note in notes),
         tiles=[
             Tile("Peak memory", peak, f"of {budget}"),

@@ -120,6 +120,9 @@ class Plan(RichDisplay):
             f" checkpoints; fusing takes up to {gb(memory_plan.sizes.fuse())} of memory"
         )
 
+        problem = memory_plan.problem(self.rows, self.length)
+        if problem:
+            yield Text(f"  it does not fit: {problem}", "yellow")
         for advice in self.advice:
             yield Text(f"  {advice}", "yellow")
 

@@ -28,7 +28,7 @@ from ..failures import failures_in_one_line
 from ..files import locked
 from ..kernels.head import split_model
 from ..keyword_types import SweepOptions
-from ..memory.plan import resolve_batch, resolve_length
+from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..runs.progress import Log, no_log
 from ..settings import configure, settings_of

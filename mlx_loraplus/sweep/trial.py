@@ -19,7 +19,7 @@ from ..command_config import SweepConfig
 from ..config import TrainConfig
 from ..data.dataset import Examples
 from ..kernels.head import split_model
-from ..memory.plan import resolve_grad_checkpoint
+from ..memory.run_sizes import resolve_grad_checkpoint
 from ..models.find_model import original_of
 from ..runs.progress import no_log
 from ..runs.state import Event, Outcome

@@ -3,9 +3,9 @@
 ``mx.compile`` traces a function for each shape of its arguments. For a large model, a trace costs
 seconds and tens of megabytes. MLX keeps every trace as long as the compiled function exists.
 Therefore each shape gets its own compiled function when it occurs for the second time. A run keeps
-at most ``MAX_TRACES`` of them, whatever it compiles. If there are more, a shape that has occurred
-twice as often as the least recently used one replaces it, which frees its memory. Without this
-condition, a run with more shapes than functions would trace them again and again;
+at most ``MAX_TRACES`` of them, one of which is the update's. If there are more, a shape that has
+occurred twice as often as the least recently used one replaces it, which frees its memory. Without
+this condition, a run with more shapes than functions would trace them again and again;
 scripts/bench/shapes counts the functions that a run compiles.
 """
 
@@ -40,10 +40,11 @@ class Traces:
     """The compiled functions that are kept, one for each function and shape.
 
     Args:
-        most: Maximum number of compiled functions that are kept.
+        most: Maximum number of compiled functions that are kept; by default all of a run's, except
+            that of the update, whose arguments always have the same shapes.
     """
 
-    def __init__(self, most: int = MAX_TRACES):
+    def __init__(self, most: int = MAX_TRACES - 1):
         self.most = most
         self._functions = 0
         self._seen: Counter[Call] = Counter()

@@ -26,7 +26,7 @@ from ..data.split_report import SplitReport
 from ..data.tokenize import Example
 from ..errors import DataError, ModelError, counted
 from ..keyword_types import PreviewOptions, RowsOrNames
-from ..memory.plan import resolve_batch, resolve_length
+from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import find_model
 from ..models.ignored_window import ignored_window
@@ -62,13 +62,13 @@ class Epoch:
         batches: Number of batches.
         shapes: Number of different (rows, length, targets) among them.
         padding: Share of their tokens that is padding.
-        tokens: Number of their tokens, with padding.
+        useful_tokens: Number of their tokens, without padding.
     """
 
     batches: int
     shapes: int
     padding: float
-    tokens: int
+    useful_tokens: int
 
 
 @dataclass(frozen=True, repr=False)
@@ -227,7 +227,7 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
         shapes.add((count, length, targets))
         tokens += count * length
         useful += _useful_tokens(train, np.concatenate(rows))
-    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, tokens)
+    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, useful)
 
 
 def _useful_tokens(train: Examples, members: np.ndarray) -> int:

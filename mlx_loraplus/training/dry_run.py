@@ -23,7 +23,8 @@ from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
 from ..kernels.head import split_model
 from ..memory.estimate import Sizes
-from ..memory.plan import check_fit, memory_plan_of, resolve_grad_checkpoint
+from ..memory.plan import memory_plan_of
+from ..memory.run_sizes import check_fit, resolve_grad_checkpoint
 from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
@@ -92,7 +93,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         console.print(data)
         if data.plan is not None:
             console.print()
-            for name, line in _describe_run(data, data.plan.tokens, found):
+            for name, line in _describe_run(data, data.plan.useful_tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
     for warning in found.warnings:
@@ -184,7 +185,7 @@ def _time(
         config: The run's settings.
         batches: The run's batches.
         sizes: The model's sizes.
-        tokens: Tokens of all steps, with padding.
+        tokens: Tokens of all steps, without padding, which an eager run removes in part.
         steps: Steps of the run.
         found: Receives the problems with the model.
     """
@@ -193,10 +194,10 @@ def _time(
 
     # Forward through all blocks, backward through the last ones; adapters need no gradients of W.
     backward = 4.0 if config.adapter.adapter == "full" else 2.0
-    products = [block.products() for block in sizes.blocks]
+    products = [block.products for block in sizes.blocks]
     learning = products[len(products) - sizes.learning :]
     operations = tokens * (2.0 * sum(products) + backward * sum(learning))
-    least = operations / _operations_per_second(_bits_of(sizes))
+    least = operations / _operations_per_second(sizes.bits)
     if 2 * least / steps > _LONGEST:
         return (
             f"at least {duration(least)} in steps, which this machine needs for the matrix products"
@@ -209,12 +210,6 @@ def _time(
     needed = tokens * seconds
     shown = "less than a minute" if needed < 60 else f"about {duration(needed)}"
     return f"{shown} in steps, plus validations"
-
-
-def _bits_of(sizes: Sizes) -> int:
-    """Return the bits per number of the weights with adapters, without their scales; or 16."""
-    numbers, size = max(sizes.adapted, default=(1, 2))
-    return min(16, 8 * size // numbers)
 
 
 def _operations_per_second(bits: int) -> float:
@@ -237,7 +232,10 @@ def _operations_per_second(bits: int) -> float:
 
 
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
-    """Return how many seconds a token of a step takes, or None if the step was skipped."""
+    """Return how many seconds a step takes for each token, or None if the step was skipped.
+
+    Padding is not counted, but takes time.
+    """
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))
     optimizer = LoRAPlus(replace_auto_rate(config).optimizer, 2)
@@ -260,11 +258,10 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)
     train(state, (), config, report=reports.append, save=lambda: None)
 
-    # The time includes padding.
     last = reports[-1]
     if "loss" not in last:  # the step was skipped
         return None
-    return last["seconds"] * (1 - last["padding"]) / last["useful_tokens"]
+    return last["seconds"] / last["useful_tokens"]
 
 
 def _disk(config: TrainConfig, needed: float, found: _Findings) -> str:

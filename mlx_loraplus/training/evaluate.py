@@ -37,7 +37,7 @@ from ..errors import AdapterError, ConfigError, DataError, counted
 from ..inference.generate import answer_questions, load
 from ..kernels.head import split_model
 from ..keyword_types import EvaluateOptions
-from ..memory.plan import resolve_batch, resolve_length
+from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.moved_run_paths import read_run_settings
 from ..rich_display import RichDisplay

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from ..config import TrainConfig
 from ..data.batches import Batch, Batches, arrays_of, trimmed
@@ -141,13 +143,31 @@ def tune_step(
         freedom: The choices that may be varied.
         budget: The bytes that the step may use.
     """
-    with unchanged(state), bounded_memory():
-        best, timings, is_complete = search_ways(
-            start, freedom, lambda way: time_step(state, batch, way), budget
-        )
+    with unchanged(state) as kept, bounded_memory():
+
+        def measure(way: StepWay) -> StepTiming:
+            timing = time_step(state, batch, way)
+            if timing.peak is None:
+                return timing
+            return replace(timing, peak=timing.peak - kept + _accumulated(state))
+
+        best, timings, is_complete = search_ways(start, freedom, measure, budget)
         mx.clear_cache()
     rows, length = batch.tokens.shape
     return TuningResult(best, tuple(timings), rows, length, is_complete)
+
+
+def _accumulated(state: TrainState) -> int:
+    """Return the bytes of the gradients that a run carries from batch to batch of a step."""
+    if state.schedule.batches_per_step == 1:
+        return 0
+    return _bytes_of(state.model.trainable_parameters())
+
+
+def _bytes_of(arrays: Any) -> int:
+    """Return the bytes of a tree of arrays."""
+    leaves: Any = tree_flatten(arrays)
+    return sum(array.nbytes for _, array in leaves)
 
 
 def search_ways(
@@ -177,7 +197,7 @@ def search_ways(
     for vary in (
         lambda way: [replace(way, choices=way.choices.other_attention())],
         lambda way: [replace(way, choices=way.choices.other_cross_entropy())],
-        lambda way: [replace(way, choices=way.choices.other_delta_rule())] * freedom.delta_rule,
+        lambda way: [replace(way, choices=rule) for rule in _other_rules(way, freedom)],
         _other_slices,
         lambda way: [replace(way, grad_checkpoint=value) for value in freedom.grad_checkpoint],
         lambda way: [replace(way, compiled=value) for value in freedom.compiled],
@@ -193,6 +213,11 @@ def search_ways(
             if _is_better(timing, best, budget):
                 best = timing
     return best, timings, True
+
+
+def _other_rules(way: StepWay, freedom: OpenChoices) -> list[StepChoices]:
+    """Return the way's choices with the other kind of delta rule, if the model has one."""
+    return [way.choices.other_delta_rule()] if freedom.delta_rule else []
 
 
 def _other_slices(way: StepWay) -> list[StepWay]:
@@ -266,8 +291,12 @@ def _time_repeatedly(state: TrainState, batch: Batch, way: StepWay) -> StepTimin
 
 
 @contextmanager
-def unchanged(state: TrainState) -> Generator[None]:
-    """Restore the model, the optimizer and the random state after the block, bit-exactly."""
+def unchanged(state: TrainState) -> Generator[int]:
+    """Restore the model, the optimizer and the random state after the block, bit-exactly.
+
+    Yields:
+        The bytes of the arrays that are kept for this, while the block trains others.
+    """
     model, optimizer = state.model, state.optimizer
     parameters = model.parameters()
     moments = optimizer.arrays()
@@ -277,7 +306,7 @@ def unchanged(state: TrainState) -> Generator[None]:
     with kept_random_state():
         model.train()
         try:
-            yield
+            yield _bytes_of(model.trainable_parameters()) + _bytes_of(moments)
         finally:
             # A step that failed while it was traced leaves unusable arrays even in frozen layers.
             model.update(parameters)

@@ -11,7 +11,7 @@ from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import ConfigError
 from ..keyword_types import TrainOptions
-from ..memory.plan import resolve_batch, resolve_length
+from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.loading import shared_copy
 from ..runs.history import Run

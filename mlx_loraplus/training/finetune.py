@@ -22,7 +22,7 @@ from ..errors import DeviceError, OutputError
 from ..files import locked
 from ..kernels.delta_rule import choices_for
 from ..keyword_types import TrainOptions
-from ..memory.plan import resolve_batch, resolve_length
+from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import original_of
 from ..python_messages import in_keywords

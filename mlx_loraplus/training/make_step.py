@@ -39,7 +39,8 @@ def make_step(
         loss: Called with the model and a batch's arrays.
         optimizer: The optimizer, which holds the trainable parameters.
         compiled: Whether to compile both functions.
-        traces: What keeps the compiled functions; by default, a new ``Traces`` for the two.
+        traces: What keeps the compiled functions of ``accumulate``; by default a new ``Traces``.
+            ``update`` has its own, so that many shapes of batches can't take its place.
     """
     loss_and_gradients = nn.value_and_grad(model, loss)
 
@@ -58,5 +59,7 @@ def make_step(
     if not compiled:
         return accumulate, update
     state = [model.state, optimizer.state, mx.random.state]
-    traces = traces or Traces()
-    return CompiledByShape(accumulate, state, traces), CompiledByShape(update, state, traces)
+    return (
+        CompiledByShape(accumulate, state, traces or Traces()),
+        CompiledByShape(update, state, Traces(1)),
+    )

@@ -95,8 +95,10 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     run, steps = session.run, state.schedule.steps
     restore(checkpoint, state.model, state.optimizer)
     run.history = checkpoint.history
-    if run.progress.step < steps or run.progress.owes_validation:
+    if run.progress.step < steps:
         session.log(f"resume: from step {run.progress.step} of {steps}")
+    elif run.progress.owes_validation:
+        session.log("resume: only the last validation is left")
     else:
         session.log(
             f"resume: nothing is left to train, because the run has made {run.progress.step} of"
@@ -106,7 +108,7 @@ def resume_history(session: Session, state: TrainState, checkpoint: Checkpoint) 
     # The number of steps may have changed. The page says where the run was resumed.
     start = run.history[0]
     run.planned = start["steps"] = steps
-    if run.progress.ended(steps, run.config) is None:
+    if run.progress.owes_validation or run.progress.ended(steps, run.config) is None:
         start["resumed"] = sorted({*start.get("resumed", []), run.progress.step})
 
 

@@ -36,7 +36,7 @@ from ..adapters.lora import LoRALinear
 from ..adapters.token_tables import TOKEN_TABLES, table_rows
 from ..adapters.trainable import find_adapters, trainable_summary
 from ..config import AdapterConfig, OptimizerConfig
-from ..device import gb, kept_random_state, this_machine
+from ..device import gb, kept_random_state, room_for_copy
 from ..errors import LoRAPlusError
 from ..failures import is_lost
 from ..kernels.choices import SMALLEST_SLICE, StepChoices
@@ -270,15 +270,12 @@ def _too_large(front: nn.Module) -> str:
         else:
             numbers += sum(array.size for array in module.values() if isinstance(array, mx.array))
 
-    # Keep as much again free for the computation.
-    needed = 4 * numbers
-    machine = this_machine()
-    free = machine.budget - mx.get_active_memory()
-    if 2 * needed <= free:
+    needed, room = mx.float32.size * numbers, room_for_copy()
+    if needed <= room:
         return ""
     return (
         f"the first blocks in float32 take {gb(needed)}, the check needs twice that, and"
-        f" {gb(max(free, 0))} are free"
+        f" {gb(2 * room)} are free"
     )
 
 

@@ -26,7 +26,8 @@ from ..files import cache_folder, read_bounded, write_atomically
 from ..kernels.choices import StepChoices
 from ..kernels.delta_rule import has_delta_rule
 from ..memory.measured import MeasuredStep
-from ..memory.plan import MemoryPlan, memory_plan_of, resolve_grad_checkpoint
+from ..memory.plan import MemoryPlan, memory_plan_of
+from ..memory.run_sizes import resolve_grad_checkpoint
 from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
@@ -82,7 +83,9 @@ def choose_grad_checkpoint(
         wanted = checkpoint.identity.grad_checkpoint
         config = replace(config, grad_checkpoint="on" if wanted else "off")
     else:
-        wanted = resolve_grad_checkpoint(config, model, batches.largest(), log, measured)
+        wanted = resolve_grad_checkpoint(
+            config, model, batches.largest(), log, measured, is_resumed=checkpoint is not None
+        )
 
     # The gradients are tested at most once in a run.
     if wanted and probes.checkpoint_sound is None and not is_sharded(model):
@@ -305,8 +308,9 @@ def _digest_of_run(config: TrainConfig, rows: int, length: int) -> str:
     facts = {
         "adapter": settings_of(config.adapter),
         "optimizer": settings_of(config.optimizer),
+        "objective": settings_of(config.objective),
         "choices": (config.compile, config.grad_checkpoint, config.data.pack),
-        "size": (rows, length),
+        "size": (rows, length, config.grad_accumulation_steps),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -113,8 +113,8 @@ def train(
             and after the last step. May be empty.
         config: How often to report, validate and save, whether to compile, and when to stop.
         report: Called with each event, a flat dictionary ready for JSON.
-        save: Called between steps: at each ``steps_per_save``, at each best validation, at the end,
-            and on a GPU at least every ``SAVE_SECONDS``.
+        save: Called between steps, and before or in a validation: at each ``steps_per_save``, at
+            each best validation, at the end, and on a GPU at least every ``SAVE_SECONDS``.
         world: The processes that train together; each calls this function. Default: this process.
 
     Returns:
@@ -163,11 +163,8 @@ class TrainLoop:
     ):
         self.state = state
         self.progress = state.progress
-        self.valid = valid
-        self.config = config
-        self.report = report
-        self.save = save
-        self.world = world
+        self.valid, self.config, self.world = valid, config, world
+        self.report, self.save = report, save
         self.step_batches: list[Batch] = []
         self._shapes: set[tuple[tuple[int, ...], ...]] = set()
         self._saved, self._saved_step = time.perf_counter(), self.progress.step
@@ -218,8 +215,7 @@ class TrainLoop:
             report_due = reported or is_last or progress.step == 1
             if report_due and progress.window:
                 self.report_steps()
-            validation_due = progress.step % (config.steps_per_eval or 1) == 0 or is_last
-            is_best = validation_due and self.validate()
+            is_best = self.validation_due() and self.validate()
 
             # Decide whether to continue; all processes decide together.
             ended = progress.ended(steps, config)
@@ -268,9 +264,7 @@ class TrainLoop:
         self.step_batches[:] = [self.state.batches.collate(share) for share in shares if share]
         if not self._compiled:
             self.step_batches[:] = map(trimmed, self.step_batches)
-        self._shapes.update(
-            (batch.tokens.shape, batch.targets.shape) for batch in self.step_batches
-        )
+        self._shapes.update((each.tokens.shape, each.targets.shape) for each in self.step_batches)
 
     def sum_batches(self) -> tuple[mx.array, dict[str, Any], mx.array]:
         """Return the loss, its gradients and the batches' sizes, summed over all processes.
@@ -317,6 +311,11 @@ class TrainLoop:
                 carried = self.no_sums() if place else None
                 accumulate.count_call((*arrays_of(batch), *baseline), carried)
             update.count_call(*self.no_sums(), mx.array(0.0))
+
+    def validation_due(self) -> bool:
+        """Return whether to validate after the last step that was made."""
+        step = self.progress.step
+        return step % (self.config.steps_per_eval or 1) == 0 or step == self.state.schedule.steps
 
     def validate(self) -> bool:
         """Validate, and return whether this is the best validation after a step."""
@@ -372,8 +371,9 @@ class TrainLoop:
         if progress.skipped_in_a_row < most:
             return
 
-        # A resume continues with the next step.
+        # A resume continues with the validation, if it is due, or with the next step.
         progress.skipped_in_a_row = 0
+        progress.owes_validation = bool(self.valid) and self.validation_due()
         self.save()
         numbers = batches_of_step(progress.step, self.state.schedule)
         batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []

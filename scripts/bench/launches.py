@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
         ratio = found["ours"] / found["stock"]
         is_met = ratio <= LIMIT
-        missed += not is_met
+        if not is_met:
+            missed += 1
         print(
             f"{name} {rows} x {length}: {found['ours']} / {found['stock']} = {ratio:.2f}"
             f" (at most {LIMIT}: {'met' if is_met else 'missed'})"

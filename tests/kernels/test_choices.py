@@ -239,14 +239,17 @@ def test_mlxs_delta_rule_is_the_loop_over_tokens(name: str):
     assert gated_delta.gated_delta_ops is loop
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "olmo_hybrid", "llama"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "qwen3_next", "olmo_hybrid", "llama", "kimi_linear", "bailing_moe_v3"]
+)
 def test_models_with_a_delta_rule_are_recognized(name: str, monkeypatch: pytest.MonkeyPatch):
     """A choice is tried, and told, only where it makes a difference."""
     model = make_model("llama") if name == "llama" else family(name)
     attach_adapters(model, AdapterConfig(rank=4))
-    assert has_delta_rule(model) is (name != "llama")
+    is_used = name.startswith(("qwen", "olmo"))
+    assert has_delta_rule(model) is is_used
     monkeypatch.setattr("mlx_loraplus.kernels.choices.on_gpu", lambda: True)
-    assert ("native delta rule" in str(choices_for(model))) is (name != "llama")
+    assert ("native delta rule" in str(choices_for(model))) is is_used
     assert str(GPU.other_delta_rule()) == "native attention, native cross-entropy"
 
 

@@ -3,16 +3,20 @@
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
 import mlx.core as mx
+import mlx.nn as nn
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.adapters.base_layers import blocks_of
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.memory.estimate import BatchShape, Coefficients, Memory, Sizes, estimate
 from mlx_loraplus.memory.model_shapes import measure
@@ -21,6 +25,7 @@ from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.settings import configure
 from scripts.study.memory_families import NEW, UNSEEN
 from scripts.study.memory_points import Point, peak_of, predict
+from tests.training.test_self_consistency import family
 
 GRID = Path(__file__).parents[2] / "scripts" / "study" / "results" / "grid.json"
 
@@ -33,6 +38,39 @@ def sizes(name: str, itemsize: int = 2, **settings) -> Sizes:
 
 
 RUN = configure(TrainConfig, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "phi3", "glm4", "nemotron_h", "mamba2", "deepseek_v3", "qwen3_moe", "gpt_oss"]
+)
+def test_the_widest_output_and_the_products_are_those_of_the_layers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Gate and up may be one layer, an MLP may have no gate, and experts are several."""
+    model = family(name)
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    widths: list[float] = []
+    products: list[float] = []
+    tokens = mx.zeros((1, 8), mx.int32)
+    for kind in (nn.Linear, SwitchLinear):
+
+        def seen(
+            layer: Any, x: mx.array, *rest: Any, right: Any = kind.__call__, **more: Any
+        ) -> Any:
+            result = right(layer, x, *rest, **more)
+            if id(layer) in inside:
+                widths.append(result.size / tokens.size)
+                products.append(widths[-1] * layer.weight.shape[-1])
+            return result
+
+        monkeypatch.setattr(kind, "__call__", seen)
+    mx.eval(model(tokens))
+
+    blocks = measure(model, configure(TrainConfig, {"rank": 4}).adapter).blocks
+    assert max(block.widest for block in blocks) == max(widths)
+    assert sum(block.products for block in blocks) == sum(products)
+    batch = BatchShape(64, 8, 2)
+    assert max(block.largest_array(batch) for block in blocks) >= 64 * 8 * max(widths)
 
 
 def test_llama_1b_by_hand():

@@ -16,11 +16,11 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.device import SIMULATED, Machine, gb, on_gpu, simulate_mac, this_machine
 from mlx_loraplus.memory.estimate import COEFFICIENTS, Coefficients, estimate
 from mlx_loraplus.memory.measured import MeasuredStep
-from mlx_loraplus.memory.plan import (
-    MemoryPlan,
+from mlx_loraplus.memory.plan import MemoryPlan, memory_plan_of
+from mlx_loraplus.memory.plan_page import plan_headline
+from mlx_loraplus.memory.plan_view import Plan
+from mlx_loraplus.memory.run_sizes import (
     _does_not_fit,
-    check_fit,
-    memory_plan_of,
     shortage,
 )
 from mlx_loraplus.models.known_models import gemma_for
@@ -51,10 +51,22 @@ def test_an_array_on_a_gpu_has_fewer_than_2_to_31_numbers():
     assert not mac.fits(64, 4096)
     assert mac.memory(64, 4096).total < mac.budget
     message = _does_not_fit(mac, 64, 4096)
-    assert "llama-3.1-8b can't compute 64 rows x 4,096 tokens at once: an array would" in message
+    assert (
+        "llama-3.1-8b does not fit: 64 rows x 4,096 tokens need an array of 3,758,096,384"
+        in message
+    )
     assert "3,758,096,384 numbers, and on a GPU it has at most 2,147,483,647" in message
     assert "--batch-size 32 --grad-accumulation-steps 2 (learns the same)" in message
     assert mac.most_rows(4096) == 36
+
+    # Memory alone decides about checkpointing, and the page says what is too large.
+    auto = replace(mac, config=replace(config, grad_checkpoint="auto"))
+    assert not auto.checkpoint(64, 4096)
+    planned = Plan(auto, 64, 4096, {}, [])
+    lead = plan_headline(planned).lead
+    assert lead == f"The batch does not fit: {auto.problem(64, 4096)}."
+    assert "may be used" not in lead
+    assert "it does not fit: 64 rows x 4,096 tokens need an array" in " ".join(str(planned).split())
 
     # Attention in chunks of 512 queries keeps scores; that of packed rows is one.
     packed = replace(mac, config=replace(config, data=replace(config.data, pack=True)))
@@ -329,17 +341,6 @@ def test_one_block_takes_more_with_checkpointing_and_fits_without():
     assert fitting.fits(rows, 512, checkpoint=False)
     assert not fitting.fits(rows, 512, checkpoint=True)
     assert not fitting.fits(rows + 1, 512, checkpoint=False)
-
-
-def test_a_model_that_cannot_fit_is_refused_before_it_is_downloaded(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setenv(SIMULATED, "16GB")
-    with pytest.raises(
-        ml.ConfigError, match=r"a smaller model, or one of 4 bits: the weights alone take 39\.69 GB"
-    ):
-        check_fit(configure(TrainConfig, {"model": "llama-3.3-70b"}))
-    check_fit(configure(TrainConfig, {"model": "gemma-3-4b"}))
 
 
 @pytest.mark.parametrize("size", MACS)

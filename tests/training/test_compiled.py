@@ -78,7 +78,7 @@ def test_many_shapes_are_not_traced_again_and_again():
 
 
 def test_functions_share_the_traces_that_are_kept():
-    """A run compiles its step in two functions, and KTO a third one."""
+    """KTO compiles its gradients and z0."""
     traces = Traces(3)
     functions = [CompiledByShape(lambda x, n=n: n * x, [], traces) for n in (2, 3)]
     for size in (3, 4, 5):
@@ -88,6 +88,27 @@ def test_functions_share_the_traces_that_are_kept():
                 [3.0] * size,
             ]
     assert traces.count == 3
+
+
+def test_the_update_is_compiled_however_many_shapes_the_batches_have():
+    """With accumulation, shapes come far more often than updates."""
+    model = make_model("llama")
+    trainable = attach_adapters(model, AdapterConfig(rank=4))
+    optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
+    optimizer.init(model, trainable.groups)
+    loss = make_loss(split_model(model))
+    accumulate, update = make_step(model, loss, optimizer, compiled=True)
+    assert isinstance(accumulate, CompiledByShape)
+    assert isinstance(update, CompiledByShape)
+
+    sums = mx.array(0.0), model.trainable_parameters()
+    for _ in range(3):
+        for length in range(1, 2 * MAX_TRACES):
+            for _ in range(4):
+                accumulate.count_call((mx.zeros((2, length)),), None)
+        update.count_call(*sums, mx.array(0.0))
+    assert update.traces.count == 1
+    assert accumulate.traces.count == MAX_TRACES - 1
 
 
 def steps(

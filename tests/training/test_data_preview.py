@@ -9,7 +9,7 @@ import pytest
 from mlx_loraplus import ConfigError, preview
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.demo import demo_rows
-from mlx_loraplus.memory.plan import resolve_batch
+from mlx_loraplus.memory.run_sizes import resolve_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
 from mlx_loraplus.training.dry_run import rehearse

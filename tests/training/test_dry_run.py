@@ -5,13 +5,15 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
+import mlx.nn as nn
 import pytest
 
 from mlx_loraplus import cli
+from mlx_loraplus.config import AdapterConfig
+from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.training import dry_run
+from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
 
@@ -100,13 +102,13 @@ def test_an_occupied_folder_and_bad_rows_are_told_together(
     assert "no 'completion'" in said
 
 
-@pytest.mark.parametrize(
-    ("adapted", "bits"),
-    [(((1000, 4000), (10, 20)), 16), (((1000, 2000),), 16), (((1000, 562),), 4), ((), 16)],
-)
-def test_weights_are_timed_as_they_are_stored(adapted: Any, bits: int):
-    sizes: Any = SimpleNamespace(adapted=adapted)
-    assert dry_run._bits_of(sizes) == bits
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_weights_are_timed_as_they_are_stored(tiny: TinyModel, bits: int):
+    """The scales of groups of 32 take a bit for each number."""
+    model = tiny("llama")
+    if bits < 16:
+        nn.quantize(model, group_size=32, bits=bits)
+    assert measure(model, AdapterConfig(rank=4)).bits == bits
     assert dry_run._operations_per_second(bits) > 0
 
 

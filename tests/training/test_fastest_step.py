@@ -1,5 +1,6 @@
 """The search for the fastest way to compute a step."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,6 +9,7 @@ import mlx_loraplus  # noqa: F401  # isort: skip  before mlx
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
@@ -158,6 +160,31 @@ def test_tuning_leaves_everything_as_it_was(tiny: TinyModel, optimizer: str):
     assert mx.random.state[0].tolist() == random
     assert not model.training
     assert state.optimizer.state["step"].item() == 0
+
+
+def test_the_peak_is_that_of_a_run(tiny: TinyModel):
+    """What is kept to restore it does not count, and the gradients that a run carries do."""
+    config = configure(TrainConfig, {"model": "tiny", "rank": 16})
+    state = state_of(tiny("llama"), config)
+    batch = largest_batch(state.batches, slice(None))
+    way = StepWay(StepChoices(), False, False)
+    trained: Any = tree_flatten(state.model.trainable_parameters())
+    gradients = sum(array.nbytes for _, array in trained)
+
+    def peak(batches_per_step: int) -> int:
+        schedule = replace(state.schedule, batches_per_step=batches_per_step)
+        now = replace(state, schedule=schedule)
+        found = tune_step(now, batch, way, OpenChoices(), 10**12).timings[0].peak
+        assert found is not None
+        return found
+
+    # The second step is one whose arrays are those of a step before, as in a run.
+    time_step(state, batch, way)
+    gc.collect()
+    alone = time_step(state, batch, way).peak
+    gc.collect()
+    assert peak(1) == pytest.approx(alone, abs=gradients), "without what is kept, 3 gradients"
+    assert peak(8) - peak(1) == pytest.approx(gradients, abs=0.8 * gradients)
 
 
 def test_a_compiled_way_is_timed(tiny: TinyModel):

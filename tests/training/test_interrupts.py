@@ -174,6 +174,14 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_and_the_batch(place: Place):
     with pytest.raises(ml.LoRAPlusError, match="the last is step 6"):
         place.run(max_skipped_steps=3, resume=True)
 
+    # The last validation, which was due at this step, is still made.
+    with pytest.raises(ml.LoRAPlusError, match="no step took effect"):
+        place.run(max_skipped_steps=3, resume=True)
+    assert "resume: only the last validation is left" in place.told
+    ended = ml.Run.load(place.folder / "run")
+    assert ended.losses("valid_loss")[-1][0] == 6
+    assert ended.start["resumed"] == [3, 6]
+
 
 # Stops
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -130,7 +129,7 @@ def test_half_precision_is_decided_in_float32(tiny: TinyModel, monkeypatch: pyte
     assert same(model.parameters(), before)
 
     # Without memory for the copy, nothing else is possible.
-    monkeypatch.setattr(float32_copy, "this_machine", lambda: SimpleNamespace(budget=0))
+    monkeypatch.setattr(float32_copy, "room_for_copy", lambda: 0)
     check_caches(model)
     types.clear()
     assert is_checkpoint_sound(model)

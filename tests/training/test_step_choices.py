@@ -24,6 +24,7 @@ from mlx_loraplus.training.fastest_step import OpenChoices, StepTiming, StepWay
 from mlx_loraplus.training.selfcheck import CheckResult
 from mlx_loraplus.training.step_choices import (
     StoredCheck,
+    _digest_of_run,
     _freedom,
     key_of,
     machine_facts,
@@ -119,6 +120,16 @@ def test_each_kernel_is_checked_eagerly_and_if_the_run_is_compiled_compiled_too(
     assert ways("auto") == eager
     monkeypatch.setattr("mlx_loraplus.training.compiled.on_gpu", lambda: True)
     assert set(ways("auto")) == both
+
+
+def test_a_timing_belongs_to_its_objective_and_accumulation():
+    base = configure(TrainConfig, {"model": "tiny"})
+    others = ({}, {"grad_accumulation_steps": 2}, {"objective": "dpo"}, {"objective": "kto"})
+    digests = {
+        _digest_of_run(configure(TrainConfig, {"model": "tiny"} | other), 4, 32) for other in others
+    }
+    assert len(digests) == len(others)
+    assert _digest_of_run(base, 4, 32) in digests
 
 
 class FoundError(Exception):
