@@ -245,9 +245,9 @@ def test_the_state_stores_the_machine_and_what_a_step_took(
 
     # A resume plans with the measured step, and does not compare with the prediction again.
     plans: list[MemoryPlan] = []
-    fits = MemoryPlan.fits
+    problem = MemoryPlan.problem
     monkeypatch.setattr(
-        MemoryPlan, "fits", lambda self, *a, **k: plans.append(self) or fits(self, *a, **k)
+        MemoryPlan, "problem", lambda self, *a: plans.append(self) or problem(self, *a)
     )
     resumed = place.run("run", resume=True, grad_checkpoint="off", **EAGER)
     assert plans[-1].correction != 1

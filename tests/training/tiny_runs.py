@@ -25,6 +25,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.runs.state import Event
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
+from mlx_loraplus.training.compiled import CompiledByShape
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
 
@@ -168,7 +169,10 @@ def keep_loops(monkeypatch: pytest.MonkeyPatch) -> list[trainer.TrainLoop]:
 
 def compiled_choices(loop: trainer.TrainLoop) -> list[Any]:
     """Return what a loop's compiled functions have seen, and which shapes are compiled."""
-    return [loop.traces._seen, list(loop.traces._kept)]
+    kept = [loop.traces]
+    if isinstance(loop._update, CompiledByShape):
+        kept.append(loop._update.traces)
+    return [(traces._seen, list(traces._kept)) for traces in kept]
 
 
 def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
