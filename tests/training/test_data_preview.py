@@ -69,6 +69,7 @@ def test_what_is_found(tmp_path: Path):
 
     assert found.plan is not None
     assert found.plan.batches == 3
+    assert found.plan.useful_tokens == 4 + 4 + 5 + 4 + 9
     assert found.plan.padding == pytest.approx(1 - (4 + 4 + 5 + 4 + 9) / (8 * 2 + 8 * 2 + 16 * 2))
     assert found.samples[0] == ("train.jsonl:1", [("ab", False), ("cd</s>", True)])
     assert len(found.data.problems) == 1
