@@ -78,7 +78,7 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         ),
         (
             lambda config: config.update(num_hidden_layers=7),
-            r"config\.json contradicts itself .*`num_hidden_layers` \(7\) .*`layer_types`",
+            r"its config\.json has 7 layers, but layer_types has 6 entries",
         ),
         (
             lambda config: config.update(num_hidden_layers=1, layer_types=None),
