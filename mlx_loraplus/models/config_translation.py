@@ -12,7 +12,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 from ..errors import ModelError
 from .activation_note import check_activation
 from .config_numbers import check_numbers
-from .layer_kinds import check_layer_settings, check_layer_types
+from .layer_kinds import check_layer_settings, check_windows
 from .rope_magnitude import check_magnitude
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
@@ -126,7 +126,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     check_rope(model, config)
     check_magnitude(model, config)
     _check_rotary_factor(config)
-    check_layer_types(model, config)
+    check_windows(model, config)
     check_activation(model, config)
 
     # Refuse other settings if they change the outputs and no part of the model reads them.

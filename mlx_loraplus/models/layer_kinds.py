@@ -23,6 +23,9 @@ _PERIODS = ("sliding_window_pattern", "full_attention_interval", "layer_group_si
             "no_rope_layer_interval", "decoder_sparse_step")  # fmt: skip
 """Whole numbers n that mean every nth layer."""
 
+_WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
+"""The number of tokens that a layer with a window attends to; its name varies by family."""
+
 _WINDOWED = ("sliding_attention", "chunked_attention")
 
 
@@ -61,21 +64,32 @@ def check_layer_settings(part: dict[str, Any]) -> None:
             )
 
 
-def check_layer_types(model: nn.Module, config: dict[str, Any]) -> None:
-    """Check that mlx-lm gives windows to the layers that have one in the config's ``layer_types``.
+def check_windows(model: nn.Module, config: dict[str, Any]) -> None:
+    """Check the windows of a model's layers, and which layers have one in ``layer_types``.
 
     A family that ignores all windows is not refused here; see ``ignored_window``.
 
     Raises:
-        ModelError: It gives a window to other layers.
+        ModelError: A window is not a positive whole number, or mlx-lm gives windows to other
+            layers than the config does.
     """
-    kinds: Any = text_part(config).get("layer_types")
+    part = text_part(config)
+    kinds: Any = part.get("layer_types")
     caches: list[Any] = make_prompt_cache(model)
+    for size in (size for cache in caches for size in _windows_of(cache)):
+        if not isinstance(size, int) or size < 1:
+            name = next((name for name in _WINDOWS if part.get(name) == size), _WINDOWS[0])
+            raise ModelError(
+                f"its config.json has {name} {size!r:.80}; allowed is a whole number of at least 1:"
+                " correct config.json, or get the model again"
+            )
+
+    # Compare the layers that have a window.
     layers: Any = model.layers
     if not isinstance(kinds, list) or not len(caches) == len(layers) <= len(kinds):
         return
 
-    windowed = [_has_window(cache) for cache in caches]
+    windowed = [bool(_windows_of(cache)) for cache in caches]
     if not any(windowed):
         return
     for number, (kind, has_window) in enumerate(zip(kinds, windowed, strict=False)):
@@ -126,9 +140,13 @@ def _trace(model: nn.Module) -> None:
             raise
 
 
-def _has_window(cache: Any) -> bool:
-    """Return whether a layer's cache keeps only the last tokens. It may contain other caches."""
+def _windows_of(cache: Any) -> list[Any]:
+    """Return the number of tokens that a layer's cache keeps, if it is limited.
+
+    A cache may contain other caches.
+    """
     inner = getattr(cache, "caches", None)
     if inner is not None:
-        return any(_has_window(each) for each in inner)
-    return any(isinstance(getattr(cache, name, None), int) for name in ("max_size", "chunk_size"))
+        return [size for each in inner for size in _windows_of(each)]
+    sizes = (getattr(cache, name, None) for name in ("max_size", "chunk_size"))
+    return [size for size in sizes if size is not None]

@@ -92,6 +92,9 @@ def test_layers_of_one_kind_are_trained_right(
         ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval 0; allowed is a"),
         ("gemma3_text", {"sliding_window_pattern": -2}, "sliding_window_pattern -2; allowed is a"),
         ("gemma3_text", {"sliding_window_pattern": "LG"}, "sliding_window_pattern 'LG'; allowed"),
+        ("gemma3_text", {"sliding_window": 0}, "sliding_window 0; allowed is a whole number of"),
+        ("gpt_oss", {"sliding_window": -1}, "has sliding_window -1; allowed is a whole number"),
+        ("llama4", {"attention_chunk_size": 2.5}, "attention_chunk_size 2.5; allowed is a whole"),
         ("jamba", {"attn_layer_period": 2.5}, "attn_layer_period 2.5; allowed is a whole number"),
     ],
 )
