@@ -110,7 +110,10 @@ def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
 
 def _types_of(config: dict[str, Any]) -> dict[str, Any]:
     """Return the type of each field of a config, or of its language model's part."""
-    arguments: Any = _get_classes(config)[1]
+    try:
+        arguments: Any = _get_classes(config)[1]
+    except Exception:  # mlx-lm has no such family  # noqa: BLE001
+        return {}
     module = sys.modules[arguments.__module__]
     if text_part(config) is not config:
         names = ("TextArgs", "TextModelArgs", "TextConfig")

@@ -146,12 +146,14 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json; empty if it is missing or, as in mlx-lm, not JSON."""
     file = folder / "generation_config.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except json.JSONDecodeError:
         return {}
+    except UnicodeDecodeError:
+        found = "not a text in UTF-8"
     if not isinstance(found, dict):
         raise ModelError(
-            f"its generation_config.json is {found!r:.40}; allowed is a JSON object: remove the"
+            f"its generation_config.json is {found!s:.40}; allowed is a JSON object: remove the"
             " file, or get it again"
         )
     return found
@@ -164,7 +166,8 @@ def _end_tokens(values: Iterable[Any]) -> list[int]:
         if value is None:
             continue
         for token in value if isinstance(value, list) else [value]:
-            if not isinstance(token, int) or isinstance(token, bool):
+            is_id = isinstance(token, int) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < 1 << 31:
                 raise ModelError(
                     f"its eos_token_id is {value!r:.80}; allowed are a token id or a list of them"
                 )

@@ -58,7 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
             model_type that is not installed.
     """
     try:
-        config = json.loads(read_bounded(path))
+        config = json.loads(read_bounded(path).decode("utf-8"))  # mlx-lm reads no other encoding
     except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(f"{path} is not JSON: {problem!s:.200}") from None
 

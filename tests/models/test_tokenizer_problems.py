@@ -72,10 +72,10 @@ def test_a_config_that_transformers_refuses_is_named(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '"end"'])
-def test_generation_config_that_is_no_object_is_named(tmp_path: Path, content: str):
+@pytest.mark.parametrize("content", [b"[]", b"3", b'"end"', b"\xff\xfe{"])
+def test_generation_config_that_is_no_object_is_named(tmp_path: Path, content: bytes):
     folder = folder_of("llama", tmp_path)
-    (folder / "generation_config.json").write_text(content)
+    (folder / "generation_config.json").write_bytes(content)
     for load in (load_folder, load_folder_tokenizer):
         with pytest.raises(ModelError, match=rf"{tmp_path} can't be used: its generation_config"):
             load(folder)
