@@ -12,7 +12,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from ..device import kept_random_state
 from ..errors import ModelError, counted
-from ..failures import is_lost
+from ..failures import failure_of
 from .config_problems import LAYER_LISTS, LAYERS, explain_problem
 from .derived_weights import forget_derived
 from .rope_parameters import text_part
@@ -116,7 +116,7 @@ def check_runs(model: nn.Module, config: dict[str, Any]) -> None:
             _trace(model)
     # mlx-lm's models may raise any kind of error for an unexpected config.
     except Exception as problem:
-        if is_lost(problem):
+        if failure_of(problem) is not None:
             raise
         kind = config["model_type"]
         raise ModelError(
