@@ -282,7 +282,7 @@ def _supervise(
     if straddled:
         notes.append(_STRADDLED)
         return ids, supervised
-    if not written.spans:
+    if not written.spans or not ids:
         return ids, supervised
 
     # Generation encodes the prompt separately, so training must use the same tokens for it.

@@ -253,7 +253,10 @@ def memory_plan_of(
 
     itemsize = 2 if machine.has_gpu else 4
     skeleton = json.dumps(facts)
-    sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
+    try:
+        sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
+    except ModelError as problem:
+        raise ModelError(f"{name} can't be used: {problem}") from problem
     sizes = replace(sizes, choices=choices)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from ..errors import ModelError
-from .rope_parameters import text_part
+from .rope_parameters import TEXT_PARTS, text_part
 
 _COUNTS = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers",
@@ -37,10 +37,15 @@ def check_numbers(config: dict[str, Any]) -> None:
     """Check the sizes in a config, or in the language model's part of a multimodal one.
 
     Raises:
-        ModelError: A size is not a positive whole number, a norm's epsilon is not a positive
-            number, a quantization or a ``rope_scaling`` has the wrong form, a ``rope_scaling``
-            lacks its type or factor, or more experts are chosen for a token than there are.
+        ModelError: A part is not an object, a size is not a positive whole number, a norm's
+            epsilon is not a positive number, a quantization or a ``rope_scaling`` has the wrong
+            form, a ``rope_scaling`` lacks its type or factor, or more experts are chosen for a
+            token than there are.
     """
+    for name in TEXT_PARTS:
+        if not isinstance(config.get(name) or {}, dict):
+            raise _wrong(name, config[name], "an object with the language model's fields")
+
     part = text_part(config)
     for name in _QUANTIZATIONS:
         for holder in (config, part):

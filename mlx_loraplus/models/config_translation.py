@@ -12,6 +12,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 from ..errors import ModelError
 from .activation_note import check_activation
 from .config_numbers import check_numbers
+from .layer_kinds import check_layer_settings, check_windows
 from .rope_magnitude import check_magnitude
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
 
@@ -65,11 +66,12 @@ def load_config(folder: Path) -> dict[str, Any]:
     generation ends at the end tokens of both files.
 
     Raises:
-        ModelError: An ``eos_token_id`` is not a token id or a list of token ids.
+        ModelError: An ``eos_token_id`` is not a token id or a list of token ids, or
+            generation_config.json is not an object.
     """
+    generation = _generation_config(folder)
     config = mlx_lm_config(folder)
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    generation = _generation_config(folder)
 
     # mlx-lm returns the end tokens of only one file.
     found = _end_tokens([config.get("eos_token_id")])
@@ -83,10 +85,11 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
     """Return a copy of a transformers 5 config with the fields that mlx-lm reads added.
 
     Raises:
-        ModelError: Two fields contradict each other, a size is not a positive number, or mlx-lm
-            can't express the order of the layers.
+        ModelError: Two fields contradict each other, a size is not a positive number, a list has
+            no entry for some layer, or mlx-lm can't express the order of the layers.
     """
     check_numbers(config)
+    check_layer_settings(text_part(config))
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})
@@ -108,6 +111,7 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
 
         # It also lists the kinds of the layers, and what differs between them.
         _add_full_attention_pattern(part)
+        _translate_exaone_4(part)
         _translate_granite_4(part)
         _add_full_attention_sizes(part)
     return made
@@ -122,6 +126,7 @@ def check_config(model: nn.Module, config: dict[str, Any]) -> None:
     check_rope(model, config)
     check_magnitude(model, config)
     _check_rotary_factor(config)
+    check_windows(model, config)
     check_activation(model, config)
 
     # Refuse other settings if they change the outputs and no part of the model reads them.
@@ -141,9 +146,17 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     """Return generation_config.json; empty if it is missing or, as in mlx-lm, not JSON."""
     file = folder / "generation_config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError:
+        found: Any = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except json.JSONDecodeError:
         return {}
+    except UnicodeDecodeError:
+        found = "not a text in UTF-8"
+    if not isinstance(found, dict):
+        raise ModelError(
+            f"its generation_config.json is {found!s:.40}; allowed is a JSON object: remove the"
+            " file, or get it again"
+        )
+    return found
 
 
 def _end_tokens(values: Iterable[Any]) -> list[int]:
@@ -153,7 +166,8 @@ def _end_tokens(values: Iterable[Any]) -> list[int]:
         if value is None:
             continue
         for token in value if isinstance(value, list) else [value]:
-            if not isinstance(token, int) or isinstance(token, bool):
+            is_id = isinstance(token, int) and not isinstance(token, bool)
+            if not is_id or not 0 <= token < 1 << 31:
                 raise ModelError(
                     f"its eos_token_id is {value!r:.80}; allowed are a token id or a list of them"
                 )
@@ -216,6 +230,32 @@ def _add_full_attention_pattern(part: dict[str, Any]) -> None:
         raise ModelError(
             f"its config.json has {name} {stored}, but its layer_types say {pattern}: remove the"
             " wrong one"
+        )
+
+
+def _translate_exaone_4(part: dict[str, Any]) -> None:
+    """Write the kinds of an EXAONE 4's layers as the string that mlx-lm reads, such as LLLG."""
+    if part.get("model_type") != "exaone4":
+        return
+
+    # transformers has a period n, or a list.
+    stored, kinds = part.get("sliding_window_pattern"), part.get("layer_types")
+    if isinstance(stored, int):
+        stored = part["sliding_window_pattern"] = "L" * (stored - 1) + "G" if stored else None
+    if not isinstance(kinds, list):
+        return
+    listed = "".join("L" if kind == "sliding_attention" else "G" for kind in kinds)
+    repeated = "".join(stored[i % len(stored)] for i in range(len(kinds))) if stored else None
+
+    # A model without a window rotates its queries and keys in every layer.
+    if part.get("sliding_window") is None and "L" not in listed:
+        part["sliding_window_pattern"] = None
+    elif repeated is None:
+        part["sliding_window_pattern"] = listed
+    elif repeated != listed:
+        raise ModelError(
+            f"its config.json has sliding_window_pattern {stored}, but its layer_types say"
+            f" {listed:.80}: remove the wrong one"
         )
 
 

@@ -194,7 +194,7 @@ def unreadable_file(folder: Path) -> str | None:
     if not folder.is_dir():
         return None
     for path in sorted(folder.iterdir()):
-        if path.suffix in _MODEL_SUFFIXES and is_not_ordinary_file(path) and not path.is_dir():
+        if path.suffix in _MODEL_SUFFIXES and is_not_ordinary_file(path):
             return f"its {path.name} is {describe_entry(path)}"
     return None
 

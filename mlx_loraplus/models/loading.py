@@ -14,14 +14,18 @@ from huggingface_hub.errors import StrictDataclassError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_model, load_tokenizer
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from ..device import on_gpu
 from ..errors import ModelError, counted
 from ..failures import failure_of
+from .config_problems import explain_problem
 from .config_translation import check_config, for_mlx_lm, load_config
 from .find_model import missing_file, unreadable_file
+from .layer_kinds import check_runs
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
+from .tokenizer_problems import explain_tokenizer_problem
 from .weight_files import check_packed, check_tied_head, find_packed, index_tensors, one_line
 
 _QUANTIZATIONS = (
@@ -80,6 +84,7 @@ def load_base(
         check_packed(original, tensors)
         model, config = _load_unread(path, original)
         check_config(model, config)
+        check_runs(model, config)
         check_quantized(model)
         check_tied_head(model, tensors)
         if not on_gpu():
@@ -98,7 +103,7 @@ def load_base(
                 " config.json has no quantization_config: get the folder again, or use a version"
                 " of the model in bfloat16"
             ) from problem
-        raise _not_loaded(path, problem) from problem
+        raise _not_loaded(path, problem, stored) from problem
 
     # Read the weights
     if prepare is not None:
@@ -135,10 +140,13 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
     """
     if unreadable := unreadable_file(path):
         raise ModelError(f"the tokenizer in {path} can't be loaded: {unreadable}")
-    read_config(path / "config.json")
+    stored = read_config(path / "config.json")
     try:
         ends = load_config(path).get("eos_token_id")
-        return load_tokenizer(path, {"trust_remote_code": False}, eos_token_ids=ends)
+        settings = {"trust_remote_code": False} | _config_for_tokenizer(path, stored)
+        return load_tokenizer(path, settings, eos_token_ids=ends)
+    except ModelError as problem:
+        raise ModelError(f"{path} can't be used: {problem}") from problem
     # transformers checks the model's config before it reads the tokenizer.
     except StrictDataclassError as problem:
         reason = problem.__cause__ or problem
@@ -148,9 +156,24 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
         ) from problem
     # transformers may raise any kind of error for an unexpected tokenizer.
     except Exception as problem:
-        raise ModelError(
-            f"the tokenizer in {path} can't be loaded: {one_line(problem)}"
-        ) from problem
+        reason = explain_tokenizer_problem(path, problem)
+        raise ModelError(f"the tokenizer in {path} can't be loaded: {reason}") from problem
+
+
+def _config_for_tokenizer(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return what transformers needs of the config of a family that it does not know.
+
+    It would check all fields of config.json, although only a few concern the tokenizer.
+
+    Returns:
+        The setting ``config``, or nothing for a family that transformers knows.
+    """
+    if config["model_type"] in CONFIG_MAPPING:
+        return {}
+    names = ("model_type", "model_name", "tokenizer_class")
+    fields: dict[str, Any] = {name: config[name] for name in names if name in config}
+    fields["name_or_path"] = str(path)
+    return {"config": PreTrainedConfig(**fields)}
 
 
 def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
@@ -161,22 +184,25 @@ def stored_dtypes(path: Path) -> dict[str, mx.Dtype]:
     Raises:
         ModelError: See ``load_folder``.
     """
+    config = load_config(path)
     try:
-        model, _ = _load_unread(path, load_config(path))
+        model, _ = _load_unread(path, config)
     except ModelError:
         raise
     except Exception as problem:
         if failure_of(problem) is not None:
             raise
-        raise _not_loaded(path, problem) from problem
+        raise _not_loaded(path, problem, config) from problem
 
     # The type of an array is known before the array is read.
     arrays: Any = tree_flatten(model.parameters())
     return {name: array.dtype for name, array in arrays if mx.issubdtype(array.dtype, mx.floating)}
 
 
-def _not_loaded(path: Path, problem: Exception) -> ModelError:
+def _not_loaded(path: Path, problem: Exception, config: dict[str, Any]) -> ModelError:
     """Return the error for a model that mlx-lm can't make or fill with weights."""
+    if explanation := explain_problem(config, problem):
+        return ModelError(f"{path} can't be loaded by mlx-lm: {explanation}")
     return ModelError(
         f"{path} can't be loaded by mlx-lm: {one_line(problem).rstrip('.:')}; its config.json and"
         " its weights may not belong together: get the folder again, or use another model"

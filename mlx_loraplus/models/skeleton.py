@@ -13,9 +13,11 @@ from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 from ..device import kept_random_state
 from ..errors import ModelError
 from ..files import read_bounded
+from .config_problems import explain_problem
 from .config_translation import check_config, for_mlx_lm
 from .find_model import find_config
 from .known_models import KNOWN
+from .layer_kinds import check_runs
 
 VISION_BYTES = 840_000_000
 """Size of the vision tower in repositories of Gemma 3 4B and larger. mlx-lm does not load it."""
@@ -56,7 +58,7 @@ def read_config(path: Path) -> dict[str, Any]:
             model_type that is not installed.
     """
     try:
-        config = json.loads(read_bounded(path))
+        config = json.loads(read_bounded(path).decode("utf-8"))  # mlx-lm reads no other encoding
     except (ValueError, OSError, RecursionError) as problem:
         raise ModelError(f"{path} is not JSON: {problem!s:.200}") from None
 
@@ -102,7 +104,9 @@ def make_skeleton(config: dict[str, Any]) -> nn.Module:
     # mlx-lm's model classes may raise any kind of error for an unexpected config.
     except (Exception, SystemExit) as problem:  # noqa: BLE001
         raise ModelError(
-            f"mlx-lm can't make a model of this config: {type(problem).__name__}: {problem!s:.200}"
+            explain_problem(config, problem)
+            or f"mlx-lm can't make a model of this config: {type(problem).__name__}:"
+            f" {problem!s:.200}"
         ) from None
 
 
@@ -120,6 +124,7 @@ def _make_model(config: dict[str, Any]) -> nn.Module:
         inner.tie_word_embeddings = True
 
     check_config(model, config)
+    check_runs(model, config)
     if settings := config.get("quantization"):
         _quantize(model, settings)
     return model

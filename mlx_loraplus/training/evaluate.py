@@ -45,6 +45,7 @@ from ..settings import configure, settings_of
 from .kto import share_ranked
 from .preferences import share_preferred
 from .run_checks import with_model_name
+from .self_consistency import check_caches
 from .validation import score
 
 # The settings of a run that have an effect on scoring a model
@@ -208,6 +209,7 @@ def evaluate(
         DataError: The split is empty or can't be read.
         ConfigError: ``split`` or a setting is not allowed, or a setting has no effect here, such as
             ``rank``: the model is scored as it is.
+        ModelError: The model computes NaN, or other logits with caches than without.
 
     Example:
         >>> before = evaluate(model, tokenizer, data="my_folder")
@@ -236,6 +238,9 @@ def _score_split(
     answers: int = 64,
 ) -> Evaluation:
     """Score a model on a split of a run's data; see ``evaluate``."""
+    # The loss is computed without caches, and the answers with them.
+    check_caches(model)
+
     # Read the data.
     config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]

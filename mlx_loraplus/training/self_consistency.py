@@ -18,10 +18,11 @@ from ..adapters.tensor_parallel import is_sharded
 from ..adapters.token_tables import probe_tokens
 from ..config import TrainConfig
 from ..errors import ConfigError, ModelError
-from ..failures import is_lost
+from ..failures import failure_of, is_lost
 from ..kernels.float32_copy import in_float32
 from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
+from ..models.weight_files import one_line
 
 TOKENS = 12  # the number of tokens that a model is tested on
 
@@ -37,13 +38,13 @@ def check_caches(model: nn.Module) -> None:
     """Check that a model's logits are numbers, and that they are the same with caches as without.
 
     Raises:
-        ModelError: A logit is not a number, or the logits differ.
+        ModelError: mlx-lm can't run the model, a logit is not a number, or the logits differ.
     """
     # The type of the model may be too small for its numbers.
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
     try:
-        _check_numbers(model, model(tokens))
+        _check_numbers(model, _run(model, tokens))
         off, margin = in_float32(model, lambda exact: _cache_difference(exact, tokens))
     finally:
         model.train(training)
@@ -55,6 +56,23 @@ def check_caches(model: nn.Module) -> None:
             f" them, as in training (they differ by {off:.0%}): mlx-lm computes two different"
             " models; use a newer mlx-lm, or another model"
         )
+
+
+def _run(model: nn.Module, tokens: mx.array) -> mx.array:
+    """Return the model's logits; an error of mlx-lm's code becomes a ``ModelError``."""
+    try:
+        logits = model(tokens)
+        mx.eval(logits)
+    # mlx-lm's models may raise any kind of error for an unexpected config.
+    except Exception as problem:
+        if failure_of(problem) is not None:
+            raise
+        kind = getattr(model, "model_type", type(model).__name__)
+        raise ModelError(
+            f"mlx-lm can't run this {kind} model ({one_line(problem)}): use a newer mlx-lm, or"
+            " another model"
+        ) from problem
+    return logits
 
 
 def _cache_difference(model: nn.Module, tokens: mx.array) -> tuple[float, float]:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,16 @@ def test_characters_without_a_token_are_noted(tmp_path: Path):
         "the tokenizer has no token for some characters, and replaces them with its token for unknown"
         " text"
     ]
+
+
+def test_a_tokenizer_that_drops_every_character_leaves_only_the_end(tmp_path: Path):
+    folder = write_tiny_model(tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    example = encode_one(TEXT, load_folder_tokenizer(folder))
+    assert not example.supervised[:1].any()
+    assert len(example.tokens) <= 2
 
 
 def test_a_prompt_without_a_token_is_refused(letters, smollm2):

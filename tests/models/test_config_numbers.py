@@ -35,6 +35,7 @@ def test_a_size_is_a_positive_whole_number(kind: str, name: str, value: Any) -> 
     ("fields", "message"),
     [
         ({"num_hidden_layers": None}, "has num_hidden_layers None"),
+        ({"text_config": [1]}, r"has text_config \[1\]; allowed is an object with the language"),
         ({"num_key_value_heads": [2, 0]}, r"has num_key_value_heads \[2, 0\]"),
         ({"rms_norm_eps": 0}, "has rms_norm_eps 0; allowed is a small positive number"),
         ({"rms_norm_eps": "1e-5"}, "has rms_norm_eps '1e-5'"),

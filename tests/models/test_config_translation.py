@@ -219,7 +219,7 @@ SIZES = {"per_layer_config": {"01": {"head_dim": 32, "num_key_value_heads": 1}}}
         ),
         (
             "gemma4_text",
-            WINDOWS | SIZES,
+            WINDOWS | SIZES | {"num_hidden_layers": 2},
             {"global_head_dim": 32, "num_global_key_value_heads": 1},
         ),
     ],

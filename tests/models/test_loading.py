@@ -78,7 +78,7 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         ),
         (
             lambda config: config.update(num_hidden_layers=7),
-            r"config\.json contradicts itself .*`num_hidden_layers` \(7\) .*`layer_types`",
+            r"its config\.json has 7 layers, but layer_types has 6 entries",
         ),
         (
             lambda config: config.update(num_hidden_layers=1, layer_types=None),
@@ -96,6 +96,12 @@ def test_weights_cut_anywhere_are_told(folder: Path):
             lambda config: config.update(bos_token_id="first"),
             r"config\.json contradicts itself or holds a wrong value: .*'bos_token_id'",
         ),
+        (lambda config: config.update(eos_token_id=-1), "its eos_token_id is -1; allowed are a"),
+        (
+            lambda config: config.update(eos_token_id=[10**30]),
+            "its eos_token_id is .10000.*allowed",
+        ),
+        (lambda config: config.update(model_type="cache"), "can't be loaded by mlx-lm: Attribute"),
         (
             lambda config: config.update(num_hidden_layers=10**9),
             "num_hidden_layers 1,000,000,000, but its weights are only 56 tensors",
@@ -128,6 +134,11 @@ def test_a_config_that_does_not_fit_is_one_line(
 
 
 def test_a_config_that_is_not_json_is_told(folder: Path):
+    config = (folder / "config.json").read_text()
+    for encoding in ("utf-16", "utf-8-sig"):
+        (folder / "config.json").write_text(config, encoding)
+        with pytest.raises(ModelError, match=r"config\.json is not JSON: .*(utf|UTF)-8"):
+            load_folder(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ModelError, match=r"config\.json is not JSON"):
         load_folder(folder)
@@ -174,11 +185,13 @@ def test_code_in_a_folder_is_never_run(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("what", ["a link that leads nowhere", "not an ordinary file"])
-def test_a_pipe_or_a_dangling_link_is_told_at_once(folder: Path, name: str, what: str):
+@pytest.mark.parametrize("what", ["a link that leads nowhere", "not an ordinary file", "a folder"])
+def test_what_is_no_file_is_told_at_once(folder: Path, name: str, what: str):
     (folder / name).unlink()
     if "link" in what:
         (folder / name).symlink_to("nowhere")
+    elif what == "a folder":
+        (folder / name).mkdir()
     else:
         os.mkfifo(folder / name)
     with cpu_limit(), pytest.raises(ModelError, match=f"its {name} is {what}"):

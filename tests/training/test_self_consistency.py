@@ -155,3 +155,25 @@ def test_a_run_acts_on_wrong_gradients(place: Place, monkeypatch: pytest.MonkeyP
     with pytest.raises(ml.ConfigError, match="grad_checkpoint on gives this model wrong gradients"):
         place.run("on", iters=1, grad_checkpoint="on")
     place.run("auto", iters=1)
+
+
+class WithoutLayers(llama.Model):
+    """A model whose code fails, as that of some families does if a kind of layer is missing."""
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **others: Any) -> mx.array:
+        raise IndexError("list index out of range")
+
+
+def test_a_model_that_mlx_lm_cannot_run_is_one_line(tiny: TinyModel):
+    model = tiny("llama")
+    model.__class__ = WithoutLayers
+    with pytest.raises(ml.ModelError, match=r"can't run this llama model \(IndexError: list"):
+        check_caches(model)
+
+
+def test_evaluation_refuses_a_model_that_answers_as_another(place: Place):
+    """Its loss would be that of one model, and its answers those of another."""
+    model, tokenizer = ml.load(str(place.folder / "model"))
+    model.__class__ = WithOtherAnswers
+    with pytest.raises(ml.ModelError, match="gives other logits with caches"):
+        ml.evaluate(model, tokenizer, data=str(place.folder / "data"))

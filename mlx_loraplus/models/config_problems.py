@@ -1,0 +1,136 @@
+"""Find in a config.json why mlx-lm fails with it, because its own errors do not say so."""
+
+import re
+import sys
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
+
+from ..errors import counted
+from .rope_parameters import text_part
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""The number of layers; its name varies by family."""
+
+LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_layer_pattern",
+               "no_rope_layers", "is_moe_layer", "num_attention_heads_per_layer",
+               "layer_rope_theta", "activation_sparsity_pattern")  # fmt: skip
+"""Lists with an entry for each layer. Some published ones have more entries than layers."""
+
+_PATTERNS = (
+    "sliding_window_pattern", "full_attention_interval", "layer_group_size", "attn_layer_period",
+    "attn_layer_offset", "mamba_step", "hybrid_override_pattern", "num_kv_shared_layers",
+)  # fmt: skip
+"""Other settings that decide the kinds of the layers."""
+
+_JSON_TYPES: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
+}
+"""The types of values in JSON, in words."""
+
+_DIVISORS = ("size", "step", "period", "freq", "interval", "heads", "groups", "dim", "theta")
+"""The endings of the names of numbers that something is divided by."""
+
+_NO_SUCH_LAYER = (
+    "list index out of range", "not in list", "attention_mask() missing", "'full_attention'",
+    "'sliding_attention'", "StopIteration",
+)  # fmt: skip
+"""What Python's errors say if a layer of some kind is not found, or another is taken for it."""
+
+
+def explain_problem(config: dict[str, Any], problem: BaseException) -> str | None:
+    """Return what is wrong with a config that mlx-lm can't make or run a model of, if known."""
+    explained = _missing_fields(config, problem) or _missing_kinds(config, problem)
+    return explained or _wrong_type(config, problem)
+
+
+def _missing_fields(config: dict[str, Any], problem: BaseException) -> str | None:
+    """Return a message if an error says that the config lacks fields."""
+    found = re.search(
+        r"__init__\(\) missing \d+ required positional arguments?: (.*)", str(problem)
+    )
+    if not isinstance(problem, TypeError) or found is None:
+        return None
+    names = ", ".join(re.findall(r"'(\w+)'", found[1]))
+    return (
+        f"its config.json has no {names:.200}, which mlx-lm's {config['model_type']} needs: get"
+        " the folder again, or add what the model was made with"
+    )
+
+
+def _missing_kinds(config: dict[str, Any], problem: BaseException) -> str | None:
+    """Return a message if an error is one that a missing kind of layer causes.
+
+    Many families look for the first layer of each kind, and fail if there is none.
+    """
+    part = text_part(config)
+    layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), None)
+    said = f"{type(problem).__name__} {problem}"
+    if layers is None or not any(words in said for words in _NO_SUCH_LAYER):
+        return None
+    names = [name for name in (*_PATTERNS, *LAYER_LISTS) if part.get(name)]
+    settings = "".join(f", {_described(name, part[name])}" for name in names)
+    return (
+        f"its config.json has {counted(layers, 'layer')}{settings}, and mlx-lm's"
+        f" {config['model_type']} needs layers of every kind: use a newer mlx-lm, or another model"
+    )
+
+
+def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
+    """Return a message if an error may come from a value that is not of its field's type."""
+    if not isinstance(problem, TypeError | AttributeError | ZeroDivisionError):
+        return None
+    divides_by_zero = isinstance(problem, ZeroDivisionError)
+    part = text_part(config)
+    for name, hint in _types_of(config).items():
+        # Of Optional[List[int]], for example, the allowed types are list and None.
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        allowed = [get_origin(kind) or kind for kind in kinds]
+        if name not in part or not set(allowed) <= _JSON_TYPES.keys():
+            continue
+
+        value: Any = part[name]
+        is_zero = divides_by_zero and value == 0 and name.endswith(_DIVISORS)
+        if is_zero or not any(_is_a(value, kind) for kind in allowed):
+            words = " or ".join(_JSON_TYPES[kind] for kind in allowed)
+            return (
+                f"its config.json has {name} {value!r:.80}, where mlx-lm's {config['model_type']}"
+                f" expects {words}{', not 0' if is_zero else ''}: correct config.json, or get"
+                " the folder again"
+            )
+    return None
+
+
+def _types_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the type of each field of a config, or of its language model's part."""
+    try:
+        arguments: Any = _get_classes(config)[1]
+    except Exception:  # mlx-lm has no such family  # noqa: BLE001
+        return {}
+    module = sys.modules[arguments.__module__]
+    if text_part(config) is not config:
+        names = ("TextArgs", "TextModelArgs", "TextConfig")
+        arguments = next((getattr(module, name) for name in names if hasattr(module, name)), None)
+    return get_type_hints(arguments) if arguments else {}
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Return whether a value of JSON is of a plain type; a whole number is also a ``float``."""
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, int | float) if kind is float else isinstance(value, kind)
+
+
+def _described(name: str, value: Any) -> str:
+    """Return a setting with its value; of a list, only the kinds in it."""
+    if not isinstance(value, list):
+        return f"{name} {value!r:.40}"
+    kinds = dict.fromkeys(str(kind) for kind in value)
+    return f"{name} of {' and '.join(kinds):.80}"
