@@ -12,7 +12,7 @@ from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
 from ..device import MOST_NUMBERS, Machine, gb, this_machine
-from ..errors import counted
+from ..errors import ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.find_model import is_embedded, original_of
 from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
