@@ -11,13 +11,15 @@ GPU's work, fails. The texts are those of its ``allocator.cpp``, of its Metal ba
     [METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommand...
     [METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002:kIOGPUCommand...
     cudaMallocAsync(&data, size, stream) failed: out of memory
+    cudaStreamSynchronize(stream_) failed: an illegal memory access was encountered
 
-After a command buffer has failed, its results are lost, and MLX raises the same error again. Code
-that tries something on the model and goes on if it fails must not go on then; see ``is_lost``.
+After a command buffer has failed, its results are lost. After a connection to another process has
+failed, the next collective never ends. Code that tries something on the model and goes on if it
+fails must not go on then; see ``is_lost``.
 """
 
-from collections.abc import Generator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 from .errors import DeviceError, LoRAPlusError
@@ -26,6 +28,8 @@ from .errors import DeviceError, LoRAPlusError
 _SHORTER_WORK = (
     "set MLX_MAX_OPS_PER_BUFFER=8 in the environment, so that MLX gives the GPU shorter work"
 )
+
+_LOST_PEER = "[ring] connection to a peer was lost"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,14 @@ class Failure:
 
 MEMORY = Failure(
     "memory ran out",
-    ("llocate", "Resource limit", "Insufficient Memory", "out of memory"),
+    (
+        "llocate",
+        "Resource limit",
+        "Insufficient Memory",
+        "out of memory",
+        "ALLOC_FAILED",
+        "ALLOCATION_FAILED",
+    ),
     "close other programs, or use shorter inputs, smaller batches or a smaller model",
 )
 DISPLAY = Failure(
@@ -61,7 +72,16 @@ TIMEOUT = Failure(
 )
 GPU = Failure(
     "the GPU failed",
-    ("Command buffer execution failed",),
+    (
+        "Command buffer execution failed",
+        "illegal memory access",
+        "illegal instruction was encountered",
+        "misaligned address",
+        "unspecified launch failure",
+        "uncorrectable ECC error",
+        "device-side assert",
+        "hardware stack error",
+    ),
     "close other programs that use the GPU, and try again",
 )
 
@@ -73,7 +93,7 @@ def failure_of(error: BaseException | None) -> Failure | None:
     if isinstance(error, LoRAPlusError) or not isinstance(error, RuntimeError):
         return None
 
-    # The last one matches all errors of Metal, so the order matters.
+    # The last one also matches all errors of Metal, so the order matters.
     text = str(error)
     for failure in (MEMORY, DISPLAY, TIMEOUT, GPU):
         if any(words in text for words in failure.words):
@@ -82,17 +102,23 @@ def failure_of(error: BaseException | None) -> Failure | None:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Return whether the device can compute nothing more in this process.
+    """Return whether this process can compute nothing more on the model.
 
-    This is so after its work has failed, but not if MLX got no memory for an array.
+    This is so after the device's work has failed, but not if MLX got no memory for an array. It is
+    also so after MLX's ring has lost another process that holds a part of the model.
     """
+    if isinstance(error, RuntimeError) and _LOST_PEER in str(error):
+        return True
     failure = failure_of(error)
     return failure is not None and (failure is not MEMORY or "Command buffer" in str(error))
 
 
 @contextmanager
-def failures_in_one_line() -> Generator[None]:
-    """Turn MLX's errors about memory and the GPU into what happened and what helps.
+def described_failures(describe: Callable[[Failure, str], str]) -> Generator[None]:
+    """Turn MLX's errors about memory and the GPU into one line.
+
+    Args:
+        describe: Returns the line, from the failure and MLX's own text.
 
     Raises:
         DeviceError: The device failed. Other errors are raised unchanged.
@@ -103,8 +129,18 @@ def failures_in_one_line() -> Generator[None]:
         failure = failure_of(error)
         if failure is None:
             raise
-        message = f"{failure.what} ({reason_text(error)}): {failure.remedy}"
-        raise DeviceError(message) from error
+        raise DeviceError(describe(failure, reason_text(error))) from error
+
+
+def failures_in_one_line() -> AbstractContextManager[None]:
+    """Turn MLX's errors about memory and the GPU into what happened and what helps.
+
+    Raises:
+        DeviceError: The device failed. Other errors are raised unchanged.
+    """
+    return described_failures(
+        lambda failure, reason: f"{failure.what} ({reason}): {failure.remedy}"
+    )
 
 
 def reason_text(error: BaseException) -> str:

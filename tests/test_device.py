@@ -10,9 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.models import gated_delta
+from mlx_lm.utils import _get_classes
 
 from mlx_loraplus import device
-from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.device import (
     Machine,
     bounded_memory,
@@ -32,6 +35,9 @@ from mlx_loraplus.models.gguf.convert import weight_format
 from mlx_loraplus.models.known_models import CHOSEN_BY_MEMORY, MODELS, gemma_for
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
+from mlx_loraplus.training.model_probes import probe_model
+from mlx_loraplus.training.self_consistency import is_checkpoint_sound
+from mlx_loraplus.training.selfcheck import check_step
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import CONFIGS, make_model
 from tests.kernels.test_choices import operations
@@ -191,8 +197,7 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
     """The limits are those in MLX's source; Gemma 3's heads are 256 wide."""
 
     def is_fused(length: int, width: int, dtype: mx.Dtype) -> bool:
-        array = mx.zeros((1, 1, length, width), dtype)
-        return fused_length(array, array) == length
+        return fused_length(length, (width, width), dtype.size, device.backend()) == length
 
     assert default_choices().attention == "native"
     assert is_fused(256, 128, mx.bfloat16)
@@ -202,6 +207,7 @@ def test_mlx_s_attention_is_taken_where_it_has_a_fused_gradient(
     assert is_fused(256, 256, mx.bfloat16) is (gpu == "metal")
     assert is_fused(200, 128, mx.bfloat16) is (gpu == "metal")
     assert is_fused(256, 128, mx.float32) is (gpu == "metal")
+    assert is_fused(256, 100, mx.bfloat16) is (gpu == "metal"), "a multiple of 8 for cuDNN"
     if gpu == "cuda":
         monkeypatch.setattr(mx, "device_info", lambda: CUDA | {"compute_capability_major": 7})
         assert not is_fused(256, 128, mx.bfloat16), "cuDNN's attention needs an Ampere GPU"
@@ -246,13 +252,53 @@ def test_attention_on_cuda_pads_rows_to_what_has_a_fused_gradient(
 
     expected = learn("chunked")
     monkeypatch.setattr(patch, "_native", counted)
-    monkeypatch.setattr("mlx_loraplus.kernels.choices.backend", lambda: "cuda")
+    monkeypatch.setattr(patch, "backend", lambda: "cuda")
     monkeypatch.setattr(mx, "device_info", lambda: CUDA)
     found = learn("native")
     assert lengths == ([computed] if computed else [])
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert mx.abs(one - other).max() <= 1e-2 * mx.abs(other).max()
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_next", "kimi_linear", "olmo_hybrid"])
+def test_kernels_without_a_gradient_are_for_answers_only(
+    gpu: str, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """mlx-lm's kernel of the gated delta rule for Metal has no gradient."""
+    called: list[str] = []
+
+    @mx.custom_function
+    def kernel(*arrays: mx.array) -> Any:
+        called.append("kernel")
+        return gated_delta.gated_delta_ops(*arrays)
+
+    @kernel.vjp
+    def _(*_: Any) -> Any:
+        raise ValueError("[Primitive::vjp] Not implemented for CustomKernel.")
+
+    monkeypatch.setattr(gated_delta, "gated_delta_kernel", lambda *all_: kernel(*all_[:6]))
+    # It takes keys whose width is a multiple of 32.
+    text = (Path(__file__).parent / "families" / "configs.json").read_text()
+    text = text.replace('"linear_key_head_dim": 16', '"linear_key_head_dim": 32')
+    text = text.replace('"head_dim": 16, "kda_layers"', '"head_dim": 32, "kda_layers"')
+    facts = json.loads(text)[name]
+    mx.random.seed(0)
+    model_class, args_class = _get_classes(facts)
+    model = model_class(args_class.from_dict(facts))
+    config = AdapterConfig(rank=4, dropout=0.1)
+    attach_adapters(model, config)
+    assert is_checkpoint_sound(model)
+    probes = probe_model(model, pack=False)
+    result = check_step(model, probes, config, [(default_choices(), False)])
+    assert not result.skipped
+    assert not result.problems()
+
+    # Answers are computed by the kernel.
+    called.clear()
+    model.eval()
+    mx.eval(model(mx.array([[1, 2, 3]])))
+    assert bool(called) is (gpu == "metal")
 
 
 def write_four_bits(folder: Path, kind: str) -> Path:

@@ -62,3 +62,14 @@ class Dropout(nn.Module):
 
         factor = mask * (1 / (1 - self.p))
         return x * factor.astype(x.dtype)
+
+
+def train_without_dropout(model: nn.Module) -> None:
+    """Switch a model to training mode with dropout off, to compute gradients that can be compared.
+
+    In evaluation mode, mlx-lm computes some layers by kernels for Metal that have no gradient.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, Dropout | nn.Dropout):
+            module.eval()

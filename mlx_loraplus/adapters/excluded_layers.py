@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..errors import ModelError
-from ..failures import failure_of
+from ..failures import failure_of, is_lost
 from .base_layers import (
     EMBEDDINGS,
     EXPERTS,
@@ -19,6 +19,7 @@ from .base_layers import (
     blocks_of,
     can_adapt,
 )
+from .dropout import train_without_dropout
 from .token_tables import probe_tokens
 
 READ = "layers whose weight the model reads directly"
@@ -180,12 +181,12 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
 
     # Run the model with the wrappers in place, and always restore it.
     training = model.training
-    model.eval()
+    train_without_dropout(model)
     try:
         model.update_modules(tree_unflatten(list(probed.items())))
         gradients = _gradients_of_changes(model, probed)
     except Exception as problem:
-        if failure_of(problem) is not None:
+        if failure_of(problem) is not None or is_lost(problem):
             raise
 
         # A model of mlx-lm that cannot run may raise any type of exception. A user's own model may

@@ -9,7 +9,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ..device import backend, on_gpu
+from ..device import Backend, on_gpu
 
 AttentionKind = Literal["native", "chunked"]
 CrossEntropyKind = Literal["native", "composed"]
@@ -68,7 +68,7 @@ def default_choices(*, gpu: bool | None = None) -> StepChoices:
     return StepChoices("native", _GPU_SLICE, "native", "native") if gpu else StepChoices()
 
 
-def fused_length(q: mx.array, v: mx.array) -> int | None:
+def fused_length(length: int, widths: tuple[int, int], itemsize: int, kind: Backend) -> int | None:
     """Return the length at which MLX's causal attention has a fused gradient, or None.
 
     It is the length of the queries, or, on CUDA, the next multiple of 128. It is None if there is
@@ -77,22 +77,20 @@ def fused_length(q: mx.array, v: mx.array) -> int | None:
     of the queries, because there "native" is an explicit choice.
 
     Args:
-        q: The queries, (rows, heads, length, dim).
-        v: The values, (rows, kv heads, length, v dim).
+        length: The number of queries of a row.
+        widths: The widths of a head of the queries, and of the values.
+        itemsize: Bytes of a number of the queries; 2 for float16 and bfloat16.
+        kind: What computes the attention.
     """
-    length = q.shape[2]
-    kind = backend()
     if kind == "cpu":
         return length
-
-    dims = (q.shape[3], v.shape[3])
     if kind == "metal":
-        return length if min(dims) >= 64 and max(dims) <= 256 else None
+        return length if min(widths) >= 64 and max(widths) <= 256 else None
 
     # cuDNN's attention needs an Ampere GPU; its gradient works on tiles of 128 queries.
     is_ampere = int(mx.device_info().get("compute_capability_major", 0)) >= 8
-    is_half = q.dtype in (mx.float16, mx.bfloat16)
-    if not (is_ampere and is_half and max(dims) <= 128):
+    has_kernel = max(widths) <= 128 and all(width % 8 == 0 for width in widths)
+    if not (is_ampere and itemsize == 2 and has_kernel):
         return None
     padded = -(-length // _CUDA_TILE) * _CUDA_TILE
     return padded if padded - length <= _MOST_PADDING * length else None

@@ -27,6 +27,7 @@ from mlx_lm.models import gated_delta
 from ..adapters.base_layers import LINEARS, base_shape, blocks_of
 from ..adapters.dropout import drawing_from
 from ..adapters.lora import base_of
+from ..device import backend
 from ..failures import is_lost
 from .attention import CausalMask, attention
 from .choices import (
@@ -128,7 +129,8 @@ def _replacement(kind: AttentionKind) -> Callable[..., mx.array]:
             return _native(q, k, v, scale=scale, mask=mask.part(whole, whole), sinks=sinks, **rest)
 
         if kind == "native" and mask.is_plain(length):
-            padded = fused_length(q, v)
+            widths = (q.shape[3], v.shape[3])
+            padded = fused_length(length, widths, q.itemsize, backend())
             if padded is not None:
                 return _native_causal(q, k, v, padded, scale=scale, **rest)
         if kind == "native" and mask.window is not None and mask.window < length:

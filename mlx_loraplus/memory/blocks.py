@@ -9,7 +9,9 @@ grows with their number of blocks. ``block_shapes.py`` finds the sizes in a mode
 
 from dataclasses import dataclass
 
+from ..device import Backend
 from ..kernels.attention import CHUNK
+from ..kernels.choices import fused_length
 from ..kernels.window_attention import Blocks
 
 # Arrays of the scores of a group of window blocks, in the type of the activations, on a GPU.
@@ -54,8 +56,9 @@ class Coefficients:
 class BatchShape:
     """The shape of a step's input, the bytes e per activation, and whether rows are packed.
 
-    ``blocks`` is true if attention with a sliding window is computed in blocks, and
-    ``native_delta`` if MLX computes the gated delta rule.
+    ``blocks`` is true if attention with a sliding window is computed in blocks, and other attention
+    by MLX where it has a fused gradient on ``backend``. ``native_delta`` is true if MLX computes
+    the gated delta rule.
     """
 
     rows: int
@@ -64,6 +67,7 @@ class BatchShape:
     packed: bool = False
     blocks: bool = False
     native_delta: bool = False
+    backend: Backend = "cpu"
 
     def of(self, numbers: float) -> float:
         """Return the bytes of ``numbers`` values per token: T e numbers."""
@@ -189,7 +193,8 @@ class Block:
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads. Attention saves q, k, v and
         out: 2Q + 2K. With ``kept_twice``, it saves q and k again: + Q + K. Where it keeps its
-        scores, there are e rows heads length² of each array of them instead of the 4 T heads.
+        scores, there are e rows heads length² of each array of them instead of the 4 T heads. The
+        padding of attention comes on top.
         """
         attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
         numbers = (
@@ -199,7 +204,28 @@ class Block:
         if any(self.whole_scores):
             scores = self.whole_scores[0] * self._whole_scores(batch)
         states = self.mixer.saved(batch) if self.mixer else 0
-        return int(batch.of(numbers) + scores + states)
+        return int(batch.of(numbers) + scores + states + self._padding(batch))
+
+    def fused(self, batch: BatchShape) -> int | None:
+        """Return the length of MLX's fused attention, with its padding; None if it is not used."""
+        is_windowed = self.window is not None and self.window < batch.length
+        if not batch.blocks or batch.packed or is_windowed or any(self.whole_scores):
+            return None
+        width = self.queries // self.heads if self.heads else 0
+        return fused_length(batch.length, (width, width), batch.itemsize, batch.backend)
+
+    def _padding(self, batch: BatchShape) -> int:
+        """Return the bytes that attention saves because its rows are padded, on CUDA.
+
+        rows (padding (e (2Q + 2K) + 4 heads) + e length Q). MLX keeps its padded output, so the
+        output without the padding, which the next layer keeps, is a copy.
+        """
+        padding = (self.fused(batch) or batch.length) - batch.length
+        if not padding:
+            return 0
+        of_token = batch.itemsize * 2 * (self.queries + self.keys) + 4 * self.heads
+        copied = batch.itemsize * batch.length * self.queries
+        return batch.rows * (padding * of_token + copied)
 
     def _whole_scores(self, batch: BatchShape) -> int:
         """Return the bytes of the scores of all queries and keys: e rows heads length²."""
@@ -253,8 +279,10 @@ class Block:
 
     def largest_array(self, batch: BatchShape) -> int:
         """Return the numbers in the largest array: T times a width, or the scores of attention."""
-        width = max(self.hidden, self.queries, self.widest)
-        return max(batch.rows * batch.length * width, self._largest_scores(batch))
+        width = max(self.hidden, self.widest)
+        padded = self.fused(batch) or batch.length
+        tokens = max(batch.length * width, padded * self.queries)
+        return max(batch.rows * tokens, self._largest_scores(batch))
 
     def _largest_scores(self, batch: BatchShape) -> int:
         """Return the numbers in the largest array of scores; 0 if MLX's attention keeps none.
@@ -264,8 +292,8 @@ class Block:
         heads = batch.rows * self.heads
         if any(self.whole_scores):
             return heads * batch.length**2
-        is_windowed = self.window is not None and self.window < batch.length
-        if batch.blocks and (is_windowed or not batch.packed):
+        is_in_blocks = batch.blocks and self.window is not None and self.window < batch.length
+        if is_in_blocks or self.fused(batch) is not None:
             return 0
         return heads * self.seen(batch.length, 0)
 

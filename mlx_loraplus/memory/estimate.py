@@ -21,6 +21,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields
 
 from ..config import TrainConfig
+from ..device import Backend, backend
 from ..files import cache_folder, read_bounded
 from ..kernels.choices import StepChoices, default_choices
 from ..kernels.cross_entropy import CHUNK_ROWS
@@ -76,6 +77,7 @@ class Sizes:
         learning: Number of blocks, counted from the last, that save activations.
         context: Longest input that the model supports, in tokens, or None.
         choices: How a step is computed, which depends on the device.
+        backend: What computes it.
     """
 
     weights: int
@@ -92,6 +94,7 @@ class Sizes:
     learning: int
     context: int | None
     choices: StepChoices = field(default_factory=default_choices)
+    backend: Backend = field(default_factory=backend)
 
     @property
     def trainable(self) -> int:
@@ -223,6 +226,7 @@ def batch_shape(sizes: Sizes, config: TrainConfig, rows: int, length: int) -> Ba
         packed=config.data.pack,
         blocks=sizes.choices.attention == "native",
         native_delta=sizes.choices.delta_rule == "native",
+        backend=sizes.backend,
     )
 
 

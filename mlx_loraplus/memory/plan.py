@@ -243,7 +243,8 @@ def memory_plan_of(
     choices = default_choices(gpu=machine.has_gpu)
     if model is not None:
         sizes = measure(model, config.adapter)
-        return MemoryPlan(replace(sizes, choices=choices), config, machine)
+        sizes = replace(sizes, choices=choices, backend=machine.backend)
+        return MemoryPlan(sizes, config, machine)
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
@@ -257,7 +258,7 @@ def memory_plan_of(
         sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
     except ModelError as problem:
         raise ModelError(f"{name} can't be used: {problem}") from problem
-    sizes = replace(sizes, choices=choices)
+    sizes = replace(sizes, choices=choices, backend=machine.backend)
     return MemoryPlan(sizes, replace(config, model=name), machine)
 
 

@@ -31,9 +31,17 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..errors import ConfigError, LoRAPlusError, PeerError, join_problems
-from ..failures import failure_of
-from .rank_helpers import digest_of, limit_blas_threads, open_sockets, shut_down, split_by_size
+from ..errors import ConfigError, DeviceError, LoRAPlusError, PeerError, join_problems
+from ..failures import failure_of, failures_in_one_line
+from .rank_helpers import (
+    describe_differences,
+    digest_of,
+    join_by_rank,
+    limit_blas_threads,
+    open_sockets,
+    shut_down,
+    split_by_size,
+)
 
 BUFFER = 32 << 20  # bytes per collective: few messages, and little extra memory
 GRACE = 20.0  # seconds for a process to end after its connections are closed
@@ -69,9 +77,7 @@ class World:
         self.shard_index = self.rank % self.data_shards
         self.share = slice(self.shard_index, None, self.data_shards)
         self.is_tensor_parallel = parallel == "tensor" and self.size > 1
-
-        # The time at which the current collective began, for ``watch``.
-        self._waiting: float | None = None
+        self._waiting: float | None = None  # when the current collective began, for ``watch``
 
     @classmethod
     def join(cls, parallel: Literal["data", "tensor"] = "data") -> Self:
@@ -124,11 +130,7 @@ class World:
         return [bool(column.any()) for column in rows[:, : len(flags)].T]
 
     def _check_digests(self, digests: np.ndarray) -> None:
-        """Check that all rows are equal.
-
-        Raises:
-            LoRAPlusError: On all processes, if a row differs from the first.
-        """
+        """Raise an error on all processes if a row differs from the first."""
         is_different = (digests != digests[0]).any(axis=1)
         if not is_different.any():
             return
@@ -149,7 +151,6 @@ class World:
 
         data = np.frombuffer(text.encode(), np.uint8)
         sizes = self._gather(np.array([data.size], np.int32)).flatten().tolist()
-
         # All messages have the same size, and none is empty.
         padded = np.zeros(max(sizes) + 1, np.uint8)
         padded[: data.size] = data
@@ -172,21 +173,35 @@ class World:
 
         problem: LoRAPlusError | None = None
         try:
-            yield
+            with failures_in_one_line():
+                yield
         except LoRAPlusError as error:
             problem = error
 
-        messages = self.gather("" if problem is None else str(problem))
+        messages = self._gather_problems(problem)
         if not any(messages):
             return
 
-        # One message if all processes have the same problem, else one per rank.
-        message = messages[0]
-        if len(set(messages)) > 1:
-            lines = [f"rank {rank}: {line}" for rank, line in enumerate(messages) if line]
-            message = join_problems(lines)
-        kind = LoRAPlusError if problem is None else type(problem)
-        raise self._agreed(kind(message)) from None
+        message = join_by_rank(messages)
+        if problem is None:
+            raise self._agreed(LoRAPlusError(message))
+        raise self._agreed(type(problem)(message)) from problem.__cause__
+
+    def _gather_problems(self, problem: LoRAPlusError | None) -> list[str]:
+        """Return each process's problem as text, or ""; raise one that can't reach the others."""
+        # After a process is lost, a collective may never end. If the weights are divided, the
+        # others may wait in the middle of a forward pass, and notice only that this process ends.
+        unheard = (PeerError, DeviceError) if self.is_tensor_parallel else (PeerError,)
+        if isinstance(problem, unheard):
+            raise problem
+
+        # NCCL communicates on the GPU, which may have failed.
+        try:
+            return self.gather("" if problem is None else str(problem))
+        except RuntimeError:
+            if problem is None:
+                raise
+            raise problem from problem.__cause__
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
         """Compare values that can be written as JSON, and name those that differ.
@@ -195,19 +210,7 @@ class World:
             ConfigError: On all processes, if any value differs between them.
         """
         everyone = [json.loads(text) for text in self.gather(json.dumps(facts))]
-        problems: list[str] = []
-        for name in facts:
-            # Ranks with the same value are listed together.
-            ranks: dict[str, list[str]] = {}
-            for rank, theirs in enumerate(everyone):
-                ranks.setdefault(json.dumps(theirs.get(name)), []).append(str(rank))
-
-            if len(ranks) > 1:
-                values = [
-                    f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items()
-                ]
-                problems.append(f"{name} is {', '.join(values)}")
-
+        problems = describe_differences(everyone)
         if problems:
             raise self._agreed(
                 ConfigError(f"all processes must have equal values, but {join_problems(problems)}")
@@ -337,11 +340,7 @@ class World:
             mx.eval(tree)
 
     def computing(self) -> AbstractContextManager[None]:
-        """Return the context for evaluating the model, a collective if the weights are divided.
-
-        Raises:
-            PeerError: A process is lost, and the weights are divided.
-        """
+        """Return the context for evaluating the model; it raises what ``compute`` raises."""
         return self._with_others() if self.is_tensor_parallel else nullcontext()
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
@@ -365,8 +364,8 @@ class World:
     def _lost(self) -> str:
         return (
             f"rank {self.rank} of {self.size}: another process has ended, hangs or can't be "
-            "reached, so this process stops; --resume continues from the newest checkpoint, with "
-            "any number of processes"
+            "reached, so this process stops; --resume continues from the newest checkpoint, if "
+            "there is one, with any number of processes"
         )
 
 

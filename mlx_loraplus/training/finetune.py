@@ -254,7 +254,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
     identity = _identify(model, session)
     # Objectives with a reference need its log-probabilities in the examples.
     reference = add_reference(model, session, identity.model)
-    with world.sync_errors():
+    with world.sync_errors(), world.computing():
         trainable = _start_adapters(model, session)
         # If another run is started on this model, its error names this folder.
         model.trained_in = str(session.run.folder)
@@ -307,7 +307,7 @@ def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:
 def _identify(model: nn.Module, session: Session) -> RunFingerprint:
     """Return the run's fingerprint, after comparing it across processes and with the checkpoint."""
     world, checkpoint = session.world, session.checkpoint
-    with world.computing():
+    with world.sync_errors(), world.computing():
         fingerprint = model_fingerprint(model)
     rows = " ".join(split.fingerprint() for split in session.examples.values())
     settings = identifying_settings(model, session.config)

@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import mlx.core as mx
 from ..config import TrainConfig
 from ..data.batches import Batch
 from ..device import gb, this_machine
-from ..errors import DeviceError, LoRAPlusError, PeerError, counted
-from ..failures import MEMORY, failure_of, reason_text
+from ..errors import LoRAPlusError, PeerError, counted
+from ..failures import MEMORY, Failure, described_failures
 from ..files import write_atomically
 from ..runs.state import BAD_BATCH, Progress
 
@@ -52,10 +52,9 @@ def interruptible() -> Generator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-@contextmanager
 def explain_failure(
     batches: Sequence[Batch], config: TrainConfig, *, can_checkpoint: bool
-) -> Generator[None]:
+) -> AbstractContextManager[None]:
     """Turn MLX's errors about memory and the GPU into what happened and which settings help.
 
     MLX raises an error if it can't get a buffer, if there are more buffers than Metal allows, and
@@ -70,13 +69,8 @@ def explain_failure(
     Raises:
         DeviceError: The device failed. Other errors are raised unchanged.
     """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        failure = failure_of(error)
-        if failure is None:
-            raise
 
+    def describe(failure: Failure, reason: str) -> str:
         # Find the largest batch of the step, or of the settings if no batch was read yet.
         shapes = [batch.tokens.shape for batch in batches]
         if not shapes:
@@ -85,19 +79,18 @@ def explain_failure(
 
         # Advise smaller batches and, if memory ran out, gradient checkpointing.
         happened = f"{failure.what} on a batch of {counted(rows, 'row')} x {length:,} tokens"
-        reason = reason_text(error)
         smaller = _smaller_batches(config, length)
-        if failure is MEMORY:
-            checkpoint = ""
-            if can_checkpoint:
-                checkpoint = "set --grad-checkpoint on (then continue with --resume), or "
-            raise DeviceError(
-                f"{happened}: {_memory_in_use()} ({reason}); {checkpoint}start again with {smaller}"
-            ) from error
-        raise DeviceError(
-            f"{happened} ({reason}); {failure.remedy} (then continue with --resume), or start again"
-            f" with {smaller}"
-        ) from error
+        if failure is not MEMORY:
+            return (
+                f"{happened} ({reason}); {failure.remedy} (then continue with --resume), or start"
+                f" again with {smaller}"
+            )
+        checkpoint = ""
+        if can_checkpoint:
+            checkpoint = "set --grad-checkpoint on (then continue with --resume), or "
+        return f"{happened}: {_memory_in_use()} ({reason}); {checkpoint}start again with {smaller}"
+
+    return described_failures(describe)
 
 
 def _memory_in_use() -> str:

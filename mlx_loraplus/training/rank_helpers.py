@@ -2,15 +2,19 @@
 
 import ctypes
 import hashlib
+import json
 import os
 import socket
 import stat
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from ..errors import join_problems
 
 _MAX_DESCRIPTORS = 1024  # file descriptors that are searched for sockets
 
@@ -22,6 +26,30 @@ def digest_of(arrays: Mapping[str, mx.array]) -> bytes:
         data = array.reshape(-1).view(mx.uint8)
         digest.update(np.array(data).tobytes())
     return digest.digest()
+
+
+def join_by_rank(messages: Sequence[str]) -> str:
+    """Return one message if all processes have the same problem, else one for each that has one."""
+    if len(set(messages)) == 1:
+        return messages[0]
+    return join_problems([f"rank {rank}: {line}" for rank, line in enumerate(messages) if line])
+
+
+def describe_differences(everyone: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a phrase for each of the main process's values that another process has not."""
+    problems: list[str] = []
+    for name in everyone[0]:
+        # Ranks with the same value are listed together.
+        ranks: dict[str, list[str]] = {}
+        for rank, theirs in enumerate(everyone):
+            ranks.setdefault(json.dumps(theirs.get(name)), []).append(str(rank))
+
+        if len(ranks) > 1:
+            values = [
+                f"{value:.40} on rank {' and '.join(where)}" for value, where in ranks.items()
+            ]
+            problems.append(f"{name} is {', '.join(values)}")
+    return problems
 
 
 def split_by_size(sizes: Sequence[int], most: int) -> list[tuple[int, int]]:

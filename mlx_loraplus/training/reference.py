@@ -131,10 +131,11 @@ def _log_probs_of(
     # Compute them. The sum joins the shares, because the other processes' values are 0.
     found = np.zeros((len(examples), 2), np.float32) if stored is None else stored
     if not is_stored:
-        split, size = split_model(model), config.data.batch_size
         choices = replace(default_choices(), slice_bytes=SMALLEST_SLICE)
-        for column, answers in enumerate(examples.both):
-            found[:, column] = answer_log_probs(model, split, answers, size, world, choices)
+        with world.sync_errors(), world.computing():
+            split, size = split_model(model), config.data.batch_size
+            for column, answers in enumerate(examples.both):
+                found[:, column] = answer_log_probs(model, split, answers, size, world, choices)
     if world.size > 1:
         found = np.array(world.sum_shards(mx.array(found)))
 

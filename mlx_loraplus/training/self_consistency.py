@@ -14,9 +14,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..adapters.dropout import train_without_dropout
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.token_tables import probe_tokens
 from ..config import TrainConfig
+from ..device import kept_random_state
 from ..errors import ConfigError, ModelError
 from ..failures import failure_of, is_lost
 from ..kernels.float32_copy import in_float32
@@ -154,7 +156,7 @@ def is_checkpoint_sound(model: nn.Module) -> bool:
     tokens, training = probe_tokens(model, TOKENS), model.training
 
     def is_sound(exact: nn.Module) -> bool:
-        exact.eval()
+        train_without_dropout(exact)
         plain = _gradients(exact, tokens)
         with grad_checkpointing(exact):
             checkpointed = _gradients(exact, tokens)
@@ -162,8 +164,10 @@ def is_checkpoint_sound(model: nn.Module) -> bool:
         is_close = difference <= GRADIENT_MARGIN * mx.linalg.norm(plain)
         return bool(is_close.item())
 
+    # In training mode, checkpointed blocks draw random numbers.
     try:
-        return in_float32(model, is_sound)
+        with kept_random_state():
+            return in_float32(model, is_sound)
     finally:
         model.train(training)
 

@@ -32,6 +32,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..adapters.attach import attach_adapters
 from ..adapters.base_layers import QUANTIZED, base_shape, full_weight, plain_layer
+from ..adapters.dropout import train_without_dropout
 from ..adapters.lora import LoRALinear
 from ..adapters.token_tables import TOKEN_TABLES, table_rows
 from ..adapters.trainable import find_adapters, trainable_summary
@@ -237,7 +238,7 @@ def _front_with_adapters(model: nn.Module, adapter: AdapterConfig) -> nn.Module 
 
     if not tree_flatten(front.trainable_parameters()) or not find_adapters(front):
         attach_adapters(front, AdapterConfig(adapter.adapter, rank=adapter.rank))
-        front.eval()
+    train_without_dropout(front)
 
     # New adapters have a factor of zero, so that the gradient of the other factor is zero.
     mx.random.seed(0)
@@ -360,7 +361,6 @@ def _with_stock_adapters(front: nn.Module) -> nn.Module:
         layer.lora_a, layer.lora_b = adapter.lora_a, adapter.lora_b
         stock.append((path, layer))
     copied.update_modules(tree_unflatten(stock))
-    copied.eval()
     return copied
 
 

@@ -13,15 +13,19 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 
 import mlx.core as mx
+import pytest
 
 from mlx_loraplus.launching import free_ports
+
+# What MLX raises if its work on a GPU fails.
+OUT_OF_MEMORY = "[METAL] Command buffer execution failed: Insufficient Memory (00000008)."
 
 # Seconds that all processes may take: far more than they need, so that only hanging ones are stopped.
 MOST = 900
@@ -119,6 +123,7 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     settings.pop("by_rank", None)
     if settings.pop("asked_to_stop", None):
         threading.Thread(target=ask_to_stop, daemon=True).start()
+    failing = settings.pop("device_fails_in", None)
     told: list[str] = []
     group = (
         mx.distributed.init()
@@ -130,7 +135,8 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
     try:
         model, tokenizer = ml.load(settings["model"], group=group)
         loading = {"loaded": mx.get_active_memory() - before, "peak": mx.get_peak_memory() - before}
-        run = ml.finetune(model, tokenizer, log=told.append, **settings)
+        with device_fails_in(failing) if failing else nullcontext():
+            run = ml.finetune(model, tokenizer, log=told.append, **settings)
     except ml.LoRAPlusError as error:
         return {
             "kind": type(error).__name__,
@@ -139,6 +145,18 @@ def do_job(job: dict[str, Any], rank: int) -> dict[str, Any]:
             "lines": told,
         }
     return {"history": run.history, "outcome": run.outcome, "lines": told, **loading}
+
+
+@contextmanager
+def device_fails_in(name: str) -> Iterator[None]:
+    """Let a function of the training room, such as finetune.probe_model, fail as a GPU does."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"mlx_loraplus.training.{name}", fail)
+        yield
 
 
 def ask_to_stop() -> None:

@@ -19,7 +19,7 @@ from mlx_loraplus.training.distributed import World
 from mlx_loraplus.training.rank_helpers import split_by_size
 from mlx_loraplus.training.schedule import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.training.teams import MOST, Runs, do_jobs, wait_for, world
+from tests.training.teams import MOST, OUT_OF_MEMORY, Runs, do_jobs, wait_for, world
 from tests.training.test_interrupts import poison
 from tests.training.tiny_runs import (
     Place,
@@ -55,6 +55,19 @@ PAIRS = PREFERENCES | {"objective": "dpo"}
 LABELED = PREFERENCES | {"objective": "kto"}
 
 
+def failing(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
+    """What runs before the first step on every process, with the rank whose device fails there."""
+    return {
+        "finetune.model_fingerprint": ("1", {}),
+        "finetune.probe_model": ("1", {}),
+        "finetune.choose_grad_checkpoint": ("1", {}),
+        "step_choices.check_step": ("0", {"selfcheck": "on"}),
+        # Rows whose reference no other run has stored.
+        "reference.split_model": ("1", {"data": str(folder / "new pairs"), **PAIRS}),
+        "reference.answer_log_probs": ("1", {"data": str(folder / "new labeled"), **LABELED}),
+    }
+
+
 @pytest.fixture(scope="module")
 def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("teams")
@@ -63,6 +76,8 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     write_sums(folder / "unlearned" / "data")
     write_pairs(folder / "pairs", count=19)
     write_labeled(folder / "labeled", count=19)
+    write_pairs(folder / "new pairs", count=17)
+    write_labeled(folder / "new labeled", count=17)
     validate_on_what_is_unlearned(Place(folder / "unlearned"))
     return Runs(folder, PLAIN)
 
@@ -87,6 +102,10 @@ def two(teams: Runs) -> dict[str, list[dict]]:
         "other data": teams.job("refused", by_rank={"1": {"data": str(other_data)}}),
         "no data": teams.job("refused", by_rank={"1": {"data": str(teams.folder / "nowhere")}}),
         "few rows": teams.job("refused", batch_size=1),
+        **{
+            f"fails in {where}": teams.job("failing", by_rank={rank: {"device_fails_in": where}}, **settings)
+            for where, (rank, settings) in failing(teams.folder).items()
+        },
         # One of the batches
         "a row for one": teams.job("2-short", batch_size=37, iters=2, steps_per_report=2),
     }  # fmt: skip
@@ -215,6 +234,37 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         assert all(word in first["error"] for word in words), first["error"]
         assert "\n" not in first["error"]
     assert not (teams.folder / "refused" / "adapters.safetensors").exists()
+
+
+def test_a_device_that_fails_before_the_first_step_is_one_line_for_all(teams: Runs, two: dict):
+    """It is not taken for a lost process by the others, which would say to resume."""
+    for where, (rank, _) in failing(teams.folder).items():
+        first, second = two[f"fails in {where}"]
+        assert first["error"] == second["error"], where
+        assert first["error"].startswith(f"rank {rank}: memory ran out ({OUT_OF_MEMORY}): close")
+        assert (first["told"], second["told"]) == (False, True), where
+        assert [first, second][int(rank)]["kind"] == "DeviceError", where
+    assert not (teams.folder / "failing" / "adapters.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("parallel", "where"),
+    [("data", "trainer.batches_of_step"), ("tensor", "finetune.probe_model")],
+)
+def test_a_device_that_fails_between_collectives_ends_its_process(
+    teams: Runs, parallel: str, where: str
+):
+    """The others wait for it in a collective, so they can only notice that it has ended."""
+    name = f"ends {parallel}"
+    job = teams.job(name, by_rank={"1": {"device_fails_in": where}}, parallel=parallel)
+    ((first, second),) = do_jobs(2, [job], teams.folder / f"logs {name}")
+    assert second["kind"] == "DeviceError"
+    assert second["error"].startswith("memory ran out")
+    assert OUT_OF_MEMORY in second["error"]
+    assert first["kind"] == "PeerError"
+    assert first["error"].startswith("rank 0 of 2: another process has ended, hangs")
+    assert "newest checkpoint, if there is one" in first["error"]
+    assert (first["told"], second["told"]) == (False, False)
 
 
 def test_a_run_without_effect_fails_on_all_processes_with_one_line(tmp_path: Path):

@@ -50,6 +50,7 @@ IGNORED = (
     "[METAL] Command buffer execution failed: Ignored (for causing prior/excessive GPU errors)"
     " (00000004:kIOGPUCommandBufferCallbackErrorSubmissionsIgnored)."
 )
+LOST_CUDA = "cudaStreamSynchronize(stream_) failed: an illegal memory access was encountered"
 FAILURES = {
     OUT_OF_MEMORY: MEMORY,
     "[metal::malloc] Resource limit (499000) exceeded.": MEMORY,
@@ -59,10 +60,13 @@ FAILURES = {
     ): MEMORY,
     "[malloc] Unable to allocate 4294967296 bytes.": MEMORY,
     "cudaMallocAsync(&data, size, stream) failed: out of memory": MEMORY,
+    "cudnnCreate(&handle) failed: CUDNN_STATUS_ALLOC_FAILED.": MEMORY,
     HELD_UP: DISPLAY,
     TOO_LONG: TIMEOUT,
     "cudaStreamSynchronize(stream_) failed: the launch timed out and was terminated": TIMEOUT,
     IGNORED: GPU,
+    LOST_CUDA: GPU,
+    "cudaGraphLaunch(graph_exec, stream_) failed: unspecified launch failure": GPU,
 }
 
 
@@ -85,6 +89,8 @@ def test_a_probe_does_not_take_a_failed_gpu_for_a_verdict(
     assert not is_lost(RuntimeError("[malloc] Unable to allocate 4294967296 bytes."))
     assert not is_lost(RuntimeError("another bug"))
     assert is_lost(RuntimeError(OUT_OF_MEMORY))
+    assert is_lost(RuntimeError(LOST_CUDA))
+    assert is_lost(RuntimeError("[ring] connection to a peer was lost"))
 
     def probe_fails(kind: type, works: int, probe: Callable[[], object]) -> None:
         """Let the calls of a kind of module fail after some that work."""

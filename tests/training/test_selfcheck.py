@@ -222,7 +222,7 @@ def test_the_check_on_cuda_takes_mlxs_fused_attention(
     attach_adapters(model, config)
     probes = probe_model(model, pack=False)
     monkeypatch.setattr(patch, "_native_causal", counted)
-    monkeypatch.setattr("mlx_loraplus.kernels.choices.backend", lambda: "cuda")
+    monkeypatch.setattr("mlx_loraplus.kernels.patch.backend", lambda: "cuda")
     monkeypatch.setattr(mx, "device_info", lambda: {"compute_capability_major": 8})
     assert check_step(model, probes, config, EAGER[:1]).problems() == []
     assert lengths
