@@ -78,8 +78,8 @@ def test_large_slices_take_what_the_law_says(dtype: mx.Dtype):
 
 CUDA_BLOCK = Block(
     hidden=64, norms=0, heads=4, queries=64, keys=64, kept_twice=False, window=None,
-    whole_scores=(0.0, 0.0), mlp=0, joined=0, experts=0, expert_arrays=0, routed=1, inputs=0,
-    outputs=0,
+    whole_scores=(0.0, 0.0), mlp=0, joined=0, experts=0, expert_arrays=0, routed=1, widest=64,
+    products=4 * 64 * 64, inputs=0, outputs=0,
 )  # fmt: skip
 
 

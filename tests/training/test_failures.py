@@ -207,7 +207,7 @@ def test_a_run_that_is_saved_before_a_validation_resumes_with_it(
             with pytest.raises(ml.DeviceError, match=r"step \d is saved"):
                 place.run("two", **settings, resume=validations == 1)
     resumed = place.run("two", **settings, resume=True)
-    assert place.told_with("from step 6 of 6")
+    assert place.told_with("only the last validation is left")
     assert without_times(resumed.history) == without_times(undisturbed.history)
     assert resumed.progress.best_step == undisturbed.progress.best_step
     assert same(adapter_of(resumed), adapter_of(undisturbed))
