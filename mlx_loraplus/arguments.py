@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 import yaml
@@ -51,6 +51,8 @@ _OWN_FILES = {
 @dataclasses.dataclass(frozen=True)
 class Switches:
     """Options that are not settings."""
+
+    purpose: ClassVar[str] = ""  # what ``--help`` says first, if not what the config says
 
     config: Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")] = None
     """YAML file of settings, named like the flags with _ for -; flags override it."""
