@@ -6,6 +6,7 @@ The output is plain lines, JSON lines, or a live display in a terminal or a note
 import json
 import math
 import os
+import re
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -30,6 +31,9 @@ from .state import Event
 Log = Callable[[str], None]
 Callback = Callable[[Run, Event], None]
 Verbosity = Literal["silent", "quiet", "normal", "verbose"]
+_COMMAND = re.compile(r"mlx_loraplus\b|mlx\.launch|pip install|--\S.* --\S")
+"""A command, or several flags, in a message."""
+
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
 _MIN_BARS, _MAX_BARS = 10, 32
@@ -152,9 +156,10 @@ class Terminal(Lines):
         self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
 
     def _print_message(self, line: str) -> None:
-        # The terminal wraps a long line, because a command is then copied from it as one line.
+        # The terminal itself wraps a command, which is then copied from it as one line. Other lines
+        # are wrapped between words.
         style = "yellow" if line.startswith("warning") else ""
-        self._console.print(Text(line, style), soft_wrap=True)
+        self._console.print(Text(line, style), soft_wrap=bool(_COMMAND.search(line)))
 
     def _display(self) -> Any:
         """Return the current state of the run; rich calls this from another thread."""

@@ -206,6 +206,18 @@ def test_the_flag_open_opens_the_page_of_the_run(
     assert opened == [(tmp_path / "open" / "report.html").as_uri()]
 
 
+def test_a_terminal_wraps_messages_between_words_and_commands_not_at_all():
+    file = io.StringIO()
+    view = Terminal(Console(file=file, width=40, force_terminal=True, color_system=None))
+    view.log("a message of several words that does not fit in one line")
+    view.log("continue: mlx_loraplus.train -c my_run/run.yaml --resume --iters 100")
+    assert file.getvalue().splitlines() == [
+        "a message of several words that does not",
+        "fit in one line",
+        "continue: mlx_loraplus.train -c my_run/run.yaml --resume --iters 100",
+    ]
+
+
 def test_sparklines():
     assert sparkline([1, 2, 3]) == "▁▅█"
     assert sparkline([1, 2, 3], ascii_only=True) == "_=#"
