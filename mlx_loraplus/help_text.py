@@ -12,9 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from tyro.conf import Positional
-
-from .command_config import SweepConfig
+from .command_config import SweepConfig, positional_words
 from .config import TrainConfig
 from .settings import Config, configure, settings_of
 
@@ -128,18 +126,6 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
     return options | {
         name: (name.upper(), *options[name][1:]) for name in positional_words(kind, switches)
     }
-
-
-def positional_words(*parts: type) -> dict[str, str]:
-    """Return the settings and options that have no flag, and how a usage line shows them."""
-    words: dict[str, str] = {}
-    for part in parts:
-        for name, hint in typing.get_type_hints(part, include_extras=True).items():
-            value, *marks = typing.get_args(hint) or (hint,)
-            if Positional in marks:
-                is_several = typing.get_origin(value) is tuple
-                words[name] = f"[{name.upper()}{' ...' if is_several else ''}]"
-    return words
 
 
 def flag_of(name: str) -> str:

@@ -14,11 +14,11 @@ from .command_config import (
     GenerateConfig,
     ServeConfig,
     SweepConfig,
+    positional_words,
 )
 from .config import TrainConfig
 from .errors import ConfigError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
-from .help_text import positional_words
 from .settings import TRAIN_FLAGS, setting_names
 
 _DASHES = "\u2013\u2014"  # en dash and em dash

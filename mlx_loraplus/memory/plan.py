@@ -19,7 +19,7 @@ from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, batch_shape, estimate
 from .measured import MeasuredStep
-from .model_shapes import measure, weight_bytes
+from .model_shapes import measure, stored_bytes
 from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
@@ -261,19 +261,8 @@ def memory_plan_of(
     except ModelError as problem:
         raise ModelError(f"{name} can't be used: {problem}") from problem
     sizes = replace(sizes, choices=choices, backend=machine.backend)
-    stored = _stored_bytes(skeleton)
+    stored = stored_bytes(skeleton)
     return MemoryPlan(sizes, replace(config, model=name), machine, stored=stored)
-
-
-@cache
-def _stored_bytes(facts: str) -> int:
-    """Return the bytes of the weights in the files of a model whose config is given as JSON.
-
-    They do not depend on the machine, which may load the weights in another type.
-    """
-    config = json.loads(facts)
-    is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
-    return weight_bytes(make_skeleton(config), 4 if is_float32 else 2)
 
 
 @cache

@@ -6,7 +6,6 @@ The output is plain lines, JSON lines, or a live display in a terminal or a note
 import json
 import math
 import os
-import re
 import sys
 import webbrowser
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..device import gb
 from ..errors import counted
+from ..rich_display import wrap_words
 from .history import REPORT, Run, encode_event, numbers
 from .next_steps import closing
 from .state import Event
@@ -31,9 +31,6 @@ from .state import Event
 Log = Callable[[str], None]
 Callback = Callable[[Run, Event], None]
 Verbosity = Literal["silent", "quiet", "normal", "verbose"]
-_COMMAND = re.compile(r"mlx_loraplus\b|mlx\.launch|pip install|--\S.* --\S")
-"""A command, or several flags, in a message."""
-
 _BARS = "▁▂▃▄▅▆▇█"
 _ASCII_BARS = "_.-:=+*#"
 _MIN_BARS, _MAX_BARS = 10, 32
@@ -156,10 +153,8 @@ class Terminal(Lines):
         self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
 
     def _print_message(self, line: str) -> None:
-        # The terminal itself wraps a command, which is then copied from it as one line. Other lines
-        # are wrapped between words.
         style = "yellow" if line.startswith("warning") else ""
-        self._console.print(Text(line, style), soft_wrap=bool(_COMMAND.search(line)))
+        self._console.print(Text(wrap_words(line, self._console.width), style), soft_wrap=True)
 
     def _display(self) -> Any:
         """Return the current state of the run; rich calls this from another thread."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -217,22 +216,6 @@ def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
         ml.ConfigError, match=r"no short name contains 'qwen9' .did you mean 'qwen3"
     ):
         ml.plan_memory(families=("qwen", "qwen9"))
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "machine"),
-    [
-        ("qwen3-0.6b", {}, replace(simulate_mac("64GB"), backend="cpu")),
-        ("llama-3.2-1b", {"train_modules": ["norms"]}, simulate_mac("64GB")),
-        ("smollm2-135m", {"adapter": "full"}, simulate_mac("64GB")),
-    ],
-)
-def test_a_download_depends_neither_on_the_machine_nor_on_what_trains(
-    name: str, settings: dict[str, Any], machine: Machine
-):
-    alone = memory_plan_of(configure(TrainConfig, {"model": name}), machine=simulate_mac("8GB"))
-    config = configure(TrainConfig, {"model": name, **settings})
-    assert memory_plan_of(config, machine=machine).download == alone.download
 
 
 def test_a_plan_for_all_weights_names_no_adapters():
