@@ -6,10 +6,11 @@ import dataclasses
 import io
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Collection, Generator, Sequence
 from itertools import pairwise
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 import yaml
@@ -23,6 +24,7 @@ from .help_text import help_text
 from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .migration import translate
 from .models.moved_run_paths import read_run_settings
+from .rich_display import wrap_words
 from .settings import (
     Config,
     check_settings_file,
@@ -51,6 +53,8 @@ _OWN_FILES = {
 @dataclasses.dataclass(frozen=True)
 class Switches:
     """Options that are not settings."""
+
+    purpose: ClassVar[str] = ""  # what ``--help`` says first, if not what the config says
 
     config: Annotated[str | None, tyro.conf.arg(aliases=["-c"], metavar="FILE")] = None
     """YAML file of settings, named like the flags with _ for -; flags override it."""
@@ -328,6 +332,8 @@ def _discard_output() -> None:
 
 def log(line: str) -> None:
     """Print one line immediately; do nothing if the reader has closed."""
+    if sys.stdout.isatty():
+        line = wrap_words(line, shutil.get_terminal_size().columns)
     print(line, file=Output(), flush=True)
 
 

@@ -62,6 +62,8 @@ class TrainSwitches(Switches):
 class PlanSwitches(Switches):
     """Options of ``plan`` that are not settings."""
 
+    purpose = "The memory of a training run, predicted before anything is downloaded."
+
     family: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Show the models whose short names contain one of these words, e.g. qwen, whether they fit or
     not; by default all that fit."""

@@ -4,7 +4,7 @@ As there, the string below a field is its help text, and each setting is written
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional, arg
@@ -191,3 +191,15 @@ class DoctorConfig:
     """Also write the tables as a page (.html)."""
     overwrite: bool = False
     """Replace what save_path holds."""
+
+
+def positional_words(*parts: type) -> dict[str, str]:
+    """Return the settings and options that have no flag, and how a usage line shows them."""
+    words: dict[str, str] = {}
+    for part in parts:
+        for name, hint in get_type_hints(part, include_extras=True).items():
+            value, *marks = get_args(hint) or (hint,)
+            if Positional in marks:
+                is_several = get_origin(value) is tuple
+                words[name] = f"[{name.upper()}{' ...' if is_several else ''}]"
+    return words

@@ -12,13 +12,14 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .command_config import SweepConfig
+from .command_config import SweepConfig, positional_words
 from .config import TrainConfig
 from .settings import Config, configure, settings_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": (
-        "model", "adapter_path", "resume_adapter_file", "resume", "overwrite", "list_models",
+        "family", "model", "adapter_path", "resume_adapter_file", "resume", "overwrite",
+        "list_models",
     ),
     "data": (
         "data", "data_weights", "fields", "system", "valid_split", "on_bad", "on_long", "train_on",
@@ -54,7 +55,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 """Title → the settings and options of train, sweep and plan below it."""
 
 COMMON = (
-    "model", "adapter_path", "resume", "overwrite", "data", "fields", "max_seq_length",
+    "family", "model", "adapter_path", "resume", "overwrite", "data", "fields", "max_seq_length",
     "batch_size", "objective", "dry_run", "adapter", "rank", "alpha", "target_modules",
     "learning_rate", "lr_ratio", "iters", "epochs", "grad_checkpoint", "test", "config", "memory",
     "learning_rates", "lr_ratios", "seeds",
@@ -77,12 +78,14 @@ def help_text(kind: type[Config], switches: type, command: str, *, everything: b
         everything: Show all settings, for ``--help-all``.
     """
     options = _options_of(kind, switches)
-    purpose = " ".join(str(inspect.getdoc(kind)).split())
-    lines = [f"usage: {command} [--setting value ...]", "", *textwrap.wrap(purpose, _WIDTH)]
+    purpose = getattr(switches, "purpose", "") or " ".join(str(inspect.getdoc(kind)).split())
+    words = positional_words(kind, switches)
+    usage = " ".join([f"usage: {command}", *words.values(), "[--setting value ...]"])
+    lines = [usage, "", *textwrap.wrap(purpose, _WIDTH)]
 
-    # Commands with few settings show all of them in one list.
+    # Commands with few settings show all of them in one list, words without a flag first.
     has_groups = kind in (TrainConfig, SweepConfig)
-    groups = GROUPS if has_groups else {"settings": tuple(options)}
+    groups = GROUPS if has_groups else {"settings": tuple(dict.fromkeys((*words, *options)))}
     only_common = has_groups and not everything
     for title, names in groups.items():
         shown = [name for name in names if name in options]
@@ -120,13 +123,13 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
         if default is True:
             text += f" Default: on; --no-{name.replace('_', '-')} turns it off."
         options[name] = (flag_of(name), default, text)
-    return options
+    return options | {
+        name: (name.upper(), *options[name][1:]) for name in positional_words(kind, switches)
+    }
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a setting; the folders of ``compare`` and ``serve`` have none."""
-    if name in ("runs", "folder"):
-        return name.upper()
+    """Return the flag of a setting."""
     short = "-c, " if name == "config" else ""
     return f"{short}--{name.rstrip('_').replace('_', '-')}"
 

@@ -21,8 +21,8 @@ def report_interrupt() -> None:
     """Print one line, unless this process was started by another one that prints it."""
     if LAUNCHED not in os.environ:
         # The signal may have interrupted a write through sys.stderr, which must not be entered
-        # again.
-        os.write(2, b"interrupted\n")
+        # again. A terminal has printed ^C, so start a new line there.
+        os.write(2, b"\ninterrupted\n" if os.isatty(2) else b"interrupted\n")
 
 
 def expect_interrupts() -> None:

@@ -1,7 +1,9 @@
 """Results as rich tables, in plain text and in a notebook; and the progress of slow work."""
 
 import io
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -12,9 +14,26 @@ from rich.progress import track
 WIDTH = 120  # characters
 _LINE_SECONDS = 10.0  # between two lines about the progress
 
+_COMMAND = re.compile(r"mlx_loraplus\b|mlx\.launch|pip install|--\S.* --\S")
+"""A command, or several flags, in a message."""
+
 Item = TypeVar("Item")
 Tracker = Callable[[Sequence[Any], str], Iterator[Any]]
 """Yields the items of a sequence, and shows the progress under a label."""
+
+
+def wrap_words(text: str, width: int) -> str:
+    """Wrap the lines of a message between words, so that they fit a terminal.
+
+    A line with a command is left to the terminal: what it wraps is copied from it as one line.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if len(line) <= width or _COMMAND.search(line):
+            lines.append(line)
+        else:
+            lines += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def untracked(items: Sequence[Item], label: str) -> Iterator[Item]:  # noqa: ARG001

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from .command_config import (
@@ -14,6 +14,7 @@ from .command_config import (
     GenerateConfig,
     ServeConfig,
     SweepConfig,
+    positional_words,
 )
 from .config import TrainConfig
 from .errors import ConfigError, join_problems, nearest_names
@@ -49,18 +50,28 @@ def make_argument_error(
         switches: The command's other options.
     """
     names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+    without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.
     flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
-    problems = [_about_flag(word, names) for word in flags]
+    problems = [_about_flag(word, names, without_flag) for word in flags]
     if not problems:
         problems = [f"unexpected argument {unknown[0]!r}: {_advice(unknown[0], arguments, names)}"]
     return ConfigError(join_problems(problems))
 
 
-def _about_flag(word: str, names: Sequence[str]) -> str:
-    """Return what is wrong with a flag, and which one may be meant."""
+def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -> str:
+    """Return what is wrong with a flag, and which one may be meant.
+
+    Args:
+        word: The flag as it was written.
+        names: The settings and options of the command.
+        without_flag: Those of them that are written without a flag.
+    """
     flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
     name = flag.lstrip("-").replace("-", "_")
+    if name in without_flag:
+        return f"{word!r} is not a flag: leave it out, and write its value alone"
+    names = [each for each in names if each not in without_flag]
     if meant := meant_setting(name, names):
         return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
@@ -69,7 +80,7 @@ def _about_flag(word: str, names: Sequence[str]) -> str:
         return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
-    owners = [command for command, kind in _COMMANDS.items() if name in setting_names(kind)]
+    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
     owners += ["train"] if name in TRAIN_FLAGS else []
     problem = f"{word!r} is not a flag"
     is_other = bool(owners) and name not in names
@@ -79,6 +90,11 @@ def _about_flag(word: str, names: Sequence[str]) -> str:
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
+
+
+def _flag_names(kind: type) -> list[str]:
+    """Return the settings of a command that have a flag."""
+    return [name for name in setting_names(kind) if name not in positional_words(kind)]
 
 
 def _flag_of(name: str) -> str:

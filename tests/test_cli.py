@@ -216,10 +216,28 @@ def test_help_is_short_and_grouped(command: str, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 60
     assert max(map(len, lines)) <= 80
-    assert lines[0] == f"usage: mlx_loraplus {command} [--setting value ...]"
+    words = {
+        "plan": " [FAMILY ...]", "generate": " [RUN]", "chat": " [RUN]", "export": " [RUN]",
+        "fuse": " [RUN ...]", "compare": " [RUNS ...]", "serve": " [FOLDER]",
+    }  # fmt: skip
+    word = words.get(command, "")
+    assert lines[0] == f"usage: mlx_loraplus {command}{word} [--setting value ...]"
+    assert not word or f"  {word.strip(' [].')} " in "\n".join(lines)
     if command == "train":
         assert lines[-1].endswith("mlx_loraplus train --help-all")
         assert "adapter:" in lines
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("chat", "--run"), ("plan", "--family"), ("compare", "--runs"), ("serve", "--folder=a")],
+)
+def test_a_word_without_a_flag_is_not_suggested_as_a_flag(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        cli.COMMANDS[command]([flag, "a"])
+    assert f"{flag!r} is not a flag: leave it out, and write" in capsys.readouterr().err
 
 
 def test_every_setting_has_one_group():

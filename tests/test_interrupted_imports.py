@@ -1,6 +1,7 @@
 """Ctrl-C while a command imports its modules."""
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,18 @@ def run(
 def test_a_command_ends_with_one_line(words: list[str], at: str, tmp_path: Path):
     done = run(words, tmp_path, at)
     assert (done.returncode, done.stderr, done.stdout) == (130, "interrupted\n", "")
+
+
+def test_in_a_terminal_the_line_is_below_the_keys_that_it_echoes(tmp_path: Path):
+    (tmp_path / "tyro.py").write_text(CTRL_C)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}
+    main, side = pty.openpty()
+    words = [sys.executable, "-m", "mlx_loraplus.train"]
+    done = subprocess.run(words, stderr=side, check=False, env=environment)
+    os.close(side)
+    printed = os.read(main, 1000)
+    os.close(main)
+    assert (done.returncode, printed) == (130, b"\r\ninterrupted\r\n")
 
 
 def test_one_of_several_processes_says_nothing(tmp_path: Path):

@@ -37,6 +37,9 @@ COMMANDS = {
 # Minimum number of terminal columns for answers side by side.
 _MIN_WIDTH = 60
 
+# Lines of a table of answers above and below the answers, and the line of the cursor.
+_OTHER_LINES = 5
+
 _TEMPERATURE = re.compile(r"\d+\.?\d*|\.\d+")
 
 
@@ -209,13 +212,20 @@ class Conversation:
             ]
 
     def _answer_in_columns(self, prompt: str, answers: dict[str, str]) -> None:
-        """Show the answers side by side while they grow."""
-        live = Live(console=self.console, vertical_overflow="visible", auto_refresh=False)
-        with live:
-            for name in answers:
-                for piece in self._stream(name, prompt):
-                    answers[name] += piece
-                    live.update(_side_by_side(answers), refresh=True)
+        """Show the answers side by side while they grow, and print them whole at the end."""
+        live = Live(console=self.console, auto_refresh=False, transient=True)
+        try:
+            with live:
+                for name in answers:
+                    for piece in self._stream(name, prompt):
+                        answers[name] += piece
+                        shown = {
+                            each: _last_lines(text, self.console, len(answers))
+                            for each, text in answers.items()
+                        }
+                        live.update(_side_by_side(shown), refresh=True)
+        finally:
+            self.console.print(_side_by_side(answers))
 
     def _answer_in_turn(self, prompt: str, answers: dict[str, str]) -> None:
         """Print the answers one after the other."""
@@ -240,6 +250,16 @@ class Conversation:
     def print(self, line: str) -> None:
         """Print a line unchanged, without interpreting markup."""
         self.console.print(Text(line))
+
+
+def _last_lines(text: str, console: Console, columns: int) -> str:
+    """Return the last lines of an answer, as many as a terminal shows in a table of columns.
+
+    A terminal can't redraw lines that have left it at the top: it would show them again and again.
+    """
+    width = max(1, (console.width - 1 - 3 * columns) // columns)
+    lines = Text(text).wrap(console, width, overflow="fold")
+    return "\n".join(line.plain for line in lines[-max(1, console.height - _OTHER_LINES) :])
 
 
 def _side_by_side(answers: dict[str, str]) -> Table:

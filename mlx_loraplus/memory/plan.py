@@ -19,7 +19,7 @@ from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, batch_shape, estimate
 from .measured import MeasuredStep
-from .model_shapes import measure
+from .model_shapes import measure, stored_bytes
 from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
@@ -35,12 +35,14 @@ class MemoryPlan:
     """The batches of a run that fit, from the sizes of a model and the budget of a machine.
 
     ``correction`` is the measured size of a step's temporary arrays, relative to the prediction.
+    ``stored`` is the bytes of the weights in the model's files; 0 for a model that is loaded.
     """
 
     sizes: Sizes
     config: TrainConfig
     machine: Machine
     correction: float = 1.0
+    stored: int = 0
 
     @property
     def budget(self) -> int:
@@ -60,7 +62,7 @@ class MemoryPlan:
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
         has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
-        return self.sizes.weights + (VISION_BYTES if has_vision else 0)
+        return self.stored + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
         """Return the memory of a batch.
@@ -250,7 +252,7 @@ def memory_plan_of(
     name = _resolve_name(config.model, machine)
     facts = config_of(name)
     if is_embedded(name) and not machine.has_gpu:
-        facts = facts | {"quantization": None}
+        facts = facts | {"quantization": None, "dtype": "float32"}
 
     itemsize = 2 if machine.has_gpu else 4
     skeleton = json.dumps(facts)
@@ -259,7 +261,8 @@ def memory_plan_of(
     except ModelError as problem:
         raise ModelError(f"{name} can't be used: {problem}") from problem
     sizes = replace(sizes, choices=choices, backend=machine.backend)
-    return MemoryPlan(sizes, replace(config, model=name), machine)
+    stored = stored_bytes(skeleton)
+    return MemoryPlan(sizes, replace(config, model=name), machine, stored=stored)
 
 
 @cache

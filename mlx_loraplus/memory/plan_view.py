@@ -79,11 +79,7 @@ class Plan(RichDisplay):
     @property
     def download(self) -> int:
         """The approximate bytes of the model's files."""
-        sizes = self.memory_plan.sizes
-        if self.memory_plan.config.adapter.adapter != "full":
-            return self.memory_plan.download
-        # These weights are counted as trained.
-        return self.memory_plan.download + sizes.itemsize * sizes.trainable
+        return self.memory_plan.download
 
     @property
     def checkpoints(self) -> int:
@@ -115,10 +111,9 @@ class Plan(RichDisplay):
             yield Text(f"  MLX may also keep freed arrays, up to {gb(cache)}")
 
         # Disk space.
-        yield Text(
-            f"  on disk: {gb(self.download)} of weights, up to {gb(self.checkpoints)} of"
-            f" checkpoints; fusing takes up to {gb(memory_plan.sizes.fuse())} of memory"
-        )
+        weights, checkpoints = gb(self.download), gb(self.checkpoints)
+        yield Text(f"  on disk: {weights} of weights, up to {checkpoints} of checkpoints")
+        yield Text(f"  fusing takes up to {gb(memory_plan.sizes.fuse())} of memory")
 
         problem = memory_plan.problem(self.rows, self.length)
         if problem:

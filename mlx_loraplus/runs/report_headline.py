@@ -121,13 +121,20 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
         lower = percent(1 - found.after / found.before)
         text = _result(run, found, start, lower)
     if found.exact is not None:
-        before, after, count = found.exact
-        was = ", as before training"
-        if before != after:
-            was = f"; before training, {before} {'was' if before == 1 else 'were'}"
-        verb = "is" if 1 in (after, count) else "are"
-        text += f" {after} of {counted(count, 'sample answer')} {verb} exact{was}."
+        text += f" {_describe_answers(*found.exact)}"
     return text
+
+
+def _describe_answers(before: int, after: int, count: int) -> str:
+    """Return how many sample answers are exact, as a sentence."""
+    was = ", as before training"
+    if count == 1:
+        if before != after:
+            was = f"; before training, it was{'' if before else ' not'}"
+        return f"The sample answer is {'' if after else 'not '}exact{was}."
+    if before != after:
+        was = f"; before training, {before} {'was' if before == 1 else 'were'}"
+    return f"{after} of {count} sample answers {'is' if after == 1 else 'are'} exact{was}."
 
 
 def _result(run: Run, found: Verdict, start: str, lower: str) -> str:
@@ -147,7 +154,10 @@ def _result(run: Run, found: Verdict, start: str, lower: str) -> str:
         text = f"Better than {start}: the validation loss is {lower} lower."
         problem = ranking_shortfall(run, found)
         if problem is None and answers_shortfall(found) is not None:
+            is_one = found.exact is not None and found.exact[2] == 1
             problem = "the answers still differ from the expected ones"
+            if is_one:
+                problem = "the answer differs from the expected one"
         if problem is not None:
             text = f"The validation loss is {lower} lower than that of {start}, but {problem}."
 

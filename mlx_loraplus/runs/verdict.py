@@ -316,10 +316,13 @@ def answers_shortfall(found: Verdict) -> str | None:
         return None
     before, after, count = found.exact
     if after < before:
+        if count == 1:
+            return "the sample answer was exact before training, and is not now"
         return f"fewer sample answers are exact than before training ({before} -> {after})"
     if after >= _FEW * count:
         return None
     if count == 1:
         return "the sample answer still differs from the expected one"
-    wrong = f"{count - after} of {count}" if after else f"all {count}"
+    every = "both" if count == 2 else f"all {count}"
+    wrong = f"{count - after} of {count}" if after else every
     return f"{wrong} sample answers still differ from the expected ones"

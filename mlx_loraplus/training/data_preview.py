@@ -281,7 +281,8 @@ def _histogram(lengths: np.ndarray) -> Iterator[Text]:
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
         # Rounded up, so that every bin that is not empty has a bar
         bar = "█" * math.ceil(int(count) * _BAR_WIDTH / largest)
-        yield Text(f"  {low:>6,} to {high - 1:<6,} {bar} {count:,}")
+        last = f"to {high - 1:,}" if high - 1 > low else ""
+        yield Text(f"  {low:>6,} {last:<9} {bar} {count:,}")
 
     median, most, longest = np.quantile(lengths, (0.5, 0.95, 1), method="nearest")
     yield Text(f"  median {median:,}, 95th percentile {most:,}, longest {longest:,}")

@@ -7,9 +7,10 @@ The tables are Markdown, so that they can be read in a terminal and pasted into 
 import ctypes
 import os
 import platform
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -70,7 +71,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
     if config.model is not None:
         check_model_name(config.model)
     machine = describe_machine()
-    log(to_markdown(("machine", ""), machine))
+    log(_shown(("machine", ""), machine))
 
     found: list[ModelExamination] = []
     for name, model in _models(config):
@@ -83,6 +84,12 @@ def examine(config: DoctorConfig, log: Log) -> None:
         log(f"the page is {path}")
     for each in found:
         refuse_if_wrong(each.check)
+
+
+def _shown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in Markdown, which fits the terminal if there is one."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return to_markdown(head, rows, width)
 
 
 def describe_machine() -> list[tuple[str, str]]:
@@ -218,7 +225,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
         log(f"self-check: {check}")
     else:
         table, allowed = check_table(check)
-        log(f"{to_markdown(table.head, table.rows)}\n{allowed}")
+        log(f"{_shown(table.head, table.rows)}\n{allowed}")
 
     # Time the ways to compute a step.
     compiled = (True, False) if on_gpu() else ()
@@ -227,7 +234,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     start = way_of(state, config)
     tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)
     table, notes = tuning_table(tuned, probes)
-    log("\n".join(["", to_markdown(table.head, table.rows), *notes]))
+    log("\n".join(["", _shown(table.head, table.rows), *notes]))
     return ModelExamination(name, probes, check, tuned)
 
 

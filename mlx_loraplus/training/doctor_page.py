@@ -1,5 +1,6 @@
 """The doctor's tables: as Markdown for a terminal or a bug report, and as a page."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,8 +66,10 @@ def tuning_table(tuned: TuningResult, probes: ModelProbes) -> tuple[HTMLTable, l
     return HTMLTable(rows, head, marked=frozenset({str(tuned.best.way)})), notes
 
 
-def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table with aligned columns."""
+def to_markdown(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None
+) -> str:
+    """Return a Markdown table with aligned columns; a list if the table is wider than ``width``."""
     # The rule below the head needs three dashes in each column.
     widths = [max(3, *map(len, cells)) for cells in zip(head, *rows, strict=True)]
     rule = ["-" * width for width in widths]
@@ -75,7 +78,17 @@ def to_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in (head, rule, *rows):
         padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append(f"| {' | '.join(padded)} |")
+    if width is not None and len(lines[0]) > width:
+        lines = [f"{head[0]}:", *(_list_item(head, row, width) for row in rows)]
     return "\n".join(lines)
+
+
+def _list_item(head: Sequence[str], row: Sequence[str], width: int) -> str:
+    """Return a row of a table as an item of a Markdown list."""
+    cells = [f"{name} {cell}".strip() for name, cell in zip(head[1:], row[1:], strict=True) if cell]
+    return textwrap.fill(
+        f"- {row[0]}: {', '.join(cells)}", width, subsequent_indent="  ", break_on_hyphens=False
+    )
 
 
 def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination]) -> bytes:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,22 @@ def test_both_share_the_base_and_remember_their_own_words(place: Place, folder: 
     history = conversation.history
     assert history["base"][0] == history["adapter"][0] == {"role": "user", "content": QUESTION}
     assert history["base"][1] != history["adapter"][1]
+
+
+def test_answers_that_are_longer_than_the_terminal_are_drawn_in_place(place: Place, folder: Path):
+    file = io.StringIO()
+    console = Console(file=file, width=60, height=7, force_terminal=True, color_system=None)
+    config = ChatConfig(
+        model=str(place.folder / "model"), adapter_path=str(folder), max_tokens=200, temperature=2.0
+    )
+    conversation = Conversation(config, console)
+    conversation.answer(QUESTION)
+
+    # Each time the table is drawn again, the cursor goes up as many lines as it has.
+    moves = re.findall(r"(?:\x1b\[1A\x1b\[2K)+", file.getvalue())
+    assert max(move.count("\x1b[1A") for move in moves) < console.height
+    lines = file.getvalue().rpartition("\x1b[1A")[2].splitlines()
+    assert len(lines) > console.height, "at the end, the answers are printed whole"
 
 
 def test_a_chat_template_sees_what_was_said():

@@ -1,9 +1,12 @@
-"""What a plan suggests for a batch that does not fit: every suggestion works."""
+"""What a plan suggests for a batch that does not fit, and the size of a download."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.device import simulate_mac
+from mlx_loraplus.device import Machine, simulate_mac
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.settings import configure
 
@@ -29,3 +32,19 @@ def test_the_ways_to_make_it_fit(objective: str, size: int, fewer: int, per_exam
         )
         rows = per_example * int(eased.get("batch_size", size))
         assert changed.fits(rows, int(eased.get("max_seq_length", 2048)))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "machine"),
+    [
+        ("qwen3-0.6b", {}, replace(simulate_mac("64GB"), backend="cpu")),
+        ("llama-3.2-1b", {"train_modules": ["norms"]}, simulate_mac("64GB")),
+        ("smollm2-135m", {"adapter": "full"}, simulate_mac("64GB")),
+    ],
+)
+def test_a_download_depends_neither_on_the_machine_nor_on_what_trains(
+    name: str, settings: dict[str, Any], machine: Machine
+):
+    alone = memory_plan_of(configure(TrainConfig, {"model": name}), machine=simulate_mac("8GB"))
+    config = configure(TrainConfig, {"model": name, **settings})
+    assert memory_plan_of(config, machine=machine).download == alone.download

@@ -77,7 +77,9 @@ def silent_hub() -> Iterator[tuple[str, Callable[[], int]]]:
 
 
 def test_the_names_of_the_issue_are_there():
-    lines = dict(line.split(maxsplit=1) for line in list_models().splitlines())
+    printed = list_models().splitlines()
+    assert max(map(len, printed)) < 80, "no line wraps in a terminal"
+    lines = dict(line.split(maxsplit=1) for line in printed if not line.startswith(" "))
     for name in (
         "gemma-3",
         "gemma-3-270m",

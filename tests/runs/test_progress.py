@@ -138,8 +138,8 @@ def test_a_terminal_of_any_width_and_alphabet(folder: Path, width: int, encoding
     messages: list[str] = []
     replay(Lines(messages.append), run)
     for line in shown.replace("\r", "\n").splitlines():
-        # The card and the display fit. The terminal wraps messages, so that commands stay whole.
-        assert len(line) <= width or "\x1b" in line or line in messages
+        # All but commands and long words fits. The terminal wraps commands, so that they stay whole.
+        assert len(line) <= width or "\x1b" in line or line in messages or " " not in line
     assert any(f"mlx_loraplus.chat {folder}" in line for line in shown.splitlines())
     assert ("▁" in shown) == (encoding == "utf-8")
     assert "finished" in shown
@@ -204,6 +204,18 @@ def test_the_flag_open_opens_the_page_of_the_run(
     for name, flags in (("closed", []), ("open", ["--open"])):
         train([*given, "--adapter-path", str(tmp_path / name), *flags])
     assert opened == [(tmp_path / "open" / "report.html").as_uri()]
+
+
+def test_a_terminal_wraps_messages_between_words_and_commands_not_at_all():
+    file = io.StringIO()
+    view = Terminal(Console(file=file, width=40, force_terminal=True, color_system=None))
+    view.log("a message of several words that does not fit in one line")
+    view.log("continue: mlx_loraplus.train -c my_run/run.yaml --resume --iters 100")
+    assert file.getvalue().splitlines() == [
+        "a message of several words that does not",
+        "fit in one line",
+        "continue: mlx_loraplus.train -c my_run/run.yaml --resume --iters 100",
+    ]
 
 
 def test_sparklines():

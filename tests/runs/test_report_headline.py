@@ -36,6 +36,24 @@ def test_wrong_answers_count_more_than_a_lower_loss(
     assert head.next_step[1:-1] in "\n".join(closing(run)), "the terminal says the same"
 
 
+@pytest.mark.parametrize(
+    ("count", "right", "leads", "advice"),
+    [
+        (1, {0: 0, 6: 0}, "but the answer differs from the expected one. The sample answer is not exact, as before training.", "The sample answer still differs from the expected one: read it before you use the model, and if it is wrong, train longer."),
+        (1, {0: 1, 6: 0}, "The sample answer is not exact; before training, it was.", "The sample answer was exact before training, and is not now: read it before you use the model, and if it is wrong, train longer."),
+        (1, {0: 0, 6: 1}, "The sample answer is exact; before training, it was not.", None),
+        (2, {0: 0, 6: 0}, "0 of 2 sample answers are exact, as before training.", "Both sample answers still differ from the expected ones: read them"),
+    ],
+)  # fmt: skip
+def test_one_answer_is_singular_and_two_are_both(
+    folder: Path, count: int, right: dict[int, int], leads: str, advice: str | None
+):
+    run = with_answers(ml.Run.load(folder), right, count)
+    head = headline(with_losses(run, {0: 3.0, 2: 2.0, 4: 1.5, 6: 0.9}))
+    assert leads in head.lead
+    assert advice is None or head.next_step.startswith(advice)
+
+
 def test_the_title_says_how_it_was_trained_and_where_it_was_resumed(folder: Path):
     run = ml.Run.load(folder)
     assert ": SFT (LoRA+) on 40 examples from data" in headline(run).title

@@ -9,6 +9,7 @@ from mlx_loraplus import doctor
 from mlx_loraplus.cli import main
 from mlx_loraplus.command_config import DoctorConfig
 from mlx_loraplus.training import doctor as checks
+from mlx_loraplus.training.doctor_page import to_markdown
 from scripts.tiny_model import write_tiny_model
 from tests.training.test_selfcheck import wrong_gate
 
@@ -108,3 +109,18 @@ def test_small_random_models_are_used_where_none_is_stored(monkeypatch: pytest.M
     assert "checking a small random Gemma 3" in text
     assert text.count("| right ") == 8
     assert text.count("not all ways were tried") == 2
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_a_list():
+    head = ("a step", "seconds", "peak", "")
+    way = ", ".join(["chunked attention"] * 4)
+    rows = [(way, "1.1", "0.78 GB", "chosen"), ("short", "-", "-", "memory ran out")]
+    wide = to_markdown(head, rows)
+    assert to_markdown(head, rows, len(wide.splitlines()[0])) == wide
+    lines = to_markdown(head, rows, 80).splitlines()
+    assert lines[0] == "a step:"
+    assert max(map(len, lines)) <= 80
+    assert " ".join(line.strip() for line in lines[1:-1]) == (
+        f"- {way}: seconds 1.1, peak 0.78 GB, chosen"
+    )
+    assert lines[-1] == "- short: seconds -, peak -, memory ran out"
