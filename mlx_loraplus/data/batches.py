@@ -149,7 +149,7 @@ class Batches:
         return [np.array([example]) for example in members]
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
-        """Return the examples that an epoch uses; without weights, all examples."""
+        """Return the indices of the examples that an epoch uses; without weights, of all."""
         if isinstance(self.examples, WeightedExamples):
             return self.examples.of_epoch(epoch)
         return np.arange(self.epoch_size)

@@ -156,7 +156,7 @@ def head_loss(
         head: The head.
         hidden: The hidden states, (targets, hidden).
         targets: Token ids, (targets,).
-        weights: 1, or 0 to ignore a row, (targets,).
+        weights: 1, or 0 to ignore a target, (targets,).
         choices: The size of the slices; by default that of the device.
     """
     choices = choices or default_choices()
@@ -170,7 +170,7 @@ def head_loss(
 def chunks_of(
     head: Head, arrays: tuple[mx.array, ...], choices: StepChoices
 ) -> Iterator[list[mx.array]]:
-    """Yield chunks of the rows of ``arrays``, small ones if the head can't be sliced."""
+    """Yield chunks of the rows of ``arrays``, small ones if the head is not frozen."""
     rows = CHUNK_ROWS
     if not head.is_frozen:
         # The full logits of a chunk may take as much memory as eight slices.

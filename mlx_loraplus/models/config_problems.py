@@ -47,6 +47,9 @@ _NO_SUCH_LAYER = (
 
 def explain_problem(config: dict[str, Any], problem: BaseException) -> str | None:
     """Return what is wrong with a config that mlx-lm can't make or run a model of, if known."""
+    if isinstance(problem, ValueError) and str(problem).endswith("not supported."):
+        kind = config["model_type"]
+        return f"mlx-lm has no models of the kind {kind!r:.60}: use a newer one, or another model"
     explained = _missing_fields(config, problem) or _missing_kinds(config, problem)
     return explained or _wrong_type(config, problem)
 

@@ -225,7 +225,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
         log(f"self-check: {check}")
     else:
         table, allowed = check_table(check)
-        log(f"{_shown(table.head, table.rows)}\n{allowed}")
+        log(f"{_shown(table.head, table.rows)}\n\n{allowed}")
 
     # Time the ways to compute a step.
     compiled = (True, False) if on_gpu() else ()
@@ -234,7 +234,7 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     start = way_of(state, config)
     tuned = tune_step(state, largest_batch(batches, slice(None)), start, freedom, budget)
     table, notes = tuning_table(tuned, probes)
-    log("\n".join(["", _shown(table.head, table.rows), *notes]))
+    log("\n".join(["", _shown(table.head, table.rows), *(f"\n{note}" for note in notes)]))
     return ModelExamination(name, probes, check, tuned)
 
 

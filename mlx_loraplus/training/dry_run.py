@@ -3,6 +3,7 @@
 import math
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -75,7 +76,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     Raises:
         ConfigError: Training would stop. The problems have been printed.
     """
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets whole lines
     found = _Findings()
 
     # The checks of training, in its order.
@@ -103,7 +104,8 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         error = ConfigError("; ".join(found.problems))
         error.reported = True
         raise error
-    console.print(Text(f"\nto start: {_command(words)}"))
+    # The terminal itself wraps the command, which is then copied from it as one line.
+    console.print(Text(f"\nto start: {_command(words)}"), soft_wrap=True)
 
 
 def _check_start(path: Path) -> None:

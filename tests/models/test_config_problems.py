@@ -13,6 +13,11 @@ from tests.models.test_layer_kinds import REMOVED, changed
     ("name", "fields", "told"),
     [
         ("llama", {"hidden_size": REMOVED}, "has no hidden_size, which mlx-lm's llama needs"),
+        (
+            "llama",
+            {"model_type": "llama9"},
+            "mlx-lm has no models of the kind 'llama9': use a newer",
+        ),
         ("llama", {"rope_theta": [3]}, r"has rope_theta \[3\], where mlx-lm's llama expects a nu"),
         ("gemma3_text", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar None, where"),
         ("gemma3_text", {"query_pre_attn_scalar": "x"}, "scalar 'x', .* expects a number:"),
