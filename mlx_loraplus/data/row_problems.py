@@ -41,7 +41,10 @@ def explain_line(line: bytes, error: json.JSONDecodeError) -> str:
     if is_lfs_pointer(line):
         return f"the file is {LFS_ADVICE}"
     if line.strip().startswith(b"[{"):
-        return "not JSON (it looks like a JSON array): name the file .json, or write a row per line"
+        return (
+            f"not JSON ({error.msg} at column {error.colno}): if the file is one JSON array, name"
+            " it .json; otherwise write each row on one line"
+        )
     if line.strip() == b"{":
         return "not JSON (a row over several lines): write each row on one line"
     if line.strip().endswith(b"},"):

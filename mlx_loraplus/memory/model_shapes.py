@@ -1,9 +1,7 @@
 """Measure the sizes that determine memory, on a loaded model or a skeleton without weights."""
 
-import json
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -25,7 +23,6 @@ from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import AdapterConfig
 from ..data.model_limits import limits_of
 from ..errors import ModelError
-from ..models.skeleton import make_skeleton
 from .block_shapes import attribute, layers_of, read_block
 from .estimate import Sizes
 
@@ -288,15 +285,13 @@ def _attention_kind(block: nn.Module) -> Any:
     return None
 
 
-@cache
-def stored_bytes(facts: str) -> int:
-    """Return the bytes of the weights in the files of a model whose config is given as JSON.
+def stored_itemsize(config: dict[str, Any]) -> int:
+    """Return the bytes of a floating-point number in a model's files.
 
-    They do not depend on the machine, which may load the weights in another type.
+    The machine may load the weights in another type.
     """
-    config = json.loads(facts)
     is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
-    return weight_bytes(make_skeleton(config), 4 if is_float32 else 2)
+    return 4 if is_float32 else 2
 
 
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:

@@ -19,7 +19,7 @@ from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
 from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
 from .estimate import Memory, Sizes, batch_shape, estimate
 from .measured import MeasuredStep
-from .model_shapes import measure, stored_bytes
+from .model_shapes import measure, stored_itemsize, weight_bytes
 from .trace_memory import all_traces
 
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
@@ -133,7 +133,8 @@ class MemoryPlan:
         if self.fits(rows, length, checkpoint=False):
             return "fits comfortably"
         if self.fits(rows, length, checkpoint=True):
-            return "fits with checkpointing"
+            is_off = self.config.grad_checkpoint == "off"
+            return "does not fit without checkpointing" if is_off else "fits with checkpointing"
         return "does not fit"
 
     def longest(self, rows: int) -> int:
@@ -257,20 +258,32 @@ def memory_plan_of(
     itemsize = 2 if machine.has_gpu else 4
     skeleton = json.dumps(facts)
     try:
-        sizes = _skeleton_sizes(skeleton, config.adapter, itemsize, group, original_of(name))
+        sizes, stored = _skeleton_sizes(
+            skeleton, config.adapter, itemsize, group, original_of(name)
+        )
     except ModelError as problem:
         raise ModelError(f"{name} can't be used: {problem}") from problem
     sizes = replace(sizes, choices=choices, backend=machine.backend)
-    stored = stored_bytes(skeleton)
     return MemoryPlan(sizes, replace(config, model=name), machine, stored=stored)
 
 
 @cache
 def _skeleton_sizes(
     facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None, original: str
-) -> Sizes:
-    """Return the sizes of the skeleton of a config, which is given as JSON."""
-    return measure(divide(make_skeleton(json.loads(facts)), group), adapter, itemsize, original)
+) -> tuple[Sizes, int]:
+    """Return the sizes of the skeleton of a config, and the bytes of the weights in its files.
+
+    Args:
+        facts: The config, as JSON.
+        adapter: The adapters.
+        itemsize: The bytes of a floating-point number on the machine of the plan.
+        group: The processes that divide the weights.
+        original: The model's name on the hub.
+    """
+    config = json.loads(facts)
+    model = make_skeleton(config)
+    stored = weight_bytes(model, stored_itemsize(config))
+    return measure(divide(model, group), adapter, itemsize, original), stored
 
 
 def _resolve_name(name: str, machine: Machine) -> str:

@@ -1,5 +1,6 @@
 """Find in a config.json why mlx-lm fails with it, because its own errors do not say so."""
 
+import json
 import re
 import sys
 from types import NoneType, UnionType
@@ -82,7 +83,8 @@ def _missing_kinds(config: dict[str, Any], problem: BaseException) -> str | None
     settings = "".join(f", {_described(name, part[name])}" for name in names)
     return (
         f"its config.json has {counted(layers, 'layer')}{settings}, and mlx-lm's"
-        f" {config['model_type']} needs layers of every kind: use a newer mlx-lm, or another model"
+        f" {config['model_type']} may need layers of every kind: use a newer mlx-lm, or another"
+        " model"
     )
 
 
@@ -92,7 +94,7 @@ def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
         return None
     divides_by_zero = isinstance(problem, ZeroDivisionError)
     part = text_part(config)
-    for name, hint in _types_of(config).items():
+    for name, hint in field_types(config).items():
         # Of Optional[List[int]], for example, the allowed types are list and None.
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         allowed = [get_origin(kind) or kind for kind in kinds]
@@ -103,16 +105,20 @@ def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
         is_zero = divides_by_zero and value == 0 and name.endswith(_DIVISORS)
         if is_zero or not any(_is_a(value, kind) for kind in allowed):
             words = " or ".join(_JSON_TYPES[kind] for kind in allowed)
+            zero = ", not 0" if is_zero else ""
             return (
-                f"its config.json has {name} {value!r:.80}, where mlx-lm's {config['model_type']}"
-                f" expects {words}{', not 0' if is_zero else ''}: correct config.json, or get"
-                " the folder again"
+                f"its config.json has {name} {json.dumps(value):.80}, where mlx-lm's"
+                f" {config['model_type']} expects {words}{zero}: correct config.json, or get the"
+                " folder again"
             )
     return None
 
 
-def _types_of(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the type of each field of a config, or of its language model's part."""
+def field_types(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the type of each field that mlx-lm reads of a config, or of its language model's part.
+
+    It is empty if mlx-lm does not know the family.
+    """
     try:
         arguments: Any = _get_classes(config)[1]
     except Exception:  # mlx-lm has no such family  # noqa: BLE001
@@ -121,7 +127,15 @@ def _types_of(config: dict[str, Any]) -> dict[str, Any]:
     if text_part(config) is not config:
         names = ("TextArgs", "TextModelArgs", "TextConfig")
         arguments = next((getattr(module, name) for name in names if hasattr(module, name)), None)
-    return get_type_hints(arguments) if arguments else {}
+    if arguments is None:
+        return {}
+
+    # A field whose default is None may be null, although mlx-lm's types do not always say so.
+    hints = get_type_hints(arguments)
+    return {
+        name: hint | None if getattr(arguments, name, hint) is None else hint
+        for name, hint in hints.items()
+    }
 
 
 def _is_a(value: Any, kind: Any) -> bool:
@@ -134,6 +148,6 @@ def _is_a(value: Any, kind: Any) -> bool:
 def _described(name: str, value: Any) -> str:
     """Return a setting with its value; of a list, only the kinds in it."""
     if not isinstance(value, list):
-        return f"{name} {value!r:.40}"
+        return f"{name} {json.dumps(value):.40}"
     kinds = dict.fromkeys(str(kind) for kind in value)
     return f"{name} of {' and '.join(kinds):.80}"

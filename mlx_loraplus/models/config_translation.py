@@ -89,7 +89,7 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
             no entry for some layer, or mlx-lm can't express the order of the layers.
     """
     check_numbers(config)
-    check_layer_settings(text_part(config))
+    check_layer_settings(config)
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})

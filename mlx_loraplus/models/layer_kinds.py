@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..device import kept_random_state
 from ..errors import ModelError, counted
 from ..failures import failure_of
-from .config_problems import LAYER_LISTS, LAYERS, explain_problem
+from .config_problems import LAYER_LISTS, LAYERS, explain_problem, field_types
 from .derived_weights import forget_derived
 from .rope_parameters import text_part
 from .weight_files import one_line
@@ -27,22 +27,23 @@ _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_c
 """The number of tokens that a layer with a window attends to; its name varies by family."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
+"""The kinds in ``layer_types`` that have a window."""
+
+_NOT_TRACED = ("dbrx",)
+"""Families that read the numbers of an array while their graph is made, which computes them."""
 
 
-_COMPUTES = ("dbrx",)
-"""Families that read the numbers of an array while their graph is made."""
-
-
-def check_layer_settings(part: dict[str, Any]) -> None:
-    """Check the settings of a language model that describe its layers.
+def check_layer_settings(config: dict[str, Any]) -> None:
+    """Check the settings of a language model that describe its layers, as far as mlx-lm reads them.
 
     Raises:
         ModelError: A list has fewer entries than there are layers, or a period is not a positive
             whole number.
     """
+    part, read = text_part(config), field_types(config)
     # Some families leave out the layers that a list does not name.
     layers = next((part[name] for name in LAYERS if isinstance(part.get(name), int)), 0)
-    for name in LAYER_LISTS:
+    for name in read.keys() & set(LAYER_LISTS):
         entries: Any = part.get(name)
         if isinstance(entries, list) and 0 < len(entries) < layers:
             found = "1 entry" if len(entries) == 1 else f"{len(entries):,} entries"
@@ -51,7 +52,7 @@ def check_layer_settings(part: dict[str, Any]) -> None:
                 " is one for each layer: correct config.json, or get the model again"
             )
 
-    for name in _PERIODS:
+    for name in read.keys() & set(_PERIODS):
         period: Any = part.get(name)
         # EXAONE 4 may have a string, such as "LLLG", or 0 if it has no window.
         is_exaone = part.get("model_type") == "exaone4" and (isinstance(period, str) or period == 0)
@@ -108,7 +109,7 @@ def check_runs(model: nn.Module, config: dict[str, Any]) -> None:
     Raises:
         ModelError: It can't.
     """
-    if config["model_type"] in _COMPUTES:
+    if config["model_type"] in _NOT_TRACED:
         return
 
     try:

@@ -63,8 +63,7 @@ _MARKERS = re.compile(
     r"|<(?:bos|eos|BOS_TOKEN|start_of_turn|end_of_turn|turn\||\|turn|\|channel|channel\|"
     r"|\|tool_response)>)+"
 )
-# Tokens around a text, which inside it may be HTML
-_AROUND = re.compile(r"\A(?:\s|</?s>|<pad>)+|(?:\s|</?s>|<pad>)+\Z")
+_AROUND = ("<s>", "</s>", "<pad>")  # tokens around a text; inside it they may be HTML
 _SEPARATORS = re.compile(r" ?" + _MARKERS.pattern)
 _TOOL_CALL = r"(?:\w+:)?(?:tool_?calls?|function_calls?)"
 _BEGINS_CALLS = (
@@ -117,7 +116,8 @@ _MAX_WORDS = 2000  # longer answers are not compared word by word
 
 ChangeKind = Literal["same", "extra", "missing"]
 
-# Only the model thinks and calls: a system prompt may show how a call is written.
+# Only the model thinks and calls: a system prompt may show how a call is written. Results come
+# first in _PARTS, so that a group has the same number in both patterns.
 _PARTS_OF_MODEL = re.compile("|".join(pattern for _, pattern in _PARTS), re.DOTALL)
 _PARTS_OF_OTHERS = re.compile(
     "|".join(pattern for kind, pattern in _PARTS if kind == "result"), re.DOTALL
@@ -198,7 +198,7 @@ def parts_of(text: str, role: str = "assistant") -> list[Part]:
         if kind in ("call", "result"):
             piece = piece.replace('<|"|>', '"')
         piece = _SEPARATORS.sub(" ", piece) if kind == "call" else _MARKERS.sub("", piece)
-        piece = _AROUND.sub("", piece)
+        piece = _strip(piece)
         if piece:
             parts.append((kind, piece))
 
@@ -212,6 +212,16 @@ def parts_of(text: str, role: str = "assistant") -> list[Part]:
         done = match.end()
     add("text", text[done:])
     return parts
+
+
+def _strip(text: str) -> str:
+    """Return a text without blanks and tokens around it."""
+    before = ""
+    while text != before:
+        before, text = text, text.strip()
+        for token in _AROUND:
+            text = text.removeprefix(token).removesuffix(token)
+    return text
 
 
 def differences(expected: str, answer: str) -> list[tuple[ChangeKind, str]]:

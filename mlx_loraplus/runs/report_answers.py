@@ -58,8 +58,9 @@ def shown_answer(
         prompt: The prompt, which may open a block of thoughts.
     """
     tags = find_open_tags(prompt)
-    is_thought = tags is not None and tags[1] not in answer  # cut while the model was thinking
-    parts: list[Part] = [("thought", answer)] if is_thought else parts_of(answer)
+    # An answer may have been cut while the model was thinking.
+    is_cut = bool(answer.strip()) and tags is not None and tags[1] not in answer
+    parts: list[Part] = [("thought", answer)] if is_cut else parts_of(answer)
     if not parts:
         return ShownAnswer(label, [("text", [("same", _EMPTY)])])
     if expected is None:

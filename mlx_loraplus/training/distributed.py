@@ -38,6 +38,7 @@ from .rank_helpers import (
     digest_of,
     join_by_rank,
     limit_blas_threads,
+    names_backend,
     open_sockets,
     shut_down,
     split_by_size,
@@ -341,7 +342,7 @@ class World:
 
     def computing(self) -> AbstractContextManager[None]:
         """Return the context for evaluating the model; it raises what ``compute`` raises."""
-        return self._with_others() if self.is_tensor_parallel else nullcontext()
+        return self._with_others(computing=True) if self.is_tensor_parallel else nullcontext()
 
     def _wait(self, arrays: Sequence[mx.array]) -> None:
         """Evaluate the results of a collective."""
@@ -349,13 +350,13 @@ class World:
             mx.eval(arrays)
 
     @contextmanager
-    def _with_others(self) -> Generator[None]:
-        """Report an MLX error inside the block as the loss of another process, if it is one."""
+    def _with_others(self, *, computing: bool = False) -> Generator[None]:
+        """Report an MLX error as the loss of another process; a model has errors of its own."""
         self._waiting = time.monotonic()
         try:
             yield
         except RuntimeError as error:
-            if failure_of(error) is not None:
+            if failure_of(error) is not None or (computing and not names_backend(error)):
                 raise
             raise PeerError(f"{self._lost()} ({' '.join(str(error).split())})") from None
         finally:

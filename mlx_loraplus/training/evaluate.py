@@ -238,9 +238,6 @@ def _score_split(
     answers: int = 64,
 ) -> Evaluation:
     """Score a model on a split of a run's data; see ``evaluate``."""
-    # The loss is computed without caches, and the answers with them.
-    check_caches(model)
-
     # Read the data.
     config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]
@@ -252,6 +249,10 @@ def _score_split(
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
+
+    # The loss is computed without caches, but the answers with them.
+    if answers:
+        check_caches(model)
 
     # Score all examples.
     split_of_model = split_model(model)

@@ -16,6 +16,7 @@ import numpy as np
 
 from ..errors import join_problems
 
+_BACKENDS = ("[ring]", "[jaccl]", "nccl", "mpi")  # in the errors of MLX's communication
 _MAX_DESCRIPTORS = 1024  # file descriptors that are searched for sockets
 
 
@@ -33,6 +34,11 @@ def join_by_rank(messages: Sequence[str]) -> str:
     if len(set(messages)) == 1:
         return messages[0]
     return join_problems([f"rank {rank}: {line}" for rank, line in enumerate(messages) if line])
+
+
+def names_backend(error: RuntimeError) -> bool:
+    """Return whether an error of MLX comes from its communication between processes."""
+    return any(name in str(error).lower() for name in _BACKENDS)
 
 
 def describe_differences(everyone: Sequence[Mapping[str, Any]]) -> list[str]:

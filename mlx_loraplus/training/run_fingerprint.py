@@ -54,7 +54,8 @@ class RunFingerprint:
             0.1.0, like ``compiled``.
         compiled: Whether the step is compiled; a resumed run with ``auto`` keeps this.
         measured: What a step of the largest batch took; None if it was not measured.
-        machine: The chip, the system and the kind of device that the last session computed on.
+        machine: The chip, the memory, the system and the kind of device that the last session
+            computed on.
         base_config: The config of the base model, from ``model_config``; None in older checkpoints.
     """
 

@@ -67,7 +67,7 @@ def _run(model: nn.Module, tokens: mx.array) -> mx.array:
         mx.eval(logits)
     # mlx-lm's models may raise any kind of error for an unexpected config.
     except Exception as problem:
-        if failure_of(problem) is not None:
+        if failure_of(problem) is not None or is_lost(problem):
             raise
         kind = getattr(model, "model_type", type(model).__name__)
         raise ModelError(

@@ -7,7 +7,7 @@ result is stored in the cache, once for each machine, model and set of versions.
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ from .session import Session
 from .trainer import TrainState
 
 FOLDER = "selfcheck"  # in the cache
+_HARDWARE = ("chip", "memory", "device")
 _BUDGET_SHARE = 0.9  # of this machine's budget, for a model that can't be planned
 
 
@@ -74,7 +75,7 @@ def choose_grad_checkpoint(
     config, log, checkpoint = session.config, session.log, session.checkpoint
     # What a step took on another machine says nothing about this one.
     measured = None
-    if checkpoint is not None and checkpoint.identity.machine == machine_facts():
+    if checkpoint is not None and is_this_machine(checkpoint.identity.machine):
         measured = checkpoint.identity.measured
 
     # A resumed run keeps the choice of its first session, because the choice changes the last bits
@@ -177,7 +178,7 @@ def _as_stored(state: TrainState, checkpoint: Checkpoint, config: TrainConfig) -
     stored = checkpoint.identity
     compiled = stored.compiled if config.compile == "auto" else None
     # What a step took counts only on the same machine, and with the same checkpointing.
-    measured = stored.measured if stored.machine == machine_facts() else None
+    measured = stored.measured if is_this_machine(stored.machine) else None
     if measured is not None and measured.grad_checkpoint != state.grad_checkpoint:
         measured = None
     choices = stored.choices or state.choices
@@ -321,13 +322,20 @@ def key_of(base: str, adapter: str) -> dict[str, str]:
 
 
 def machine_facts() -> dict[str, str]:
-    """Return the chip and the system, and the kind of device that MLX computes on."""
+    """Return the chip, the memory and the system, and the kind of device that MLX computes on."""
     facts = mx.device_info()
     return {
         "chip": str(facts.get("device_name", platform.processor() or platform.machine())),
+        "memory": gb(this_machine().memory),
         "system": platform.platform(),
         "device": "GPU" if on_gpu() else "CPU",
     }
+
+
+def is_this_machine(facts: Mapping[str, str] | None) -> bool:
+    """Return whether facts are those of this machine, whatever the version of its system."""
+    mine = machine_facts()
+    return facts is not None and all(facts.get(name) == mine[name] for name in _HARDWARE)
 
 
 def read_stored(key: dict[str, str]) -> StoredCheck | None:

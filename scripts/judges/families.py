@@ -109,6 +109,8 @@ def main() -> None:
     )
     if words != ["--check"]:
         known = list(json.loads(CONFIGS.read_text()))
+        if unknown := set(words) - set(known):
+            sys.exit(f"no such family: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         families = {name: stages for name, stages in stored["families"].items() if name in known}
         families |= walk_all(words or known)
         stored = provenance() | {

@@ -200,13 +200,16 @@ def test_a_whole_model_comes_back_with_its_adapter(
 def test_rope_scaling_comes_back(tmp_path: Path, kind: str):
     _, tokenizer = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tokens")
     model: Any = make_model(kind)
+    model.args.sliding_window_pattern = 6
+    if kind == "gemma3":  # llama.cpp's Gemma 3 has this pattern, so all kinds of layers need six
+        model.args.num_hidden_layers = 6
+        model.model.layers += make_model(kind).model.layers[: 6 - len(model.model.layers)]
     scaling = (
         SCALED | {"original_max_position_embeddings": 8192}
         if kind == "llama"
         else {"rope_type": "linear", "factor": 8.0}
     )
     model.args.rope_scaling, model.args.max_position_embeddings = scaling, 64
-    model.args.sliding_window_pattern = 6
     write_model(model, tokenizer, "tiny", tmp_path / "whole.gguf", "f32")
     back, _ = converted(tmp_path / "whole.gguf", tmp_path / "back")
     assert back.args.rope_scaling == scaling  # pyright: ignore[reportAttributeAccessIssue]

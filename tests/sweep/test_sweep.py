@@ -167,7 +167,9 @@ def test_a_gpu_that_fails_in_a_trial_keeps_those_before(place: Path, tmp_path: P
     command = f"mlx_loraplus.sweep -c {tmp_path}/s/sweep.yaml --resume"
     assert ("took too long on a batch of 4 rows" in str(error.value)) is (further > 4)
     assert "it took too long" in str(error.value)
-    assert str(error.value).endswith(f"; 1 trial saved; to continue: {command}")
+    assert str(error.value).endswith(
+        f"; 1 trial saved; to continue with the same settings: {command}"
+    )
     assert not find_adapters(model)
 
     norm.calls_left = math.inf
