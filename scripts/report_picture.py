@@ -1,7 +1,6 @@
 r"""Photograph the page of a run, as in the README: ``report_picture.py RUN [PICTURE]``.
 
-The README's picture shows SmolLM2 135M after 60 steps on the first 300 training rows and the first
-40 validation rows of the demo set. To redo it on the whole set::
+The README's picture shows SmolLM2 135M after 60 steps on the demo set::
 
     mlx_loraplus.train --model smollm2-135m --lr-ratio 16 --learning-rate 5e-4 --warmup 6 \
         --iters 60 --batch-size 4 --max-seq-length 96 --steps-per-report 2 --steps-per-eval 12 \

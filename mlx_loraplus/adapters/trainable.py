@@ -107,8 +107,8 @@ def trainable_summary(
     stray = sorted(trainable.keys() - groups.keys())
     if stray:
         raise AdapterError(
-            f"no adapter has {counted(len(stray), 'trainable parameter')} of this model, such as"
-            f" {stray[0]}: freeze what no adapter has"
+            f"freeze {counted(len(stray), 'trainable parameter')} that no adapter has, such as"
+            f" {stray[0]}"
         )
 
     # mlx-lm counts only the bases, so the parameters of the adapters are added.
