@@ -15,6 +15,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 import yaml
 
+from . import __version__
 from ._runtime import check_backend
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError
@@ -78,11 +79,14 @@ def parse(
 
     Raises:
         ConfigError: Flags or YAML keys are unknown, or values are not allowed.
-        SystemExit: After ``--help``.
+        SystemExit: After ``--help`` or ``--version``.
     """
     if {"-h", "--help", "--help-all"} & set(arguments):
         everything = "--help-all" in arguments
         log(help_text(kind, switches, prog.replace(".", " "), everything=everything))
+        raise SystemExit(0)
+    if "--version" in arguments:
+        log(f"mlx_loraplus {__version__}")
         raise SystemExit(0)
 
     # The YAML file's settings, and flags of other programs, are tyro's defaults, which flags

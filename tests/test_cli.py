@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_loraplus import cli, fuse, generate, train
+from mlx_loraplus import __version__, cli, fuse, generate, train
 from mlx_loraplus.arguments import command
 from mlx_loraplus.command_config import GenerateConfig, SweepConfig
 from mlx_loraplus.config import TrainConfig
@@ -238,6 +238,13 @@ def test_a_word_without_a_flag_is_not_suggested_as_a_flag(
     with pytest.raises(SystemExit, match="2"):
         cli.COMMANDS[command]([flag, "a"])
     assert f"{flag!r} is not a flag: leave it out, and write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_prints_the_version(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="0"):
+        cli.COMMANDS[command](["--version"])
+    assert capsys.readouterr().out == f"mlx_loraplus {__version__}\n"
 
 
 def test_every_setting_has_one_group():

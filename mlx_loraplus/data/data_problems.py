@@ -1,5 +1,6 @@
 """The reasons why data can't be trained on: bad rows, long rows, or no rows."""
 
+import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
@@ -9,6 +10,9 @@ from .dataset import Examples
 from .fields_advice import ADVICE
 from .sources import SplitName, describe_sources
 from .split_report import SplitReport
+
+# A row's fields are missing, or it has none: "no 'answer' (it has …)", "not JSON", "not an object"
+_ABOUT_FIELDS = re.compile(r": (no '|no known field|not JSON|[^:;]*, not an object)")
 
 
 def find_problems(
@@ -89,5 +93,7 @@ def describe_bad_rows(problems: Iterable[str], count: int, needed: str, *, are_a
     """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
     number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
+    # The fields help if some row lacks one; the chat template's refusal says itself what to do.
+    fields = f"; a row needs {needed}" if _ABOUT_FIELDS.search(found) else ""
     skip = "" if are_all else "; --on-bad drop skips bad rows"
-    return f"{number}{found}; a row needs {needed}{skip}"
+    return f"{number}{found}{fields}{skip}"

@@ -19,6 +19,7 @@ from ..adapters.attach import attach_adapters, check_targets
 from ..adapters.stored_files import adapter_files, recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
+from ..data.first_rows import check_rows
 from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
@@ -82,10 +83,12 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     # The checks of training, in its order.
     for check in (check_trackers, check_folder, check_fit):
         found.check(check, config)
+    before = len(found.problems)
     found.check(check_model_name, config.model)
+    read_data = preview_run if len(found.problems) == before else check_rows
     if config.resume_adapter_file is not None:
         found.check(_check_start, Path(config.resume_adapter_file))
-    data = found.check(preview_run, config)
+    data = found.check(read_data, config)
 
     # The data, and what training on it takes.
     if data is not None:

@@ -198,3 +198,20 @@ def test_tools_that_cannot_reach_the_model_are_refused(
         generate_main(["--model", str(folder), "--tools", str(tmp_path / "tools.json"), *words])
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_template_that_writes_no_tools_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """The answer would otherwise be that of a model that was never told about them."""
+    family = FAMILIES["Phi 4 mini"]
+    assert family.system is not None
+    folder = str(write_model(tmp_path / "model", family))
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    words = ["--model", folder, "--prompt", "Oslo?", "--max-tokens", "2"]
+    with pytest.raises(SystemExit, match="2"):
+        generate_main([*words, "--tools", str(tmp_path / "tools.json")])
+    assert "its chat template writes no tools; leave out --tools, or" in capsys.readouterr().err
+
+    # The advice works.
+    generate_main([*words, "--system", family.system])

@@ -125,3 +125,15 @@ def test_slow_steps_and_a_full_disk(
     )
     assert "the first steps of the run report the time left" in said
     assert "are free: give another --adapter-path, or a smaller --keep-checkpoints" in said
+
+
+def test_an_adapter_as_the_model_is_told_once(place: Place, capsys: pytest.CaptureFixture[str]):
+    place.run("first", iters=1, warmup=0)
+    first, data = str(place.folder / "first"), str(place.folder / "bad.jsonl")
+    Path(data).write_text('{"a": 1}\n')
+    with pytest.raises(SystemExit, match="2"):
+        cli.train(["--model", first, "--data", data, "--dry-run"])
+    said = capsys.readouterr().out
+    assert "holds an adapter, not a model: give its model" in said
+    assert "leave --model out" not in said
+    assert "bad.jsonl:1: no known field" in said
