@@ -1,6 +1,6 @@
 """Check the first rows of a run's data before the model is downloaded."""
 
-from itertools import chain, islice
+from itertools import islice
 
 from ..config import TrainConfig
 from ..errors import DataError
@@ -10,7 +10,7 @@ from .holdout import has_holdout
 from .load_data import row_format
 from .row_problems import RowProblems
 from .rows import make_rows
-from .sources import find_sources
+from .sources import describe_sources, find_sources
 
 # Maximum number of valid rows of each file that are read
 _FIRST_ROWS = 100_000
@@ -22,8 +22,8 @@ def check_rows(config: TrainConfig) -> None:
     Raises:
         ConfigError: The setting ``fields`` is wrong.
         DataError: The data can't be found or read, ``valid_split`` is set although there are
-            validation files, or ``on_bad`` is "error" and there are bad rows. One message reports
-            the bad rows of all files.
+            validation files, there are no training rows, or ``on_bad`` is "error" and there are
+            bad rows. One message reports the bad rows of all files.
     """
     names = parse_names(config.data.fields)
     make, needed = row_format(config.objective)
@@ -34,14 +34,23 @@ def check_rows(config: TrainConfig) -> None:
 
     bad = rows = 0
     places: list[str] = []
+    can_train = False
     for source in sources:
-        for table in chain(*source.values()):
-            # Reading the rows collects their problems
-            problems = RowProblems()
-            for _ in islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS):
-                rows += 1
-            bad += problems.bad
-            places += problems.places(table.name)
+        for split, tables in source.items():
+            for table in tables:
+                # Reading the rows collects their problems
+                problems = RowProblems()
+                first = islice(make_rows(table.rows(), names, problems, make), _FIRST_ROWS)
+                found = sum(1 for _ in first)
+                rows += found
+                bad += problems.bad
+                places += problems.places(table.name)
+                if split == "train":
+                    can_train |= bool(found or problems.bad or table.documents)
 
+    if not can_train:
+        raise DataError(
+            f"{describe_sources(config.data.data)}: no training rows; a row needs {needed}"
+        )
     if bad and config.data.on_bad == "error":
         raise DataError(describe_bad_rows(places, bad, needed, are_all=not rows))

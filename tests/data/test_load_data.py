@@ -146,3 +146,12 @@ for rows in (2_000, 10_000):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     few, many = map(float, done.stdout.split())
     assert many - few < 20, "MB for 8,000 more rows: 6 MB of text, 28 MB of tokens on disk"
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", "\n \n"), ("a.csv", "prompt,completion\n")])
+def test_files_without_rows_are_refused_before_the_model_is_loaded(
+    tmp_path: Path, name: str, text: str
+):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match="no training rows; a row needs messages"):
+        check_rows(configure(TrainConfig, {"data": (str(tmp_path / name),)}))
