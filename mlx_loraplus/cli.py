@@ -8,7 +8,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
@@ -168,20 +167,14 @@ def generate(arguments: Arguments = None) -> None:
         # Encode the prompt as training does.
         model, tokenizer = load(config.model, config.adapter_path)
         tools = read_tools(config.tools, tokenizer, chat=config.chat)
-        encode = partial(
-            encode_prompt,
+        tokens = encode_prompt(
             sys.stdin.read() if config.prompt == "-" else config.prompt,
             tokenizer,
             chat=config.chat,
             earlier=system_message(model, config.system),
             form=format_of(model),
+            tools=tools,
         )
-        tokens = encode(tools=tools)
-        if tools and tokens == encode():
-            raise ConfigError(
-                f"--tools {config.tools} can't reach the model: its chat template writes no tools;"
-                " leave out --tools, or describe them in --system"
-            )
 
         # Print the answer while it is generated.
         mx.random.seed(config.seed)

@@ -36,7 +36,8 @@ def encode_prompt(
         tools: The tools that the model may call; a chat template writes them into the prompt.
 
     Raises:
-        DataError: The template refuses the messages, or the prompt has no tokens.
+        DataError: The template refuses the messages or writes no tools, or the prompt has no
+            tokens.
         ModelError: The template can't write any chat.
     """
     form = form or PromptFormat()
@@ -50,6 +51,11 @@ def encode_prompt(
         check_template(tokenizer)
         template = ChatTemplate(tokenizer)
         text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
+        if tools and text == template.render(messages, ask=True, thinking=form.thinking):
+            raise DataError(
+                "the tools can't reach the model, because its chat template writes none; leave"
+                " them out, or describe them in the system message"
+            )
         bos = []
     else:
         text = form.write_raw(prompt, system)

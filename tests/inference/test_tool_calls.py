@@ -173,7 +173,10 @@ def test_a_row_with_a_call_is_learned_and_shown(
 
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     words = [str(tmp_path / "run"), "--prompt", "Oslo?", "--max-tokens", "300"]
-    generate_main(words if family.system else [*words, "--tools", str(tmp_path / "tools.json")])
+    # Some of the templates are shortened, and write calls but no tools.
+    if "tools" in str(tokenizer.chat_template):
+        words += ["--tools", str(tmp_path / "tools.json")]
+    generate_main(words)
     said = capsys.readouterr().out
     assert family.read(said) == {"name": "weather", "arguments": ARGUMENTS}
     if family.thoughts or "cold" in (family.content or ""):
@@ -211,7 +214,7 @@ def test_a_template_that_writes_no_tools_is_told(
     words = ["--model", folder, "--prompt", "Oslo?", "--max-tokens", "2"]
     with pytest.raises(SystemExit, match="2"):
         generate_main([*words, "--tools", str(tmp_path / "tools.json")])
-    assert "its chat template writes no tools; leave out --tools, or" in capsys.readouterr().err
+    assert "its chat template writes none; leave them out, or" in capsys.readouterr().err
 
     # The advice works.
     generate_main([*words, "--system", family.system])
