@@ -313,7 +313,9 @@ def write_four_bits(folder: Path, kind: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+@pytest.mark.parametrize(
+    ("gpu", "kind"), [("cuda", "llama"), ("metal", "gemma3")], indirect=["gpu"]
+)
 def test_a_run_on_a_gpu_keeps_bfloat16_and_compiles_to_what_eager_computes(
     tmp_path: Path, gpu: str, kind: str
 ):
