@@ -270,7 +270,7 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     place.write_bytes(finished)
     view.wait_for_selector(".state.finished", timeout=5000)
     # What was open stays open, once the page's script has run.
-    view.wait_for_function("document.querySelector('#is-it-stable')?.open", timeout=5000)
+    view.locator("#is-it-stable[open]").wait_for(timeout=5000)
     assert view.locator("#heard").count() == 0
     view.close()
 
