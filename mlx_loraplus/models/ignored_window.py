@@ -1,6 +1,5 @@
 """Find a sliding window that is in a model's config but that mlx-lm ignores."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import mlx.nn as nn
@@ -35,7 +34,8 @@ def ignored_window(model: nn.Module, config: dict[str, Any]) -> int | None:
     text = text_part(config)
     model_type = text.get("model_type", config.get("model_type"))
     window = _window_of(text, str(model_type))
-    if window is None or window in _cache_windows(make_prompt_cache(model)):
+    applied = [size for cache in make_prompt_cache(model) for size in cache_windows(cache)]
+    if window is None or window in applied:
         return None
     return window
 
@@ -65,13 +65,11 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
     return window
 
 
-def _cache_windows(caches: Iterable[Any]) -> set[int]:
-    """Return the windows that a model's caches apply. A cache may contain other caches."""
-    windows: set[int] = set()
-    for cache in caches:
-        windows |= _cache_windows(getattr(cache, "caches", ()))
-        for name in ("max_size", "window_size"):
-            size = getattr(cache, name, None)
-            if isinstance(size, int):
-                windows.add(size)
-    return windows
+def cache_windows(cache: Any) -> list[Any]:
+    """Return the numbers of tokens that a layer's cache is limited to; empty if it has no limit.
+
+    A cache may contain other caches.
+    """
+    windows = [size for inner in getattr(cache, "caches", ()) for size in cache_windows(inner)]
+    sizes = (getattr(cache, name, None) for name in ("max_size", "chunk_size", "window_size"))
+    return windows + [size for size in sizes if size is not None]

@@ -15,6 +15,7 @@ from ..errors import ModelError, counted
 from ..failures import failure_of
 from .config_problems import LAYER_LISTS, LAYERS, explain_problem, field_types
 from .derived_weights import forget_derived
+from .ignored_window import cache_windows
 from .rope_parameters import text_part
 from .weight_files import one_line
 
@@ -77,7 +78,7 @@ def check_windows(model: nn.Module, config: dict[str, Any]) -> None:
     part = text_part(config)
     kinds: Any = part.get("layer_types")
     caches: list[Any] = make_prompt_cache(model)
-    for size in (size for cache in caches for size in _windows_of(cache)):
+    for size in (size for cache in caches for size in cache_windows(cache)):
         if not isinstance(size, int) or size < 1:
             name = next((name for name in _WINDOWS if part.get(name) == size), _WINDOWS[0])
             raise ModelError(
@@ -90,7 +91,7 @@ def check_windows(model: nn.Module, config: dict[str, Any]) -> None:
     if not isinstance(kinds, list) or not len(caches) == len(layers) <= len(kinds):
         return
 
-    windowed = [bool(_windows_of(cache)) for cache in caches]
+    windowed = [bool(cache_windows(cache)) for cache in caches]
     if not any(windowed):
         return
     for number, (kind, has_window) in enumerate(zip(kinds, windowed, strict=False)):
@@ -139,15 +140,3 @@ def _trace(model: nn.Module) -> None:
         # A few models have kernels for Metal only, but can be planned elsewhere.
         if "[metal_kernel]" not in str(problem):
             raise
-
-
-def _windows_of(cache: Any) -> list[Any]:
-    """Return the number of tokens that a layer's cache keeps, if it is limited.
-
-    A cache may contain other caches.
-    """
-    inner = getattr(cache, "caches", None)
-    if inner is not None:
-        return [size for each in inner for size in _windows_of(each)]
-    sizes = (getattr(cache, name, None) for name in ("max_size", "chunk_size"))
-    return [size for size in sizes if size is not None]
