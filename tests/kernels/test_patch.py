@@ -1,6 +1,7 @@
 """Chunked attention and gated MLPs compute what the model's own do, with their gradients, and leave nothing behind."""
 
 import gc
+import statistics
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -212,7 +213,7 @@ def peak_of_a_checkpointed_step(layers: int, *, compiled: bool) -> int:
     """Return the bytes of a step of a Llama of so many blocks, above what is alive before it."""
     config = {
         "model_type": "llama", "num_hidden_layers": layers, "hidden_size": 64,
-        "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "intermediate_size": 256, "num_attention_heads": 1, "num_key_value_heads": 1,
         "vocab_size": 128, "rms_norm_eps": 1e-5,
     }  # fmt: skip
     model = llama.Model(llama.ModelArgs.from_dict(config))
@@ -222,22 +223,26 @@ def peak_of_a_checkpointed_step(layers: int, *, compiled: bool) -> int:
     accumulate, update = make_step(
         model, make_loss(split_model(model)), optimizer, compiled=compiled
     )
-    tokens, targets = mx.zeros((4, 256), mx.int32), mx.arange(16)
+    tokens, targets = mx.zeros((8, 128), mx.int32), mx.arange(16)
     mx.eval(model.parameters(), optimizer.state)
 
     gc.collect()  # what other tests have left must not be freed while the peak is measured
-    before = 0
+    peaks = []
     with memory_efficient(model), grad_checkpointing(model):
-        for _ in range(3):  # the second compiles
+        for _ in range(6):  # the second compiles
             before = mx.get_active_memory()
             mx.reset_peak_memory()
             sums = accumulate((tokens, targets, targets, mx.ones(16)), None)
             mx.eval(update(*sums, mx.array(16.0)), model.state, optimizer.state)
-    return mx.get_peak_memory() - before
+            peaks.append(mx.get_peak_memory() - before)
+
+    # On a busy CPU, MLX allocates ahead of what it computes, so a peak varies by some scores of
+    # attention: short rows and one head keep these small beside the input of a block.
+    return int(statistics.median(peaks[2:]))
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_checkpointing_keeps_the_input_of_each_block_and_no_more(compiled: bool):
     few, many = (peak_of_a_checkpointed_step(layers, compiled=compiled) for layers in (4, 12))
-    block_input = 4 * 256 * 64 * 4
+    block_input = 8 * 128 * 64 * 4
     assert (many - few) / 8 < 1.2 * block_input
