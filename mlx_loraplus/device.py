@@ -18,8 +18,8 @@ _CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries nee
 _WIRED_SHARE = 0.9
 _CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
 _LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
-# Numbers in an array on a GPU. Metal's kernels compute larger ones wrongly; on CUDA this was not
-# tried, and the limit is kept.
+# The most numbers that an array may have on a GPU. Metal's kernels compute larger arrays wrongly.
+# CUDA was not tried, so the limit holds there too.
 MOST_NUMBERS = 2**31 - 1
 
 

@@ -14,8 +14,8 @@ GPU's work, fails. The texts are those of its ``allocator.cpp``, of its Metal ba
     cudaStreamSynchronize(stream_) failed: an illegal memory access was encountered
 
 After a command buffer has failed, its results are lost. After a connection to another process has
-failed, the next collective never ends. Code that tries something on the model and goes on if it
-fails must not go on then; see ``is_lost``.
+failed, the next collective never ends. Code that tries something on the model and continues
+if it fails must not continue after such an error; see ``is_lost``.
 """
 
 from collections.abc import Callable, Generator

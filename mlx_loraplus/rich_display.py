@@ -25,7 +25,7 @@ Tracker = Callable[[Sequence[Any], str], Iterator[Any]]
 def wrap_words(text: str, width: int) -> str:
     """Wrap the lines of a message between words, so that they fit a terminal.
 
-    A line with a command is left to the terminal: what it wraps is copied from it as one line.
+    A line with a command is not wrapped here: a line that the terminal wraps is copied as one line.
     """
     lines: list[str] = []
     for line in text.split("\n"):

@@ -84,7 +84,7 @@ def attach_adapters(
                 residuals[path] = rounding
         adapters[path] = adapter
 
-    # Put them on the model. The summary gives each trainable parameter its group of LoRA+.
+    # Put them on the model. The summary gives each trainable parameter its LoRA+ group.
     put_adapters(model, adapters, trained)
     return replace(trainable_summary(model, residuals), skipped=skipped)
 

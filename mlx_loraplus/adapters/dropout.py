@@ -67,7 +67,7 @@ class Dropout(nn.Module):
 def train_without_dropout(model: nn.Module) -> None:
     """Switch a model to training mode with dropout off, to compute gradients that can be compared.
 
-    In evaluation mode, mlx-lm computes some layers by kernels for Metal that have no gradient.
+    In evaluation mode, mlx-lm computes some layers with Metal kernels that have no gradient.
     """
     model.train()
     for module in model.modules():

@@ -107,8 +107,8 @@ def trainable_summary(
     stray = sorted(trainable.keys() - groups.keys())
     if stray:
         raise AdapterError(
-            f"freeze {counted(len(stray), 'trainable parameter')} that no adapter has, such as"
-            f" {stray[0]}"
+            f"found {counted(len(stray), 'trainable parameter')} outside the adapters, such as"
+            f" {stray[0]}: freeze all parameters that belong to no adapter"
         )
 
     # mlx-lm counts only the bases, so the parameters of the adapters are added.

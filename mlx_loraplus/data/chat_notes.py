@@ -1,4 +1,4 @@
-"""Notes on what a written chat lacks, or has in another place than the row."""
+"""Notes on what a rendered chat leaves out, or has in a different place than the row."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -230,16 +230,16 @@ class ChatTemplate:
         prompt = self._prompt_before(messages, whole, thinking=thinking, tools=tools)
         if not prompt:
             raise BadRowError(
-                "the chat begins with an assistant turn, before which this chat template writes"
-                " nothing that the model could be asked with; remove that turn"
+                "the chat begins with an assistant turn, and this chat template writes nothing"
+                " before it that could serve as a prompt; remove that turn"
             )
 
         # A prompt that opens a block has a place for thoughts: other forms of the chat use it.
         if thoughts and find_open_tags(prompt) is not None:
             raise UnsupervisableError("the prompt opens a block of thoughts")
 
-        # With most templates, the chat begins with the prompt. The answer ends with its end token.
-        # The other lines only change blocks of thoughts.
+        # With most templates, the chat begins with the prompt. Take the answer with its end token,
+        # then correct its block of thoughts.
         if whole.startswith(prompt):
             answer, rest = self._split_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
@@ -261,7 +261,7 @@ class ChatTemplate:
         thinking: bool,
         tools: Sequence[Any] | None,
     ) -> str:
-        """Return the prompt that asks for the last of the messages, which are rendered as whole."""
+        """Return the prompt that asks for the last message; ``whole`` is the rendered chat."""
         *history, message = messages
         if not history:
             return self._first_header(message, whole, tools)
@@ -354,7 +354,7 @@ def _find_start(messages: Sequence[Message], whole: str, prompt: str, history: s
         history: The messages before the turn, rendered.
 
     Raises:
-        UnsupervisableError: The text before the turn says something else than its prompt.
+        UnsupervisableError: The text before the turn differs from its prompt.
     """
     header = prompt.removeprefix(history) if prompt.startswith(history) else ""
     header = header or after_last_message(prompt, messages[-2])

@@ -272,7 +272,7 @@ def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]
     if find_open_tags(turn.prompt) is not None or text.startswith(block.opening):
         return []
 
-    # Words before the block are a header, which belongs there; an answer does not.
+    # A header of words may come before the block, but no answer and no special token.
     before, found, after = text.partition(block.opening)
     if not found:
         inside = f"the chat template writes thoughts inside the answer, not in {block.opening}"

@@ -29,7 +29,7 @@ def check_rows(config: TrainConfig) -> None:
     make, needed = row_format(config.objective)
     sources = find_sources(config.data.data)
 
-    # Only to raise an error if valid_split contradicts the files
+    # Raise an error if valid_split contradicts the files; the result is not needed
     has_holdout(config.data, sources)
 
     bad = rows = 0

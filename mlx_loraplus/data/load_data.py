@@ -178,7 +178,7 @@ def _load_split(
             report.add(shard)
             report.notes += table.notes
 
-            # Limit the examples to the maximum length, which the report holds besides its counts
+            # Limit the examples to the maximum length, which is stored in the report
             limit = limit_pairs if objective.is_paired else truncate_or_split
             limited = limit(shard, report)
             limited["source"] = number

@@ -122,7 +122,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:
-    """Return a note if a fused model that is not quantized has names or shapes of mlx-lm.
+    """Return a note if an unquantized fused model has weights with mlx-lm's names or shapes.
 
     For example, mlx-lm joins the experts of a block into one weight. transformers expects the names
     of the original checkpoint.
@@ -140,9 +140,9 @@ def renamed_weights_note(base: Path, fused: Path) -> str | None:
     if not others:
         return None
     return (
-        f"note: {counted(len(others), 'weight')} of this model, such as {others[0]}, got mlx-lm's"
-        " name or shape, so transformers can't load it; for transformers, export the adapter with"
-        " mlx_loraplus.export --to peft"
+        "note: transformers can't load this model, because mlx-lm renamed or reshaped"
+        f" {counted(len(others), 'weight')} of it, such as {others[0]}; for transformers, export"
+        " the adapter with mlx_loraplus.export --to peft"
     )
 
 

@@ -37,7 +37,7 @@ COMMANDS = {
 # Minimum number of terminal columns for answers side by side.
 _MIN_WIDTH = 60
 
-# Lines of a table of answers above and below the answers, and the line of the cursor.
+# Lines of the screen besides the answers: the frame and head of their table, and the cursor.
 _OTHER_LINES = 5
 
 _TEMPERATURE = re.compile(r"\d+\.?\d*|\.\d+")
@@ -255,7 +255,7 @@ class Conversation:
 def _last_lines(text: str, console: Console, columns: int) -> str:
     """Return the last lines of an answer, as many as a terminal shows in a table of columns.
 
-    A terminal can't redraw lines that have left it at the top: it would show them again and again.
+    Lines that have scrolled off the top can't be redrawn, so each update would print them again.
     """
     width = max(1, (console.width - 1 - 3 * columns) // columns)
     lines = Text(text).wrap(console, width, overflow="fold")

@@ -294,7 +294,7 @@ def _answer_batch(
 def _own_wired_limit() -> Generator[None]:
     """Inside the context, mlx-lm wires as much memory as a run does; see ``set_wired_limit``.
 
-    It would wire all that Metal recommends, and it has no setting for this.
+    Otherwise it would wire all that Metal recommends; it has no setting for this.
     """
     module: Any = sys.modules[batch_generate.__module__]
     original = getattr(module, _SETS_WIRED_LIMIT, None)

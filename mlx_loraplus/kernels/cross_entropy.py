@@ -329,7 +329,7 @@ def _losses_in_slices(
             # Sum by a matrix product, which rounds small terms less than a plain sum does.
             total = total * rescale + exps @ mx.ones((scores.shape[1], 1))
         if learning:
-            # Add e W of this slice, where e also has the slope of the multiplier and the cap.
+            # Add e W of this slice, where ``pull_back`` has multiplied e by d logits / d scores.
             slice_gradient = head.pull_back(scores, exps).astype(hidden.dtype)
             product = project(head.layer, slice_gradient, part, back=True)
             gradient_sum = gradient_sum * rescale + product.astype(mx.float32)

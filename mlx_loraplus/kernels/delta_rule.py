@@ -26,7 +26,7 @@ from .choices import StepChoices, default_choices
 # Tolerance relative to the largest number. A GPU may round the factors of a product to 10 bits.
 # Another formula differs by much more.
 TOLERANCE = 1e-2
-# In half precision, MLX's function may round by this many times as much as the loop does.
+# In half precision, MLX's function may have this many times the rounding error of the loop.
 ROUNDING = 3
 _TOKENS = 70  # more than a chunk of MLX's kernels
 PIECE = 64  # tokens between two states that the loop keeps

@@ -16,9 +16,9 @@ Result = TypeVar("Result")
 
 
 def in_float32(model: nn.Module, ask: Callable[[nn.Module], Result]) -> Result:
-    """Return the answer to a question about a model, asked to a copy that computes in float32.
+    """Return ``ask(model)``, computed on a copy of the model in float32.
 
-    The model itself is asked if it computes in float32 already; if its weights are quantized to
+    The model itself is used if it computes in float32 already; if its weights are quantized to
     types that give half precision; if it is divided among processes; or if there is no room for
     the copy. Quantized weights keep their bits in the copy.
     """

@@ -151,7 +151,8 @@ class Block:
         routed: Number of experts per token.
         widest: Numbers that the linear layer with the largest output returns, for all experts of a
             token.
-        products: Multiplications of the linear layers, those of the experts that a token uses.
+        products: Multiplications per token in the linear layers, with only the experts that the
+            token uses.
         inputs: Numbers that adapters save from the inputs of layers.
         outputs: Numbers saved from the outputs of layers, both by adapters and for layers outside
             attention and MLPs.
@@ -193,8 +194,8 @@ class Block:
 
         T e (norms H + attention + MLP + adapters' share) + 4 T heads. Attention saves q, k, v and
         out: 2Q + 2K. With ``kept_twice``, it saves q and k again: + Q + K. Where it keeps its
-        scores, there are e rows heads length² of each array of them instead of the 4 T heads. The
-        padding of attention comes on top.
+        scores, each array of scores takes e rows heads length², and the 4 T heads are not needed.
+        The padding of attention is added.
         """
         attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
         numbers = (

@@ -72,7 +72,7 @@ class Sizes:
         trained: Shapes of the trainable parameters, 4 bytes each.
         shared: Number of frozen float32 numbers that adapters hold, such as PiSSA's start.
         adapted: (numbers, bytes) of the base weight of every adapter.
-        bits: Bits of a number of the largest of these weights; 16 if it is not quantized.
+        bits: Bits per number of the largest of these weights; 16 if it is not quantized.
         blocks: The transformer blocks.
         learning: Number of blocks, counted from the last, that save activations.
         context: Longest input that the model supports, in tokens, or None.

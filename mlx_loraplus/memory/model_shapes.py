@@ -159,7 +159,7 @@ def _base_size(module: Any, itemsize: int | None) -> tuple[int, int]:
 
 
 def _bits_of(bases: Sequence[Any]) -> int:
-    """Return the bits of a number of the largest weight; 16 if it is not quantized."""
+    """Return the bits per number of the largest weight; 16 if it is not quantized."""
     largest = max(bases, key=lambda base: math.prod(base_shape(base)), default=None)
     return getattr(largest, "bits", 16)
 

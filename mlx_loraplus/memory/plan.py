@@ -107,7 +107,7 @@ class MemoryPlan:
         return max(block.largest_array(batch) for block in set(self.sizes.blocks))
 
     def checkpoint(self, rows: int, length: int) -> bool:
-        """Return the setting or, if it is auto, whether memory is too small without it."""
+        """Return whether to checkpoint: as set or, with auto, if memory is too small otherwise."""
         if self.config.grad_checkpoint != "auto":
             return self.config.grad_checkpoint == "on"
         return self.memory(rows, length, checkpoint=False).total > self.budget
@@ -118,15 +118,15 @@ class MemoryPlan:
         numbers = self.largest_array(rows, length)
         if numbers > MOST_NUMBERS:
             return (
-                f"{batch} need an array of {numbers:,} numbers, and on a GPU it has at most"
-                f" {MOST_NUMBERS:,}"
+                f"{batch} need an array of {numbers:,} numbers, but on a GPU an array has at"
+                f" most {MOST_NUMBERS:,}"
             )
 
         needed = self.memory(rows, length).total
         if needed <= self.budget:
             return ""
         checkpoint = " with gradient checkpointing" if self.checkpoint(rows, length) else ""
-        return f"{batch} take {gb(needed)}{checkpoint}, and {gb(self.budget)} may be used"
+        return f"{batch} take {gb(needed)}{checkpoint}, but only {gb(self.budget)} may be used"
 
     def verdict(self, rows: int, length: int) -> str:
         """Return a phrase that says whether a batch fits."""
@@ -187,7 +187,7 @@ class MemoryPlan:
         if 0 < shorter < length:
             found.append(f"{flag}--max-seq-length {shorter}")
 
-        # Neither adapters nor weights of fewer bits make the arrays of a batch smaller.
+        # Other adapters and weights with fewer bits do not make the arrays of a batch smaller.
         if self.largest_array(rows, length) > MOST_NUMBERS:
             return [*found, "a smaller model"]
 
@@ -239,7 +239,7 @@ def memory_plan_of(
         group: The processes that divide the skeleton's weights.
 
     Raises:
-        ModelError: The model does not exist.
+        ModelError: The model does not exist, or can't be used.
         ConfigError: A target matches no module.
     """
     machine = machine or this_machine()

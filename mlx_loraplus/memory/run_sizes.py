@@ -75,8 +75,8 @@ def resolve_grad_checkpoint(
 ) -> bool:
     """Return whether to checkpoint a run whose largest batch is ``batch``, (rows, length).
 
-    What a step was measured to take, in an earlier session, corrects the prediction. A run that has
-    already trained in the same way on this machine is only warned.
+    What a step took in an earlier session corrects the prediction. If the run has already trained
+    in the same way on this machine, a batch that does not fit is only reported as a warning.
 
     Raises:
         ConfigError: The batch does not fit. The message says what can be changed.
@@ -90,7 +90,7 @@ def resolve_grad_checkpoint(
     checkpoint = plan.checkpoint(*batch)
     problem = plan.problem(*batch)
     if problem and measured is not None and measured.grad_checkpoint == checkpoint:
-        log(f"warning: {problem}; the run goes on, because it has trained like this before")
+        log(f"warning: {problem}; the run continues, because it has trained this way before")
     elif problem:
         describe = _does_not_fit_again if is_resumed else _does_not_fit
         raise ConfigError(describe(plan, *batch))

@@ -108,5 +108,5 @@ def _wrong(name: str, value: Any, allowed: str) -> ModelError:
     """Return the error for a value that is not allowed."""
     return ModelError(
         f"its config.json has {name} {value!r:.80}; allowed is {allowed}: correct config.json, or"
-        " get the model again"
+        " get the folder again"
     )

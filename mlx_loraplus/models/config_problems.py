@@ -1,4 +1,4 @@
-"""Find in a config.json why mlx-lm fails with it, because its own errors do not say so."""
+"""Find what is wrong with a config.json that mlx-lm fails on; mlx-lm's errors do not say it."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from ..errors import counted
 from .rope_parameters import text_part
 
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""The number of layers; its name varies by family."""
+"""Names of the field with the number of layers; they vary by family."""
 
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_layer_pattern",
                "no_rope_layers", "is_moe_layer", "num_attention_heads_per_layer",
@@ -28,29 +28,31 @@ _PATTERNS = (
 _JSON_TYPES: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     list: "a list",
     dict: "an object",
     NoneType: "null",
 }
-"""The types of values in JSON, in words."""
+"""Python's types of JSON values, and the words for them in messages."""
 
 _DIVISORS = ("size", "step", "period", "freq", "interval", "heads", "groups", "dim", "theta")
-"""The endings of the names of numbers that something is divided by."""
+"""Endings of the names of fields that models divide by."""
 
 _NO_SUCH_LAYER = (
     "list index out of range", "not in list", "attention_mask() missing", "'full_attention'",
     "'sliding_attention'", "StopIteration",
 )  # fmt: skip
-"""What Python's errors say if a layer of some kind is not found, or another is taken for it."""
+"""Phrases in Python's errors if a model finds no layer of some kind, or takes a wrong one."""
 
 
 def explain_problem(config: dict[str, Any], problem: BaseException) -> str | None:
-    """Return what is wrong with a config that mlx-lm can't make or run a model of, if known."""
+    """Return why mlx-lm can't make or run the model of a config; None if the reason is unknown."""
     if isinstance(problem, ValueError) and str(problem).endswith("not supported."):
         kind = config["model_type"]
-        return f"mlx-lm has no models of the kind {kind!r:.60}: use a newer one, or another model"
+        return (
+            f"mlx-lm has no models of the kind {kind!r:.60}: use a newer mlx-lm, or another model"
+        )
     explained = _missing_fields(config, problem) or _missing_kinds(config, problem)
     return explained or _wrong_type(config, problem)
 
@@ -65,7 +67,7 @@ def _missing_fields(config: dict[str, Any], problem: BaseException) -> str | Non
     names = ", ".join(re.findall(r"'(\w+)'", found[1]))
     return (
         f"its config.json has no {names:.200}, which mlx-lm's {config['model_type']} needs: get"
-        " the folder again, or add what the model was made with"
+        " the folder again, or add the values that the model was made with"
     )
 
 
@@ -146,7 +148,7 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def _described(name: str, value: Any) -> str:
-    """Return a setting with its value; of a list, only the kinds in it."""
+    """Return a setting with its value; for a list, with each different entry once."""
     if not isinstance(value, list):
         return f"{name} {json.dumps(value):.40}"
     kinds = dict.fromkeys(str(kind) for kind in value)

@@ -150,7 +150,7 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     except UnicodeDecodeError:
-        found = "not a text in UTF-8"
+        found = "not UTF-8 text"
     if not isinstance(found, dict):
         raise ModelError(
             f"its generation_config.json is {found!s:.40}; allowed is a JSON object: remove the"
@@ -234,11 +234,11 @@ def _add_full_attention_pattern(part: dict[str, Any]) -> None:
 
 
 def _translate_exaone_4(part: dict[str, Any]) -> None:
-    """Write the kinds of an EXAONE 4's layers as the string that mlx-lm reads, such as LLLG."""
+    """Write the kinds of EXAONE 4's layers as the string that mlx-lm reads, such as LLLG."""
     if part.get("model_type") != "exaone4":
         return
 
-    # transformers has a period n, or a list.
+    # transformers has a period n, or a list of kinds in ``layer_types``.
     stored, kinds = part.get("sliding_window_pattern"), part.get("layer_types")
     if isinstance(stored, int):
         stored = part["sliding_window_pattern"] = "L" * (stored - 1) + "G" if stored else None

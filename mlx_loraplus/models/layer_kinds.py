@@ -1,4 +1,4 @@
-"""Check the kinds of a model's layers: with a window, with a recurrent state, or attending to all.
+"""Check the kinds of a model's layers: full attention, a sliding window, or a recurrent state.
 
 mlx-lm takes the kinds from lists, such as ``layer_types``, or from patterns, such as "every 6th
 layer has full attention".
@@ -25,13 +25,13 @@ _PERIODS = ("sliding_window_pattern", "full_attention_interval", "layer_group_si
 """Whole numbers n that mean every nth layer."""
 
 _WINDOWS = ("sliding_window", "sliding_window_size", "window_size", "attention_chunk_size")
-"""The number of tokens that a layer with a window attends to; its name varies by family."""
+"""Names of the field with the size of the window, in tokens; they vary by family."""
 
 _WINDOWED = ("sliding_attention", "chunked_attention")
 """The kinds in ``layer_types`` that have a window."""
 
 _NOT_TRACED = ("dbrx",)
-"""Families that read the numbers of an array while their graph is made, which computes them."""
+"""Families whose code evaluates arrays while the graph is built."""
 
 
 def check_layer_settings(config: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def check_layer_settings(config: dict[str, Any]) -> None:
             found = "1 entry" if len(entries) == 1 else f"{len(entries):,} entries"
             raise ModelError(
                 f"its config.json has {counted(layers, 'layer')}, but {name} has {found}; allowed"
-                " is one for each layer: correct config.json, or get the model again"
+                " is one for each layer: correct config.json, or get the folder again"
             )
 
     for name in read.keys() & set(_PERIODS):
@@ -62,7 +62,7 @@ def check_layer_settings(config: dict[str, Any]) -> None:
         if not isinstance(period, int) or isinstance(period, bool) or period < 1:
             raise ModelError(
                 f"its config.json has {name} {period!r:.80}; allowed is a whole number of at least"
-                " 1: correct config.json, or get the model again"
+                " 1: correct config.json, or get the folder again"
             )
 
 
@@ -83,7 +83,7 @@ def check_windows(model: nn.Module, config: dict[str, Any]) -> None:
             name = next((name for name in _WINDOWS if part.get(name) == size), _WINDOWS[0])
             raise ModelError(
                 f"its config.json has {name} {size!r:.80}; allowed is a whole number of at least 1:"
-                " correct config.json, or get the model again"
+                " correct config.json, or get the folder again"
             )
 
     # Compare the layers that have a window.
@@ -108,7 +108,7 @@ def check_runs(model: nn.Module, config: dict[str, Any]) -> None:
     """Check that mlx-lm can run a model, with and without caches. Nothing is computed.
 
     Raises:
-        ModelError: It can't.
+        ModelError: mlx-lm can't run it.
     """
     if config["model_type"] in _NOT_TRACED:
         return
@@ -123,7 +123,7 @@ def check_runs(model: nn.Module, config: dict[str, Any]) -> None:
         kind = config["model_type"]
         raise ModelError(
             explain_problem(config, problem)
-            or f"mlx-lm's {kind} can't run a model of its config.json ({one_line(problem)}): get"
+            or f"mlx-lm's {kind} can't run the model of this config.json ({one_line(problem)}): get"
             " the folder again, or use a newer mlx-lm or another model"
         ) from problem
     finally:
@@ -131,12 +131,12 @@ def check_runs(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _trace(model: nn.Module) -> None:
-    """Make the graphs of a model's passes over a few tokens, without computing them."""
+    """Build the graphs of forward passes over a few tokens, without evaluating them."""
     tokens = mx.zeros((1, 3), mx.int32)
     try:
         model(tokens)
         model(tokens, cache=make_prompt_cache(model))
     except RuntimeError as problem:
-        # A few models have kernels for Metal only, but can be planned elsewhere.
+        # A few models have kernels for Metal only, but their memory can be planned elsewhere.
         if "[metal_kernel]" not in str(problem):
             raise

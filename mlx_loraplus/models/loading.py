@@ -161,12 +161,10 @@ def load_folder_tokenizer(path: Path) -> TokenizerWrapper:
 
 
 def _config_for_tokenizer(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return what transformers needs of the config of a family that it does not know.
+    """Return the argument ``config`` for the tokenizer of a family that transformers does not know.
 
-    It would check all fields of config.json, although only a few concern the tokenizer.
-
-    Returns:
-        The setting ``config``, or nothing for a family that transformers knows.
+    It is empty for other families. transformers would otherwise check all fields of config.json,
+    although only a few concern the tokenizer.
     """
     if config["model_type"] in CONFIG_MAPPING:
         return {}

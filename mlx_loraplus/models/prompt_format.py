@@ -26,7 +26,7 @@ class PromptFormat:
 
     Args:
         form: The kind of row that a prompt is written as. Used without a chat template.
-        thinking: Whether the generation prompt may open a thinking block. Used with a chat
+        thinking: Whether the generation prompt may open a block of thoughts. Used with a chat
             template.
         system: The system prompt that most rows share, or None.
         mixed_systems: Whether the rows have different system prompts, so that none is used.

@@ -26,9 +26,9 @@ def explain_tokenizer_problem(folder: Path, problem: Exception) -> str:
     """Return why the tokenizer of a folder can't be loaded, with the file and what to do."""
     again = "get it again from where the model is from"
     if not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
-        return f"it has no tokenizer.json: {again}"
+        return "it has no tokenizer.json: get it from where the model is from"
 
-    # Check that every file is what transformers expects of all of them.
+    # Check that every file holds a JSON object, which transformers expects.
     for name in _JSON_FILES:
         if reason := _broken(folder / name):
             return f"its {name} {reason}: {again}"
@@ -39,7 +39,8 @@ def explain_tokenizer_problem(folder: Path, problem: Exception) -> str:
 
     found = [name for name in _JSON_FILES if (folder / name).is_file()]
     files = " and ".join(found) or "its vocabulary"
-    return f"transformers can't read {files} ({one_line(problem).rstrip('.')}): {again}"
+    reason = one_line(problem).rstrip(".")
+    return f"transformers can't read {files} ({reason}): get the folder again"
 
 
 def _broken(file: Path) -> str | None:

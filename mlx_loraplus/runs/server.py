@@ -143,7 +143,7 @@ def make_app(folder: Path, token: str | None, now: Callable[[], float]) -> Any:
 
 
 def find_runs(folder: Path) -> Iterator[tuple[str, _Found]]:
-    """Yield the name of each run below a folder, which is its path from there, and the run.
+    """Yield the name and the run for each run below a folder; the name is its path from there.
 
     A served folder that is a run itself has an empty name.
     """
@@ -155,7 +155,7 @@ def find_runs(folder: Path) -> Iterator[tuple[str, _Found]]:
 
 
 def find_pages(folder: Path) -> Iterator[tuple[str, _Found]]:
-    """Yield the path of each HTML file below a folder from there, and the file.
+    """Yield the name and the file for each page below a folder; the name is its path from there.
 
     The report of a run is left out, because its page is rendered from its history.
     """

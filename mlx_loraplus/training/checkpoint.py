@@ -317,8 +317,8 @@ def load_trained(folder: Path, model: nn.Module) -> None:
     different = [name for name in names if expected.get(name) != found.get(name)]
     if different:
         raise AdapterError(
-            f"{folder} belongs to another run: there is a difference in"
-            f" {counted(len(different), 'array')}, such as {different[0]!r:.80}"
+            f"{folder} belongs to another run: it differs in {counted(len(different), 'array')},"
+            f" such as {different[0]!r:.80}"
         )
 
     model.load_weights(list(saved.items()), strict=False)

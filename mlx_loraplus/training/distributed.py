@@ -351,7 +351,7 @@ class World:
 
     @contextmanager
     def _with_others(self, *, computing: bool = False) -> Generator[None]:
-        """Report an MLX error as the loss of another process; a model has errors of its own."""
+        """Report MLX's errors as a lost process; if computing, only those of its communication."""
         self._waiting = time.monotonic()
         try:
             yield

@@ -239,7 +239,7 @@ def _operations_per_second(bits: int) -> float:
 def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     """Return how many seconds a step takes for each token, or None if the step was skipped.
 
-    Padding is not counted, but takes time.
+    The tokens are those without padding; the time includes padding.
     """
     model, _ = load(config.model)
     trainable = attach_adapters(model, config.adapter, original_of(config.model))

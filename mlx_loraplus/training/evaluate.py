@@ -209,7 +209,7 @@ def evaluate(
         DataError: The split is empty or can't be read.
         ConfigError: ``split`` or a setting is not allowed, or a setting has no effect here, such as
             ``rank``: the model is scored as it is.
-        ModelError: The model computes NaN, or other logits with caches than without.
+        ModelError: The model computes NaN, or its logits differ with and without caches.
 
     Example:
         >>> before = evaluate(model, tokenizer, data="my_folder")

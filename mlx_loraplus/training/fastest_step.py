@@ -295,7 +295,7 @@ def unchanged(state: TrainState) -> Generator[int]:
     """Restore the model, the optimizer and the random state after the block, bit-exactly.
 
     Yields:
-        The bytes of the arrays that are kept for this, while the block trains others.
+        The bytes of the arrays that are kept to be restored, while the block trains copies.
     """
     model, optimizer = state.model, state.optimizer
     parameters = model.parameters()

@@ -307,7 +307,7 @@ class LoRAPlus:
         if different:
             raise ConfigError(
                 "the saved optimizer state belongs to another optimizer or other adapters:"
-                f" there is a difference in {counted(len(different), 'array')}, such as"
+                f" it differs in {counted(len(different), 'array')}, such as"
                 f" {different[0]!r:.80}; use the state of this run, or train from the start"
             )
 

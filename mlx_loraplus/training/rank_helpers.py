@@ -42,7 +42,7 @@ def names_backend(error: RuntimeError) -> bool:
 
 
 def describe_differences(everyone: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a phrase for each of the main process's values that another process has not."""
+    """Return a phrase for each value that is not the same on all processes."""
     problems: list[str] = []
     for name in everyone[0]:
         # Ranks with the same value are listed together.

@@ -17,27 +17,15 @@ from ..rich_display import RichDisplay
 from ..runs.state import Event
 from ..settings import default_rate
 from .distributed import World
-from .rate_methods import METHODS, TriedRate
+from .range_test import RANGE_TEST, RateMethod, TriedRate
 from .rate_probe import probing
 from .session import Session
 from .trainer import TrainState
 
-METHOD = "range test"
 STEPS = 30
 """The work of a search, in steps: a tenth of a run of 300."""
 MIN_STEPS = 8
 """An epoch must have at least this many steps, because a rate found on few examples is too high."""
-RATE_SHARES = {
-    "range test": 0.5,
-    "line search": 1.0,
-    "curvature": 1.0,
-    "prodigy": 1.0,
-    "trials": 0.5,
-}
-"""The run's rate, as a share of each method's critical rate.
-
-They are provisional: a low rate is safer than a high one. ``scripts/study/rate`` fits them.
-"""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,7 +45,7 @@ class RateSearch(RichDisplay):
 
     rate: float
     default: float
-    method: str = METHOD
+    method: str = RANGE_TEST.name
     critical: float | None = None
     tried: tuple[TriedRate, ...] = ()
     steps: float = 0.0
@@ -118,7 +106,7 @@ def choose_rate(session: Session, state: TrainState) -> TrainState:
 
 
 def search_rate(
-    state: TrainState, config: TrainConfig, world: World, method: str = METHOD
+    state: TrainState, config: TrainConfig, world: World, method: RateMethod = RANGE_TEST
 ) -> RateSearch:
     """Search for a run's learning rate before its first step.
 
@@ -128,7 +116,7 @@ def search_rate(
         state: The run's state before its first step.
         config: The run's settings.
         world: The processes that train together; each of them calls this function.
-        method: The name of one of ``METHODS``.
+        method: How the rate is searched.
 
     Raises:
         DeviceError: Memory ran out, or the GPU failed.
@@ -136,21 +124,21 @@ def search_rate(
     default = default_rate(config)
     reason = _reason_against(state)
     if reason:
-        return RateSearch(default, default, method, reason=reason)
+        return RateSearch(default, default, method.name, reason=reason)
 
     started = time.perf_counter()
     with probing(state, config, world) as probe:
-        found = METHODS[method](probe, STEPS, default)
+        found = method.find(probe, STEPS, default)
         steps = probe.spent
 
     # Round to three digits, so that the rate that is shown can be given as a setting.
     rate, reason = default, "no rate lowered the loss"
     if found.critical is not None:
-        rate, reason = float(f"{RATE_SHARES[method] * found.critical:.3g}"), ""
+        rate, reason = float(f"{method.share * found.critical:.3g}"), ""
     return RateSearch(
         rate=rate,
         default=default,
-        method=method,
+        method=method.name,
         critical=found.critical,
         tried=found.tried,
         steps=round(steps, 2),

@@ -113,7 +113,7 @@ def train(
             and after the last step. May be empty.
         config: How often to report, validate and save, whether to compile, and when to stop.
         report: Called with each event, a flat dictionary ready for JSON.
-        save: Called between steps, and before or in a validation: at each ``steps_per_save``, at
+        save: Called between steps, and before or during validation: at each ``steps_per_save``, at
             each best validation, at the end, and on a GPU at least every ``SAVE_SECONDS``.
         world: The processes that train together; each calls this function. Default: this process.
 

@@ -11,7 +11,7 @@ A case is a model, a data set, an adapter with its start, a lambda and a batch s
 1. The truth: runs at eta on a grid of three rates a decade, to ``--steps`` steps. The grid of the
    first seed grows until ``--side`` rates on both sides of the best one have been tried. The other
    seed runs at the best rate and its neighbours.
-2. Each method of ``training/rate_methods.py`` searches, once for each seed, with the same work.
+2. Each method of ``rate_methods.py`` searches, once for each seed, with the same work.
 3. The baselines, run with the first seed: the default rate, mlx-lm's 1e-5 at scale 20, and
    Unsloth's 2e-4 at scale 1, both with lambda 1.
 
@@ -42,12 +42,12 @@ from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.settings import configure, default_rate
 from mlx_loraplus.training.distributed import ALONE
-from mlx_loraplus.training.rate_methods import METHODS
 from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
 from mlx_loraplus.training.rate_search import search_rate
 from mlx_loraplus.training.validation import score
 from scripts.provenance import provenance
 from scripts.study.rate_cases import DATA, SETTINGS, Case, all_cases, baselines
+from scripts.study.rate_methods import METHODS
 from scripts.study.rate_page import tables_of, write_tables
 
 RESULTS = Path(__file__).parent / "results" / "rate.jsonl"
@@ -176,7 +176,7 @@ class Bench:
             mx.random.seed(config.seed)
             with new_adapters(self.model, config) as trainable:
                 state = trial_state(self.model, config, self.examples.train, trainable)
-                found = search_rate(state, config, ALONE, method)
+                found = search_rate(state, config, ALONE, METHODS[method])
             event = found.stored()
             tried = [(each["rate"], each["change"]) for each in event.pop("tried")]
             return {

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from mlx_loraplus.files import write_atomically
-from mlx_loraplus.training.rate_methods import METHODS
-from mlx_loraplus.training.rate_search import METHOD, RATE_SHARES
+from mlx_loraplus.training.range_test import RANGE_TEST
+from scripts.study.rate_methods import METHODS
 from scripts.study.rate_short_grids import short_grids_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,7 +127,7 @@ class Study:
         others = [other for other in self.truths if other != case]
         if any(self.searches.get(other, {}).get(method) for other in others):
             return self.fitted_share(method, case)
-        return RATE_SHARES[method]
+        return METHODS[method].share
 
     def fitted_share(self, method: str, without: str | None = None) -> float:
         """Return the share of the critical rate with the lowest mean regret over other cases."""
@@ -205,7 +205,7 @@ def tables_of(lines: Sequence[Line], cases: Sequence[str]) -> str:
     judged = [case for case in cases if case in study.truths]
     left = [case for case in cases if case not in study.truths]
     parts = [methods_table(study), cases_table(study, judged), ratios_table(lines, study)]
-    parts.append(short_grids_table(lines, METHOD))
+    parts.append(short_grids_table(lines, RANGE_TEST.name))
     steps = sorted({line["steps"] for line in lines})
     seeds = len({line["seed"] for line in lines})
     missing = "; ".join(left) or "none"
@@ -238,10 +238,10 @@ def methods_table(study: Study) -> str:
 
 
 def _method_row(study: Study, method: str, *, shipped: bool) -> str:
-    """Return a method's row, with the share in the package or with a fitted one."""
+    """Return a method's row, with its provisional share or with a fitted one."""
     if shipped:
-        share_of: Callable[[str], float] = lambda _: RATE_SHARES[method]  # noqa: E731
-        share = f"{RATE_SHARES[method]:.2g} (in the package)"
+        share_of: Callable[[str], float] = lambda _: METHODS[method].share  # noqa: E731
+        share = f"{METHODS[method].share:.2g} (provisional)"
     elif sum(bool(study.searches.get(case, {}).get(method)) for case in study.truths) < 2:
         return ""
     else:
@@ -271,7 +271,7 @@ def _spread(study: Study, method: str) -> str:
     factors: list[float] = []
     for case in study.truths:
         lines = study.searches.get(case, {}).get(method, [])
-        rates = [rate_of(line, RATE_SHARES[method]) for line in lines]
+        rates = [rate_of(line, METHODS[method].share) for line in lines]
         if len(rates) > 1:
             factors.append(math.log(max(rates) / min(rates)))
     return f"{math.exp(fmean(factors)):.2f}" if factors else ""

@@ -223,7 +223,7 @@ def test_weights_under_other_names_or_shapes_are_noted(tmp_path: Path):
     fused = write_base(tmp_path / "fused", {}, other)
     note = renamed_weights_note(base, fused)
     assert note is not None
-    assert "2 weights of this model, such as model.conv.weight, got mlx-lm's name" in note
+    assert "reshaped 2 weights of it, such as model.conv.weight; for" in note
 
 
 def test_experts_of_a_dequantized_model_are_noted(tmp_path: Path):

@@ -54,7 +54,7 @@ def test_a_resumed_run_that_trained_before_is_warned_and_others_get_advice_that_
     assert resolve(None) is is_on
     assert not any("warning" in line for line in said)
     assert resolve(measured) is is_on
-    assert "may be used; the run goes on, because it has trained like this before" in "".join(said)
+    assert "may be used; the run continues, because it has trained this way before" in "".join(said)
 
     # It was not measured in this way, or not at all.
     with pytest.raises(ml.ConfigError, match="the resumed run does not fit") as error:

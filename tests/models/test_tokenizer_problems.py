@@ -42,7 +42,7 @@ def test_a_family_that_transformers_does_not_know_may_have_any_config(tmp_path: 
             "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n",
             r"its tokenizer\.json is a pointer of Git LFS",
         ),
-        ("tokenizer.json", None, r"it has no tokenizer\.json: get it again from where the model"),
+        ("tokenizer.json", None, r"it has no tokenizer\.json: get it from where the model is"),
     ],
 )
 def test_a_file_of_a_tokenizer_that_is_broken_is_named(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from scripts.study.rate import Case, all_cases, baselines, main, print_plan  # isort: skip
-from mlx_loraplus.training.rate_methods import METHODS
+from scripts.study.rate_methods import METHODS
 from scripts.study.rate_page import PAGE, Study, Truth, tables_of, truth_of
 from scripts.study.rate_short_grids import short_grids_table
 from scripts.tiny_model import write_sums, write_tiny_model

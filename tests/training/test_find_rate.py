@@ -19,11 +19,12 @@ from mlx_loraplus.settings import configure, default_rate
 from mlx_loraplus.training.distributed import ALONE
 from mlx_loraplus.training.model_probes import probe_model
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.training.rate_methods import METHODS, Finding, TriedRate
+from mlx_loraplus.training.range_test import Finding, TriedRate
 from mlx_loraplus.training.rate_probe import FORWARD, probing
 from mlx_loraplus.training.rate_search import MIN_STEPS, STEPS, RateSearch, search_rate
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState
+from scripts.study.rate_methods import METHODS
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import TinyModel, same
 from tests.training.teams import Runs, do_jobs
@@ -83,7 +84,7 @@ def test_a_search_leaves_everything_as_it_was_and_is_repeatable(tiny: TinyModel,
     before, moments = model.parameters(), dict(optimizer.arrays())
     settings = optimizer.config
 
-    found = search_rate(state, config, ALONE, method)
+    found = search_rate(state, config, ALONE, METHODS[method])
     assert found.tried
     assert 0 < found.steps <= STEPS + 0.5
     assert same(model.parameters(), before)
@@ -93,7 +94,7 @@ def test_a_search_leaves_everything_as_it_was_and_is_repeatable(tiny: TinyModel,
     assert optimizer.config is settings
     assert optimizer.state["step"].item() == 0
 
-    again = search_rate(state, config, ALONE, method)
+    again = search_rate(state, config, ALONE, METHODS[method])
     assert again.stored() | {"seconds": 0} == found.stored() | {"seconds": 0}
 
 
@@ -129,7 +130,7 @@ class Bowl:
 
 @pytest.mark.parametrize("method", ["range test", "trials"])
 def test_a_rate_ten_times_higher_is_found_ten_times_higher(method: str):
-    low, high = (METHODS[method](Bowl(best), STEPS, best).critical for best in (1e-3, 1e-2))  # pyright: ignore
+    low, high = (METHODS[method].find(Bowl(best), STEPS, best).critical for best in (1e-3, 1e-2))  # pyright: ignore
     assert low is not None
     assert high == pytest.approx(10 * low, rel=1e-6)
     assert 0.01 < low / 1e-3 < 10
@@ -138,9 +139,9 @@ def test_a_rate_ten_times_higher_is_found_ten_times_higher(method: str):
 @pytest.mark.parametrize("method", ["line search", "curvature"])
 def test_a_loss_that_bends_more_needs_a_lower_rate(tiny: TinyModel, method: str):
     config = config_of()
-    flat = search_rate(state_of(tiny("llama"), config), config, ALONE, method)
+    flat = search_rate(state_of(tiny("llama"), config), config, ALONE, METHODS[method])
     config = config_of(alpha=160)
-    bent = search_rate(state_of(tiny("llama"), config), config, ALONE, method)
+    bent = search_rate(state_of(tiny("llama"), config), config, ALONE, METHODS[method])
     assert flat.critical is not None
     assert bent.critical is not None
     assert bent.critical < flat.critical / 3  # ten times the scale
@@ -148,7 +149,7 @@ def test_a_loss_that_bends_more_needs_a_lower_rate(tiny: TinyModel, method: str)
 
 def test_prodigy_grows_until_the_distance_is_covered(tiny: TinyModel):
     config = config_of()
-    found = search_rate(state_of(tiny("llama"), config), config, ALONE, "prodigy")
+    found = search_rate(state_of(tiny("llama"), config), config, ALONE, METHODS["prodigy"])
     rates = [each.rate for each in found.tried]
     assert rates == sorted(rates)
     assert found.critical == rates[-1] > rates[0]
@@ -162,7 +163,7 @@ def test_a_loss_that_is_not_finite_ends_a_probe_and_not_the_run(
     state = state_of(tiny("llama"), config)
     before = state.model.parameters()
     state.model.update({"lm_head": {"weight": state.model.lm_head.weight * mx.inf}})
-    found = search_rate(state, config, ALONE, method)
+    found = search_rate(state, config, ALONE, METHODS[method])
     assert found.critical is None
     assert found.rate == default_rate(config)
     assert "no rate lowered the loss" in str(found)
@@ -174,7 +175,7 @@ def test_a_loss_that_is_not_finite_ends_a_probe_and_not_the_run(
 @pytest.mark.parametrize("method", ["range test", "trials"])
 def test_high_rates_that_diverge_do_not_hide_a_good_one(method: str):
     probe = Bowl(1.5e-4, highest=1.2)
-    found = METHODS[method](probe, STEPS, 1e-3)  # pyright: ignore
+    found = METHODS[method].find(probe, STEPS, 1e-3)  # pyright: ignore
     assert found.critical is not None
     assert found.critical < 1e-3
     assert probe.has_diverged

@@ -1,91 +1,35 @@
-"""Ways to find a learning rate before a run, at equal cost.
+"""Other ways to find a learning rate than the package's range test, for ``rate.py``.
 
-Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. The
-run's rate is a fixed share of it, ``RATE_SHARES`` in ``rate_search.py``. Only eta is searched:
-lambda keeps its value, because LoRA+ is equivalent to LoRA with a larger scale.
+Each method trains a fresh adapter for a number of steps' work, and returns a critical rate. Losses
+are compared with those of the untrained model on the same batches, because two batches differ more
+than two rates do.
 
-Losses are compared with those of the untrained model on the same batches, because two batches
-differ more than two rates do.
-
-Sources: range test, Smith, arXiv 1506.01186; Prodigy, Mishchenko and Defazio, 2306.06101;
-successive halving, Jamieson and Talwalkar, 1502.07943; the edge of stability, Cohen et al.,
-2103.00065.
+Sources: Prodigy, Mishchenko and Defazio, 2306.06101; successive halving, Jamieson and Talwalkar,
+1502.07943; the edge of stability, Cohen et al., 2103.00065.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import mlx.core as mx
 import numpy as np
 
-from .rate_probe import FORWARD, Probe
+from mlx_loraplus.training.range_test import (
+    RANGE_TEST,
+    SPAN,
+    Finding,
+    RateMethod,
+    TriedRate,
+    lowest_rate,
+)
+from mlx_loraplus.training.rate_probe import FORWARD, Probe
 
-SPAN = 100.0
-"""The rates that are tried lie between the default / SPAN and the default · SPAN."""
 _FIRST_STEPS = 4  # tiny steps that show the optimizer's direction
 _TINY = 1e-2  # their rate, as a share of the default
 _LINE_RATES = 13
 _TRIAL_RATES = 5
 _TRIAL_SPAN = 30.0
 _KEPT_TRIALS = 2
-_SMOOTHED = 3  # steps
-_DIVERGED = 0.5  # a rise of the loss by this share ends the range test
-
-
-@dataclass(frozen=True)
-class TriedRate:
-    """A rate that was tried.
-
-    Attributes:
-        rate: The rate.
-        change: The change of the loss against the untrained model; nan if it was not finite.
-    """
-
-    rate: float
-    change: float
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a method found.
-
-    Attributes:
-        critical: The critical rate, or None if the method found none.
-        tried: The rates that were tried.
-    """
-
-    critical: float | None
-    tried: tuple[TriedRate, ...]
-
-
-def range_test(probe: Probe, steps: float, default: float) -> Finding:
-    """Raise the rate at every step, and return the rate at which the loss was lowest.
-
-    The loss is a mean over neighboring steps. It rises again where the rates are too high.
-    """
-    count = max(2, int(steps / (1 + FORWARD)))
-    rates = np.geomspace(default / SPAN, default * SPAN, count)
-    untrained = probe.losses(count)
-
-    # The loss before a step shows the effect of the rate before it.
-    tried: list[TriedRate] = []
-    for number, rate in enumerate(rates):
-        change = probe.step(float(rate)) - untrained[number]
-        if number:
-            tried.append(TriedRate(float(rates[number - 1]), float(change)))
-        if not change < _DIVERGED * abs(untrained[number]):
-            break
-
-    # Smooth the changes. A mean belongs to the rate in the middle of its steps.
-    changes = np.array([each.change for each in tried])
-    width = min(_SMOOTHED, len(changes))
-    if not width:
-        return Finding(None, tuple(tried))
-    smoothed = np.convolve(changes, np.full(width, 1 / width), "valid")
-    middle = width // 2
-    inner = [each.rate for each in tried[middle : middle + len(smoothed)]]
-    return Finding(_lowest(inner, smoothed), tuple(tried))
 
 
 def line_search(probe: Probe, steps: float, default: float) -> Finding:
@@ -107,7 +51,7 @@ def line_search(probe: Probe, steps: float, default: float) -> Finding:
 
     rates = [each.rate for each in tried]
     changes = np.array([each.change for each in tried])
-    return Finding(_lowest(rates, changes), tuple(tried))
+    return Finding(lowest_rate(rates, changes), tuple(tried))
 
 
 def curvature(probe: Probe, steps: float, default: float) -> Finding:
@@ -221,15 +165,17 @@ def trials(probe: Probe, steps: float, default: float) -> Finding:
     return Finding(best.rate if best.change < 0 else None, tuple(tried))
 
 
-METHODS: Mapping[str, Callable[[Probe, float, float], Finding]] = {
-    "range test": range_test,
-    "line search": line_search,
-    "curvature": curvature,
-    "prodigy": prodigy,
-    "trials": trials,
+METHODS: Mapping[str, RateMethod] = {
+    method.name: method
+    for method in (
+        RANGE_TEST,
+        RateMethod("line search", line_search, share=1.0),
+        RateMethod("curvature", curvature, share=1.0),
+        RateMethod("prodigy", prodigy, share=1.0),
+        RateMethod("trials", trials, share=0.5),
+    )
 }
-"""Name → method(probe, steps, default): ``steps`` is the work in steps of the run, and ``default``
-the rate around which rates are tried."""
+"""All methods by name. Their shares are provisional: a low rate is safer than a high one."""
 
 
 def _first_direction(probe: Probe, default: float) -> dict[str, mx.array]:
@@ -259,25 +205,6 @@ def _dot(one: Mapping[str, mx.array], other: Mapping[str, mx.array]) -> float:
 def _total(scalars: list[mx.array]) -> float:
     """Return the sum of scalar arrays."""
     return float(np.array(sum(scalars, mx.array(0.0))))
-
-
-def _lowest(rates: list[float], changes: np.ndarray) -> float | None:
-    """Return the rate at which the loss falls most, interpolated; None if it never falls.
-
-    It is the minimum of a parabola over log(rate) through the lowest point and its neighbors.
-    """
-    known = np.where(np.isfinite(changes), changes, np.inf)
-    best = int(np.argmin(known))
-    if not known[best] < 0:
-        return None
-    if not 0 < best < len(rates) - 1 or not np.isfinite(known[best - 1 : best + 2]).all():
-        return rates[best]
-
-    before, lowest, after = known[best - 1 : best + 2].tolist()
-    bend = before - 2 * lowest + after
-    shift = 0.5 * (before - after) / bend if bend > 0 else 0.0
-    distance = math.log(rates[best + 1] / rates[best])
-    return rates[best] * math.exp(shift * distance)
 
 
 def _last_if_not_finite(change: float) -> float:
