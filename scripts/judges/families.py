@@ -27,6 +27,8 @@ mlx-lm, fused (plain, at 4 bits, and dequantized from 4 bits), and loaded again 
 compared with those of mlx-lm's own layers and full logits, with checkpointing, and for packed rows.
 `scripts/judges/families` makes the page.
 
+On a Mac, `rwkv7` is refused before training, because mlx-lm computes it with a Metal kernel that has no gradient.
+
 - **correct**: every stage gives the numbers that it must;
 - **refused**: a stage is refused, and the program says why in one line; if that stage is a fuse, the model trains;
 - **faulty**: a stage named here gives a wrong number or an error.
