@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -80,7 +81,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
 
     log("\nFor a bug report, paste everything above.")
     if path is not None:
-        write_atomically(path, doctor_page(machine, found))
+        write_atomically(path, doctor_page(machine, found, datetime.now(UTC)))
         log(f"the page is {path}")
     for each in found:
         refuse_if_wrong(each.check)
@@ -153,7 +154,7 @@ def _models(config: DoctorConfig) -> Iterator[tuple[str, nn.Module]]:
     elif is_stored(_DEFAULT):
         yield _DEFAULT, load(_DEFAULT)[0]
     else:
-        yield "a small random Llama, 4 bits", _small_llama()
+        yield "a small random 4-bit Llama", _small_llama()
         yield "a small random Gemma 3", _small_gemma()
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,8 +155,12 @@ def test_a_browser_shows_the_doctor(tmp_path: Path, chromium: Any):
         ("wrong", [ModelExamination("gemma-3", probes, wrong, tuned), skipped]),
     ):
         page = tmp_path / "doctor.html"
-        page.write_bytes(doctor_page(facts, found))
-        assert f">{name}</span>" in page.read_text()
+        page.write_bytes(doctor_page(facts, found, datetime(2026, 11, 30, 9, 5, tzinfo=UTC)))
+        text = page.read_text()
+        assert f">{name}</span>" in text
+        assert "checked 2026-11-30 09:05 UTC" in text
+        advice = "or return to the versions that worked. Please report what this page shows."
+        assert (advice in text) == (name == "wrong")
         check_in_browser(chromium, page)
 
 
@@ -248,8 +253,10 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     folder: Path, tmp_path: Path, chromium: Any
 ):
     run, place = long_run(folder, "live"), tmp_path / "report.html"
-    page = report_page(run, live=True).decode()
-    place.write_text(re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', page))
+    page = re.sub(
+        r'data-refresh="\d+"', 'data-refresh="0.2"', report_page(run, live=True).decode()
+    )
+    place.write_text(page)
     view = chromium.new_page()
     view.goto(place.as_uri())
     assert "s ago" in view.inner_text("#heard")
@@ -263,6 +270,10 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     other.goto(silent.as_uri())
     assert other.inner_text(".state") == "not ended"
     assert "--resume" in other.inner_text("#silent")
+
+    # The computer slept, and the run goes on.
+    silent.write_bytes(report_page(long_run(folder, "30 steps")))
+    other.wait_for_selector(".state.finished", timeout=5000)
     other.close()
     assert not view.is_visible("#silent")
 
