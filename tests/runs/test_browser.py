@@ -253,9 +253,7 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     folder: Path, tmp_path: Path, chromium: Any
 ):
     run, place = long_run(folder, "live"), tmp_path / "report.html"
-    page = re.sub(
-        r'data-refresh="\d+"', 'data-refresh="0.2"', report_page(run, live=True).decode()
-    )
+    page = re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', report_page(run, live=True).decode())
     place.write_text(page)
     view = chromium.new_page()
     view.goto(place.as_uri())
