@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -81,7 +80,7 @@ def examine(config: DoctorConfig, log: Log) -> None:
 
     log("\nFor a bug report, paste everything above.")
     if path is not None:
-        write_atomically(path, doctor_page(machine, found, datetime.now(UTC)))
+        write_atomically(path, doctor_page(machine, found))
         log(f"the page is {path}")
     for each in found:
         refuse_if_wrong(each.check)

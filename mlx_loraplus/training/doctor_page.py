@@ -3,10 +3,9 @@
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from ..device import gb
-from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
+from ..pages.pages import Headline, HTMLTable, Section, Tile, present_date, render_page
 from ..userpaths import public_name
 from .fastest_step import TuningResult
 from .model_probes import ModelProbes
@@ -95,10 +94,8 @@ def _list_item(head: Sequence[str], row: Sequence[str], width: int) -> str:
     )
 
 
-def doctor_page(
-    machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination], checked: datetime
-) -> bytes:
-    """Return what the doctor found, and when it was checked, as a page."""
+def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination]) -> bytes:
+    """Return what the doctor found as a page, with the present date."""
     sections: list[Section] = []
     for each in found:
         name = public_name(each.name)
@@ -114,7 +111,7 @@ def doctor_page(
         text = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
         sections.append(Section(f"{name}: how fast is a step?", text, table))
     sections.append(Section("What is this machine?", table=HTMLTable(machine)))
-    head = replace(_headline(dict(machine), found), date=f"checked {checked:%Y-%m-%d %H:%M} UTC")
+    head = replace(_headline(dict(machine), found), date=f"checked {present_date()}")
     return render_page(f"doctor: {head.state}", head, sections)
 
 
