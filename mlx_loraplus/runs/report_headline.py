@@ -282,8 +282,9 @@ def compare_to_plan(run: Run, peak: float) -> str:
     planned = run.start["memory"].get("planned_gb")
     if not planned:
         return ""
-    above = peak / planned - 1
-    position = "within" if above <= 0 else "about"
+    above, shown = peak / planned - 1, gb(planned * 1e9)
     if above >= _MIN_EXCESS:
-        position = f"{above:.0%} above"
-    return f"{position} the planned {gb(planned * 1e9)}"
+        return f"{above:.0%} above the planned {shown}"
+    if above <= 0:
+        return f"within the planned {shown}"
+    return "as planned" if gb(peak * 1e9) == shown else f"about the planned {shown}"
