@@ -100,7 +100,7 @@ def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamina
     for each in found:
         name = public_name(each.name)
         if each.check.skipped:
-            text = f"Not checked: {each.check}."
+            text = f"Not checked: {each.check.skipped}."
             sections.append(Section(f"{name}: does it compute correctly?", text))
         else:
             table, allowed = check_table(each.check)
