@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_SMALL, _LARGE, _HUGE = 1e-3, 1e5, 1e10  # beyond these, numbers are shortened
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -86,3 +88,44 @@ def log_ticks(low: float, high: float) -> list[float]:
         if power % every == 0:
             ticks += [digit * 10.0**power for digit in digits]
     return [tick for tick in ticks if low <= tick <= high]
+
+
+def tick_labels(axis: Axis) -> list[str]:
+    """Return the labels of an axis's ticks, all in one form, such as 60k and 140k."""
+    sizes = [abs(tick) for tick in axis.ticks if tick]
+    largest, smallest = max(sizes, default=0.0), min(sizes, default=0.0)
+
+    # Small numbers with exponents, unless they are on the way to large ones.
+    if axis.log and smallest < _SMALL and largest <= 0.1:
+        return [scientific(tick) for tick in axis.ticks]
+    if axis.log or largest < _SMALL or largest >= _HUGE:
+        return [short_number(tick) for tick in axis.ticks]
+
+    # Large numbers are in thousands or millions; all have the digits that tell them apart.
+    scale, unit = 1.0, ""
+    if largest >= _LARGE:
+        scale, unit = (1e6, "M") if largest >= 1e6 else (1e3, "k")
+    labels: list[str] = []
+    for digits in (4, 6, 10):
+        labels = [_plain(tick / scale, digits) + unit * bool(tick) for tick in axis.ticks]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
+
+
+def _plain(value: float, digits: int) -> str:
+    """Return a number without an exponent."""
+    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def short_number(value: float, digits: int = 4) -> str:
+    """Return a number as a short label."""
+    if value == 0 or _SMALL <= abs(value) < _LARGE:
+        return _plain(value, digits)
+    return scientific(value)
+
+
+def scientific(value: float) -> str:
+    """Return a number with an exponent, such as 3e-4."""
+    mantissa, _, power = f"{value:.1e}".partition("e")
+    return f"{float(mantissa):g}e{int(power)}"

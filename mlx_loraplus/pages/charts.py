@@ -18,7 +18,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from .axes import Axis, fit_y_axis, linear_axis, log_ticks
+from .axes import Axis, fit_y_axis, linear_axis, log_ticks, short_number, tick_labels
 
 # The size of a chart's drawing area and the space around it, in units of the view box.
 _WIDTH, _HEIGHT = 400, 240
@@ -162,9 +162,11 @@ def heat_map(
     # The colour scale.
     scale = np.linspace(1, 0, 64)[:, None] * (high - low) + low
     parts.append(_image(_colours(scale, low, high), right + 8, _TOP, 10, height))
-    parts.append(_text(right + 22, _TOP + 9, _number(high, digits=3), "start"))
-    parts.append(_text(right + 22, bottom, _number(low, digits=3), "start"))
-    return Chart(caption, _svg(f"{caption}: from {_number(low)} to {_number(high)}", parts))
+    parts.append(_text(right + 22, _TOP + 9, short_number(high, digits=3), "start"))
+    parts.append(_text(right + 22, bottom, short_number(low, digits=3), "start"))
+    return Chart(
+        caption, _svg(f"{caption}: from {short_number(low)} to {short_number(high)}", parts)
+    )
 
 
 def bar_chart(caption: str, bars: Sequence[tuple[str, float, str]], limit: float) -> Chart:
@@ -214,17 +216,16 @@ def _thin(points: Sequence[Point]) -> Sequence[Point]:
 def _draw_axes(x_axis: Axis, y_axis: Axis, x_label: str) -> str:
     """Return the grid, the labels of the ticks and the label of the x axis."""
     parts: list[str] = []
-    for tick in y_axis.ticks:
+    for tick, label in zip(y_axis.ticks, tick_labels(y_axis), strict=True):
         y = y_axis(tick)
         parts.append(f'<path class="grid" d="M{x_axis.start} {y}H{x_axis.stop}"/>')
-        parts.append(_text(x_axis.start - 6, y + 4, _number(tick), "end"))
+        parts.append(_text(x_axis.start - 6, y + 4, label, "end"))
 
     # A label that would touch the one before is left out.
     end = -math.inf
-    for tick in x_axis.ticks:
+    for tick, label in zip(x_axis.ticks, tick_labels(x_axis), strict=True):
         x = x_axis(tick)
         parts.append(f'<path class="grid" d="M{x} {y_axis.start}V{y_axis.stop}"/>')
-        label = _number(tick)
         half = _LETTER * len(label) / 2
         place = min(x, _WIDTH - half)
         if place - half >= end + _LETTER / 2:
@@ -244,7 +245,7 @@ def _draw_curve(curve: Curve, number: int, x_axis: Axis, y_axis: Axis) -> str:
 
     if len(places) <= _MAX_MARKERS:
         for (x, y), (step, value) in zip(places, curve.points, strict=True):
-            title = escape(f"{curve.label} {value:.4g} at {_number(step)}")
+            title = escape(f"{curve.label} {value:.4g} at {short_number(step)}")
             mark = f'<circle class="mark-{number % 5 + 1}" cx="{x}" cy="{y}" r="2.5">'
             parts.append(f"{mark}<title>{title}</title></circle>")
     return "".join(parts)
@@ -312,14 +313,6 @@ def _image(colours: np.ndarray, x: float, y: float, width: float, height: float)
 
 def _text(x: float, y: float, words: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
-
-
-def _number(value: float, digits: int = 4) -> str:
-    """Return a number as a short label."""
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
-    mantissa, _, power = f"{value:.1e}".partition("e")
-    return f"{float(mantissa):g}e{int(power)}"
 
 
 def _describe(curves: Sequence[Curve]) -> str:

@@ -39,7 +39,8 @@ if (refresh) {
     }
     return age;
   };
-  // A page that nobody has written for an hour belongs to a run that was killed.
-  if (show() < hour) setTimeout(() => location.reload(), refresh * 1000);
+  // A run that was silent for an hour was probably killed. It may also go on: the computer slept.
+  const often = show() < hour ? 1 : 6;
+  setTimeout(() => location.reload(), often * refresh * 1000);
   setInterval(show, 1000);
 }

@@ -4,6 +4,7 @@ import base64
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ def render_notebook(sections: Iterable[Section], head: Headline | None = None) -
 def render_card(line: str, chart: Chart | None, table: HTMLTable) -> str:
     """Return a line, a chart and a table as HTML for a notebook."""
     return str(_template().render_card(line, chart, table))
+
+
+def present_date() -> str:
+    """Return the date and the time, for a page that describes this moment."""
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 
 def content_policy() -> str:

@@ -149,8 +149,7 @@ def _advice_on_few(run: Run, kept: str) -> Advice:
 def _advice_on_divergence(run: Run, found: Verdict) -> str:
     """Return what to do after losses that are not finite."""
     since = diverged_at(run)
-    rate = min((run.config.optimizer.learning_rate or 0.0) / 4, default_rate(run.config))
-    lower = f"a lower --learning-rate, such as {rate:.1e}"
+    lower = f"a lower --learning-rate, such as {_lower_rate(run)}"
     if since is None and took_effect(run):
         return f"train from the start with {lower}"
     if since is None:
@@ -168,6 +167,24 @@ def _advice_on_divergence(run: Run, found: Verdict) -> str:
         f"the validation loss has not been a number since step {since}{kept}: train from the start"
         f" with {lower}"
     )
+
+
+def _lower_rate(run: Run) -> str:
+    """Return a rate for a run that diverged: the default one, or less."""
+    rate = (run.config.optimizer.learning_rate or 0.0) / 4
+    return f"{min(rate, default_rate(run.config)):.1e}"
+
+
+def lower_rate_command(run: Run) -> str | None:
+    """Return the command that trains a run that diverged again, with a lower rate.
+
+    It is None if a lower rate is no remedy, because the losses were never finite.
+    """
+    if diverged_at(run) == 0:
+        return None
+    settings, folder = shell_word(run.folder / "run.yaml"), shell_word(f"{run.folder}-again")
+    rate = _lower_rate(run)
+    return f"mlx_loraplus.train -c {settings} --adapter-path {folder} --learning-rate {rate}"
 
 
 def remedy_for_fall(run: Run) -> str:

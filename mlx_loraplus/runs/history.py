@@ -134,6 +134,7 @@ class Run:
             last["step"],
             best_step=last.get("best_step"),
             best_loss=last.get("best_loss"),
+            seconds=_seconds_in_steps(history),
         )
         return cls(config, history, progress, start["steps"])
 
@@ -246,6 +247,17 @@ class Run:
         from .report import fragment
 
         return fragment(self)
+
+
+def _seconds_in_steps(history: Sequence[Event]) -> float:
+    """Return the time that the steps of a history have taken."""
+    last, reports = history[-1], [event for event in history if "loss" in event]
+    if "outcome" in last or not reports:
+        return last.get("seconds", 0.0)
+
+    # The steps since the last report were about as fast.
+    seconds = sum(report["seconds"] for report in reports)
+    return seconds * last["step"] / reports[-1]["step"]
 
 
 def numbers(event: Event) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..userpaths import shell_word
-from .advice import give_advice, longer_command
+from .advice import give_advice, longer_command, lower_rate_command
 from .history import SETTINGS, Run
 from .verdict import took_effect
 
@@ -38,7 +38,10 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     # A run that learned nothing keeps no useful adapter. One that diverged keeps its best one,
     # but only at its end.
     keeps_best = run.finished and run.progress.best_step is not None
-    if not took_effect(run) or (trend == "diverged" and not keeps_best):
+    diverged = trend == "diverged" or not took_effect(run)
+    if diverged and (command := lower_rate_command(run)):
+        commands.append(("again", command))
+    if diverged and not (took_effect(run) and keeps_best):
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))

@@ -289,9 +289,9 @@ def live_display(run: Run, terminal: ConsoleOptions) -> Group:
 
 
 def time_left(run: Run) -> str:
-    """Return the time left at the present pace, with validations; empty before the first step."""
+    """Return the time left at the present pace, with validations; empty if it is unknown."""
     done = run.progress.step
-    if not done:
+    if not done or not run.progress.seconds:
         return ""
 
     seconds = (run.steps - done) * run.progress.seconds / done

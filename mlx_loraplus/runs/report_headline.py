@@ -108,7 +108,11 @@ def _lead(run: Run, found: Verdict, *, live: bool) -> str:
             reason = reason.partition(": ")[0]
         return sentence(f"the run failed: {reason}")
     if found.before is None:
-        return "" if live else "Whether training helps is unknown: nothing was validated."
+        if not live:
+            return "Whether training helps is unknown: nothing was validated."
+        # The first page of a run is written before its first number.
+        begins = bool(run.start["valid"]["examples"]) and not run.losses()
+        return "Training begins with a validation of what it starts from." if begins else ""
     if found.after is None:
         return "Nothing was validated since training began, so there is no result yet."
 
@@ -254,10 +258,14 @@ def _exact_tile(found: Verdict) -> Tile | None:
 
 
 def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
-    """Return the time and the memory that training has taken."""
+    """Return the time and the memory that training has taken, or before that, the plan."""
     reports = run.losses("seconds")
     if not reports:
-        return []
+        memory = run.start["memory"]
+        planned, available = memory.get("planned_gb"), memory.get("available_gb")
+        if not planned or not available:
+            return []
+        return [Tile("Planned memory", gb(planned * 1e9), f"of {gb(available * 1e9)}")]
     tokens = run.spent([reports[-1][0]], "useful_tokens")[0]
     tiles = [Tile("Time", duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
 
@@ -274,6 +282,9 @@ def compare_to_plan(run: Run, peak: float) -> str:
     planned = run.start["memory"].get("planned_gb")
     if not planned:
         return ""
-    above = peak / planned - 1
-    position = "within" if above < _MIN_EXCESS else f"{above:.0%} above"
-    return f"{position} the planned {gb(planned * 1e9)}"
+    above, shown = peak / planned - 1, gb(planned * 1e9)
+    if above >= _MIN_EXCESS:
+        return f"{above:.0%} above the planned {shown}"
+    if above <= 0:
+        return f"within the planned {shown}"
+    return "as planned" if gb(peak * 1e9) == shown else f"about the planned {shown}"

@@ -80,15 +80,21 @@ def sweep_sections(sweep: Sweep) -> list[Section]:
 
 
 def _finalists(sweep: Sweep) -> HTMLTable:
-    """Return the points of the last round with their losses; the best one is marked."""
+    """Return the points of the last round with their losses; those to train with are marked.
+
+    Their loss is not always the lowest one: a gain within the noise is no reason to change.
+    """
+    is_finished = sweep.outcome == "finished"
     rows: list[tuple[str, str, str, str]] = []
     for point, losses in sweep.finalists().items():
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
-        remark = "the defaults" if point == sweep.default else ""
-        rows.append((str(point), f"{fmean(losses):.4f}{spread}", str(len(losses)), remark))
+        remarks = ["the defaults"] if point == sweep.default else []
+        remarks += ["chosen"] if is_finished and point == sweep.best else []
+        loss = f"{fmean(losses):.4f}{spread}"
+        rows.append((str(point), loss, str(len(losses)), ", ".join(remarks)))
 
-    best = frozenset({(str(sweep.best), 1)}) if sweep.outcome == "finished" else frozenset()
-    return HTMLTable(rows, ("settings", "validation loss", "seeds", ""), best=best)
+    chosen = frozenset({str(sweep.best)} if is_finished else ())
+    return HTMLTable(rows, ("settings", "validation loss", "seeds", ""), marked=chosen)
 
 
 def _grid_of(heatmap: Heatmap) -> HTMLTable:

@@ -202,12 +202,12 @@ class Sweep(RichDisplay):
         for point, cell in cells.items():
             grid[cell] = losses[point]
 
-        # Before the sweep has finished, the best point may still change.
+        # Before the sweep has finished, the chosen point may still change.
         marks: dict[str, tuple[int, int]] = {}
         if self.default in cells:
             marks["default"] = cells[self.default]
         if self.outcome == "finished" and self.best in cells:
-            marks["best"] = cells[self.best]
+            marks["chosen"] = cells[self.best]
         return Heatmap(title, "eta", "lambda", x, y, grid, marks)
 
     def plot(self) -> Figure:
@@ -229,8 +229,9 @@ class Sweep(RichDisplay):
         table = Table(*(Column(name, justify="right") for name in names), "")
         for point, losses in self.finalists().items():
             numbers = [f"{value:.3g}" for value in asdict(point).values()]
-            remark = "default" if point == self.default else ""
-            table.add_row(*numbers, _with_noise(losses), remark)
+            remarks = ["default"] if point == self.default else []
+            remarks += ["chosen"] if self.outcome == "finished" and point == self.best else []
+            table.add_row(*numbers, _with_noise(losses), ", ".join(remarks))
 
         title = f"the last round, after {counted(self.config.iters, 'step')}"
         lines = [self.verdict(), *self.edges(), self.cost()]

@@ -153,7 +153,7 @@ def _models(config: DoctorConfig) -> Iterator[tuple[str, nn.Module]]:
     elif is_stored(_DEFAULT):
         yield _DEFAULT, load(_DEFAULT)[0]
     else:
-        yield "a small random Llama, 4 bits", _small_llama()
+        yield "a small random 4-bit Llama", _small_llama()
         yield "a small random Gemma 3", _small_gemma()
 
 

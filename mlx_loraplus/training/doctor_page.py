@@ -2,14 +2,14 @@
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..device import gb
-from ..pages.pages import Headline, HTMLTable, Section, Tile, render_page
+from ..pages.pages import Headline, HTMLTable, Section, Tile, present_date, render_page
 from ..userpaths import public_name
 from .fastest_step import TuningResult
 from .model_probes import ModelProbes
-from .selfcheck import STOCK, CheckResult
+from .selfcheck import STOCK, CheckResult, remedy_for
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,10 @@ def check_table(check: CheckResult) -> tuple[HTMLTable, str]:
         )
     loss, gradients = check.tolerances
     head = ("against float32 on the CPU", "loss", "gradients", "largest part", "verdict")
-    allowed = f"allowed: {loss:g} and {gradients:g}, or three times what {STOCK} have"
+    allowed = (
+        f"allowed: {loss:g} for the loss and {gradients:g} for the gradients, or three times what"
+        f" {STOCK} have"
+    )
     return HTMLTable(rows, head), allowed
 
 
@@ -92,31 +95,35 @@ def _list_item(head: Sequence[str], row: Sequence[str], width: int) -> str:
 
 
 def doctor_page(machine: Sequence[tuple[str, str]], found: Sequence[ModelExamination]) -> bytes:
-    """Return what the doctor found as a page."""
+    """Return what the doctor found as a page, with the present date."""
     sections: list[Section] = []
     for each in found:
         name = public_name(each.name)
         if each.check.skipped:
-            text = f"Not checked: {each.check}."
-            sections.append(Section(f"Does {name} compute correctly?", text))
+            text = f"Not checked: {each.check.skipped}."
+            sections.append(Section(f"{name}: does it compute correctly?", text))
         else:
             table, allowed = check_table(each.check)
             text = f"The largest deviations of each way to compute a step; {allowed}."
-            sections.append(Section(f"Does {name} compute correctly?", text, table))
+            sections.append(Section(f"{name}: does it compute correctly?", text, table))
 
         table, notes = tuning_table(each.tuned, each.probes)
         text = " ".join(f"{note[0].upper()}{note[1:]}." for note in notes)
-        sections.append(Section(f"How fast is {name}?", text, table))
+        sections.append(Section(f"{name}: how fast is a step?", text, table))
     sections.append(Section("What is this machine?", table=HTMLTable(machine)))
-    return render_page("doctor", _headline(dict(machine), found), sections)
+    head = replace(_headline(dict(machine), found), date=f"checked {present_date()}")
+    return render_page(f"doctor: {head.state}", head, sections)
 
 
 def _headline(facts: dict[str, str], found: Sequence[ModelExamination]) -> Headline:
-    """Return whether the machine computes correctly, and how fast it is."""
-    is_wrong = any(each.check.problems() for each in found)
+    """Return whether the machine computes correctly, how fast it is, and what to do."""
+    problems = [problem for each in found for problem in each.check.problems()]
     is_checked = all(not each.check.skipped for each in found)
-    if is_wrong:
-        state, lead = "wrong", "This machine computes wrong losses or gradients: do not train here."
+    next_step = ""
+    if problems:
+        state, lead = "wrong", "Losses or gradients are wrong on this machine with these versions."
+        remedy = remedy_for(problems)
+        next_step = f"{remedy[0].upper()}{remedy[1:]}. Please report what this page shows."
     elif is_checked:
         state, lead = "correct", "Losses and gradients are correct in every way to compute a step."
     else:
@@ -133,5 +140,6 @@ def _headline(facts: dict[str, str], found: Sequence[ModelExamination]) -> Headl
         state=state,
         text=f"{facts['device']}, mlx {facts['mlx']}, mlx_loraplus {facts['mlx_loraplus']}",
         lead=lead,
+        next_step=next_step,
         tiles=tiles,
     )

@@ -11,20 +11,21 @@ from ..runs.report import write_report
 from ..runs.state import Event
 from .checkpoint import write_history
 
-REPORT_SHARE = 0.01  # of the session's time, for writing the page
+REPORT_SHARE = 0.01  # of the session's time, for rewriting the page
 
 
 class LiveFiles:
     """A callback that appends each event to ``history.jsonl`` and rewrites ``report.html``.
 
     If the run is killed, at most the last line of the history is lost. A checkpoint rewrites the
-    whole history. Writing the page takes at most about 1% of the session's time.
+    whole history. Rewriting the page takes at most about 1% of the session's time. The first page
+    is not counted: it takes longer, because it loads what every page needs, also that of the end.
     """
 
     def __init__(self, log: Log):
         self._log = log
         self._started = time.perf_counter()
-        self._spent = 0.0  # seconds
+        self._spent = 0.0  # seconds, for rewriting the page
         self._is_complete = True  # whether the file has all events but the newest
 
     def __call__(self, run: Run, event: Event) -> None:
@@ -36,8 +37,10 @@ class LiveFiles:
         try:
             if not is_start:
                 self._write_event(run, event)
-            if is_start or self._spent < REPORT_SHARE * (time.perf_counter() - self._started):
-                self._write_page(run)
+            if is_start:
+                write_report(run, live=True)
+            elif self._spent < REPORT_SHARE * (time.perf_counter() - self._started):
+                self._rewrite_page(run)
         except (OSError, OutputError) as error:
             self._is_complete = False
             self._log(
@@ -58,7 +61,7 @@ class LiveFiles:
         with os.fdopen(descriptor, "ab") as file:
             file.write(line)
 
-    def _write_page(self, run: Run) -> None:
+    def _rewrite_page(self, run: Run) -> None:
         started = time.perf_counter()
         write_report(run, live=True)
         self._spent += time.perf_counter() - started

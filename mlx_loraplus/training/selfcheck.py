@@ -215,16 +215,20 @@ def refuse_if_wrong(result: CheckResult) -> None:
     if not problems:
         return
 
-    # The remedy depends on whether only compiled steps are wrong.
-    remedy = "update mlx, mlx-lm and mlx_loraplus, or return to the versions that worked"
-    if all(", compiled: " in problem for problem in problems):
-        remedy = f"train with --compile off, or {remedy}"
     more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
     raise LoRAPlusError(
         "this machine computes wrong gradients with these versions: compared with float32 on the"
-        f" CPU, {'; '.join(problems[:3])}{more}: {remedy}; please report the output of mlx_loraplus"
-        " doctor; --selfcheck off trains nevertheless"
+        f" CPU, {'; '.join(problems[:3])}{more}: {remedy_for(problems)}; please report the output"
+        " of mlx_loraplus doctor; --selfcheck off trains nevertheless"
     )
+
+
+def remedy_for(problems: Sequence[str]) -> str:
+    """Return what to do about wrong results: if only compiled steps are wrong, others do."""
+    remedy = "update mlx, mlx-lm and mlx_loraplus, or return to the versions that worked"
+    if all(", compiled: " in problem for problem in problems):
+        remedy = f"train with --compile off, or {remedy}"
+    return remedy
 
 
 def _front_with_adapters(model: nn.Module, adapter: AdapterConfig) -> nn.Module | None:

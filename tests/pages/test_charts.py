@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
+from mlx_loraplus.pages.axes import Axis, linear_axis, log_ticks, tick_labels
 from mlx_loraplus.pages.charts import Chart, Curve, Mark, heat_map, line_chart
 
 
@@ -113,3 +114,32 @@ def test_marks_have_lines_and_labels_that_do_not_overlap():
     assert float(heights[1]) - float(heights[0]) > 13
     assert "; used; default" in chart.svg
     assert "outside" not in chart.svg
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (0, 148_400, "0 20k 40k 60k 80k 100k 120k 140k"),
+        (0, 2_300_000, "0 0.5M 1M 1.5M 2M"),
+        (0, 90_000, "0 20,000 40,000 60,000 80,000"),
+        (0.0002, 0.0034, "0.0005 0.001 0.0015 0.002 0.0025 0.003"),
+        (-1e-7, 3e-7, "-1e-7 0 1e-7 2e-7 3e-7"),
+        (0, 1e12, "0 2e11 4e11 6e11 8e11 1e12"),
+        (4.99999, 5.00001, "4.99999 4.999995 5 5.000005 5.00001"),
+    ],
+)
+def test_the_numbers_of_an_axis_have_one_form(low: float, high: float, labels: str):
+    assert tick_labels(linear_axis(low, high, 0, 1, tight=True)) == labels.split()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1e-7, 3e-3, "1e-7 1e-6 1e-5 1e-4 1e-3"),
+        (1e-4, 8e-3, "1e-4 3e-4 1e-3 3e-3"),
+        (0.004, 3.0, "0.01 0.03 0.1 0.3 1 3"),
+    ],
+)
+def test_the_numbers_of_a_log_axis_have_one_form(low: float, high: float, labels: str):
+    ticks = log_ticks(low, high)
+    assert tick_labels(Axis(low, high, 0, 1, ticks, log=True)) == labels.split()

@@ -66,6 +66,24 @@ BROKEN = """() => {
 }"""
 
 
+HEADS = """() => {
+  const broken = [];
+  for (const head of document.querySelectorAll("thead th")) {
+    if (!head.checkVisibility() || head.parentElement.children.length > 6) continue;
+    const texts = document.createTreeWalker(head, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+      for (const found of texts.currentNode.data.matchAll(/\\S{1,10}(?!\\S)/g)) {
+        const range = document.createRange();
+        range.setStart(texts.currentNode, found.index);
+        range.setEnd(texts.currentNode, found.index + found[0].length);
+        if (new Set([...range.getClientRects()].map((each) => each.top)).size > 1) broken.push(found[0]);
+      }
+    }
+  }
+  return broken;
+}"""
+
+
 def check_in_browser(chromium: Any, page: Path) -> set[str]:
     """Open a page at two widths, light and dark, with everything unfolded, and look for problems.
 
@@ -85,6 +103,7 @@ def check_in_browser(chromium: Any, page: Path) -> set[str]:
         assert view.evaluate("document.documentElement.scrollWidth") <= width, "nothing sticks out"
         assert view.evaluate(LABELS) == []
         assert view.evaluate(BROKEN) == [], "no line ends within an option"
+        assert view.evaluate(HEADS) == [], "no line ends within a short word of a table's head"
         for scheme in ("light", "dark"):
             view.emulate_media(color_scheme=scheme)
             poor, seen = view.evaluate(CONTRAST)

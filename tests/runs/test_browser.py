@@ -155,7 +155,11 @@ def test_a_browser_shows_the_doctor(tmp_path: Path, chromium: Any):
     ):
         page = tmp_path / "doctor.html"
         page.write_bytes(doctor_page(facts, found))
-        assert f">{name}</span>" in page.read_text()
+        text = page.read_text()
+        assert f">{name}</span>" in text
+        assert re.search(r"checked \d{4}-\d\d-\d\d \d\d:\d\d UTC", text)
+        advice = "or return to the versions that worked. Please report what this page shows."
+        assert (advice in text) == (name == "wrong")
         check_in_browser(chromium, page)
 
 
@@ -234,6 +238,8 @@ def test_charts_of_a_notebook_are_in_columns(place: Place, tmp_path: Path, chrom
     page.write_text(f"<!doctype html><title>cell</title>{runs._repr_html_()}")
     view = chromium.new_page()
     view.goto(page.as_uri())
+    breaks = """[...document.querySelectorAll(".key")].filter(
+      (each) => each.getClientRects().length > 1).length"""
     lefts = """[...document.querySelectorAll(".charts figure")].map(
       (each) => Math.round(each.getBoundingClientRect().left))"""
     for width, columns in ((900, 2), (390, 1)):
@@ -241,6 +247,7 @@ def test_charts_of_a_notebook_are_in_columns(place: Place, tmp_path: Path, chrom
         found = view.evaluate(lefts)
         assert len(found) == 6
         assert len(set(found)) == columns
+        assert view.evaluate(breaks) == 0, "a label stays with the sample of its line"
     view.close()
 
 
@@ -248,8 +255,8 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     folder: Path, tmp_path: Path, chromium: Any
 ):
     run, place = long_run(folder, "live"), tmp_path / "report.html"
-    page = report_page(run, live=True).decode()
-    place.write_text(re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', page))
+    page = re.sub(r'data-refresh="\d+"', 'data-refresh="0.2"', report_page(run, live=True).decode())
+    place.write_text(page)
     view = chromium.new_page()
     view.goto(place.as_uri())
     assert "s ago" in view.inner_text("#heard")
@@ -263,6 +270,10 @@ def test_a_live_page_shows_the_newest_state_and_stops_at_the_end(
     other.goto(silent.as_uri())
     assert other.inner_text(".state") == "not ended"
     assert "--resume" in other.inner_text("#silent")
+
+    # The computer slept, and the run goes on.
+    silent.write_bytes(report_page(long_run(folder, "30 steps")))
+    other.wait_for_selector(".state.finished", timeout=5000)
     other.close()
     assert not view.is_visible("#silent")
 
@@ -299,6 +310,14 @@ def test_a_block_that_the_reader_opened_stays_open_when_answers_are_added(
     view.reload()
     assert view.locator(".thought").evaluate_all(opened) == [False, False, True, False]
     view.close()
+
+
+def test_paper_is_white_and_keeps_the_marks_of_what_differs(view: Any):
+    view.emulate_media(media="print", color_scheme="dark")
+    style = "getComputedStyle(document.querySelector({!r})).{}"
+    assert view.evaluate(style.format("body", "color")) == "rgb(0, 0, 0)"
+    assert view.evaluate(style.format("ins", "backgroundColor")) == "rgb(255, 226, 184)"
+    assert view.evaluate(style.format("ins", "printColorAdjust")) == "exact"
 
 
 @pytest.fixture

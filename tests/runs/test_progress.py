@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 import webbrowser
@@ -14,6 +15,7 @@ from rich.console import Console
 
 import mlx_loraplus as ml
 from mlx_loraplus.cli import train
+from mlx_loraplus.runs.history import encode_history
 from mlx_loraplus.runs.next_steps import closing
 from mlx_loraplus.runs.progress import (
     JSONLines,
@@ -167,6 +169,23 @@ def test_the_time_left_has_the_last_validation(folder: Path):
     run.history = [event for event in run.history if event["step"] < last or "loss" in event]
     assert last % every == 0
     assert time_left(run) == "0:00:25 left"
+
+
+def test_the_time_left_of_a_run_that_is_read_while_it_trains(folder: Path, tmp_path: Path):
+    """``serve`` and other processes know a run only by its history."""
+    shutil.copytree(folder, tmp_path / "live")
+    run = ml.Run.load(folder)
+    start = run.start | {"steps": 60, "valid": run.start["valid"] | {"examples": 0}}
+    reports = [event | {"seconds": 2.0} for event in run.history if "loss" in event]
+    skipped = {"step": 9, "skipped": 1, "reason": "loss nan"}
+    for events, left in (
+        ([start], ""),
+        ([start, skipped], ""),
+        ([start, *reports], "0:01:48 left"),  # 54 steps of 2 s
+        ([start, *reports, skipped], "0:01:42 left"),
+    ):
+        (tmp_path / "live" / "history.jsonl").write_bytes(encode_history(events))
+        assert time_left(ml.Run.load(tmp_path / "live")) == left
 
 
 def test_open_shows_the_page_once_where_there_is_a_browser(

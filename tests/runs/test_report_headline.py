@@ -69,11 +69,33 @@ def test_the_title_says_how_it_was_trained_and_where_it_was_resumed(folder: Path
 
 def test_memory_above_the_plan_is_said_in_words(folder: Path):
     run = ml.Run.load(folder)
-    peak = max(value for _, value in run.losses("peak_memory_gb"))
+    peak = 9.05
+    for event in run.history:
+        event |= {"peak_memory_gb": peak} if "loss" in event else {}
     for planned, words in (
         (peak / 1.25, "25% above the planned"),
+        (peak / 1.005, "about the planned 9.00 GB"),
+        (peak / 1.0001, "as planned"),
+        (peak, "within the planned"),
         (peak * 1.2, "within the planned"),
     ):
         run.start["memory"]["planned_gb"] = planned
         assert headline(run).tiles[-1].note.startswith(words)
         assert f"is {words}" in report_page(run).decode()
+
+
+def test_the_first_page_of_a_run_says_what_comes_first_and_what_is_planned(folder: Path):
+    run = ml.Run.load(folder)
+    run.history, run.progress.step = [run.start], 0
+    run.start["memory"] |= {"planned_gb": 2.5, "available_gb": 12.0}
+    head = headline(run, live=True)
+    assert head.lead == "Training begins with a validation of what it starts from."
+    assert [(tile.name, tile.value, tile.note) for tile in head.tiles] == [
+        ("Planned memory", "2.50 GB", "of 12.00 GB")
+    ]
+
+    # Nothing is validated, or the plan is unknown.
+    run.start["valid"]["examples"] = 0
+    del run.start["memory"]["planned_gb"]
+    head = headline(run, live=True)
+    assert (head.lead, head.tiles) == ("", [])

@@ -90,7 +90,10 @@ def test_a_sweep_tries_halves_repeats_and_writes_what_to_train_with(place: Path,
     assert (tmp_path / "s" / "heatmap.png").stat().st_size > 1000
     page = (tmp_path / "s" / "sweep.html").read_text()
     assert found.verdict()[1:] in page
-    assert page.count('class="best"') >= 2  # in the first round and in the last one
+    assert page.count('class="best"') == 1, "the lowest loss of the first round"
+    assert page.count('<tr class="marked">') == 1, "what to train with"
+    assert re.search(r'<tr class="marked"><th scope="row">' + re.escape(str(found.best)), page)
+    assert "chosen" in str(found)
     assert "6 steps" in str(found)
     assert found.verdict() in " ".join(str(found).split())
     assert any(

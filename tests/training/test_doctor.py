@@ -23,7 +23,7 @@ def test_the_tables_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str
     text = page.read_text()
     assert '<span class="state correct">correct</span>' in text
     assert text.count('<td data-head="verdict">right</td>') == 4
-    assert "Does model compute correctly?" in text
+    assert "model: does it compute correctly?" in text
     assert str(folder) not in text, "a page may be shared"
     for fact in (
         "system",
@@ -105,7 +105,7 @@ def test_small_random_models_are_used_where_none_is_stored(monkeypatch: pytest.M
     said: list[str] = []
     checks.examine(DoctorConfig(), said.append)
     text = "\n".join(said)
-    assert "checking a small random Llama, 4 bits" in text
+    assert "checking a small random 4-bit Llama" in text
     assert "checking a small random Gemma 3" in text
     assert text.count("| right ") == 8
     assert text.count("not all ways were tried") == 2

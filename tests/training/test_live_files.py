@@ -58,15 +58,18 @@ def without_time(page: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(("step", "writes_all"), [(0.1, False), (5.0, True)])
-def test_writing_the_page_takes_one_percent_of_the_time(
+def test_rewriting_the_page_takes_one_percent_of_the_time(
     place: Place, monkeypatch: pytest.MonkeyPatch, step: float, writes_all: bool
 ):
-    """A page that takes 0.04 s is written at each event of 5 s, and every 4 s at events of 0.1 s."""
+    """A page that takes 0.04 s is written at each event of 5 s, and every 4 s at events of 0.1 s.
+
+    The first page takes longer, and does not delay the next ones.
+    """
     run = place.run("timed")
     clock, written = [0.0], []
 
     def write(run: ml.Run, *, live: bool) -> None:
-        clock[0] += 0.04
+        clock[0] += 0.04 if written else 0.7
         written.append(clock[0])
 
     monkeypatch.setattr(live_files, "write_report", write)
@@ -77,7 +80,7 @@ def test_writing_the_page_takes_one_percent_of_the_time(
     for number in range(events):
         clock[0] += step
         live(run, {"step": number, "loss": 1.0})
-    assert 0.04 * len(written) <= 0.01 * clock[0] + 0.04
+    assert 0.04 * (len(written) - 1) <= 0.01 * clock[0] + 0.04
     assert max(later - earlier for earlier, later in pairwise(written)) <= max(4.2, step + 0.1)
     assert (len(written) == events + 1) == writes_all
 
