@@ -38,7 +38,7 @@ from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 19
+_VERSION = 20
 
 # The files of a shard; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
@@ -148,9 +148,11 @@ class Examples(Sequence[Example]):
 
     def first_of_rows(self) -> np.ndarray:
         """Return the index of the first example of each row, in ascending order, (rows,)."""
-        # One number for each pair of shard and row
-        rows = (self.spans["shard"].astype(np.int64) << 48) | self.spans["row"]
-        return np.sort(np.unique(rows, return_index=True)[1])
+        return np.sort(np.unique(self.row_numbers(), return_index=True)[1])
+
+    def row_numbers(self) -> np.ndarray:
+        """Return a number for each example, which is the same for those of one row, (examples,)."""
+        return (self.spans["shard"].astype(np.int64) << 48) | self.spans["row"]
 
     def fingerprint(self) -> str:
         """Return a digest of the examples: their tokens, their supervision and their order."""
@@ -362,13 +364,14 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             yield Chunk(np.array(ids, np.int32), np.array(supervised, bool), no_rows, no_spans)
 
         # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
-        row = store_document(path, number)
+        row, beginnings = store_document(path, number)
         span = Span(row=0, start=-length, stop=0, inputs=length - 1, targets=targets)
         yield Chunk(
             np.zeros(0, np.int32),
             np.zeros(0, bool),
             np.array([row], ROW),
             np.array([span], SPAN),
+            beginnings,
         )
 
 

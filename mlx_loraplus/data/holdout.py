@@ -6,7 +6,7 @@ import numpy as np
 
 from ..config import DataConfig, TrainConfig
 from ..errors import DataError
-from .conversation_groups import find_conversations
+from .conversation_groups import group_examples
 from .dataset import Examples
 from .sources import Source
 from .split_report import SplitReport
@@ -57,13 +57,20 @@ def hold_out(
 
 
 def group_conversations(examples: Examples) -> np.ndarray:
-    """Return the conversation of each example, as a number; see ``find_conversations``."""
-    conversations = examples.pick(find_conversations(examples.shards))
+    """Return the conversation of each example, as a number; see ``group_examples``.
 
-    # Do not group parts of documents
+    The parts of a document count as different conversations, unless the document belongs to the
+    same conversation as another row.
+    """
+    (conversations,) = group_examples(examples)
+    rows = examples.row_numbers()
+    _, groups = np.unique(conversations, return_inverse=True)
+    pairs = np.unique(np.stack([groups, rows], axis=1), axis=0)
+    is_single = np.bincount(pairs[:, 0], minlength=len(pairs) + 1)[groups] == 1
+
     has_documents = np.array([shard.documents for shard in examples.shards], bool)
-    is_document = has_documents[examples.spans["shard"]]
-    conversations[is_document] = -1 - np.flatnonzero(is_document)
+    is_divided = has_documents[examples.spans["shard"]] & is_single
+    conversations[is_divided] = -1 - np.flatnonzero(is_divided)
     return conversations
 
 

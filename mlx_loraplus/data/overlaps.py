@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .conversation_groups import find_conversations
+from .conversation_groups import group_examples
 from .dataset import Examples
 from .sources import SplitName
 
@@ -22,13 +22,18 @@ class Overlap:
         what: Description of the rows.
         count: Number of rows.
         pairs: Locations of the first rows, each with that of the row that it repeats.
-        leak: Whether the rows make a validation or test loss too optimistic.
+        split: The split of the rows.
     """
 
     what: str
     count: int
     pairs: list[tuple[str, str]]
-    leak: bool
+    split: SplitName
+
+    @property
+    def leak(self) -> bool:
+        """Whether the rows make a validation or test loss too optimistic."""
+        return self.split != "train"
 
     def __str__(self) -> str:
         """Return the overlap in one line."""
@@ -77,14 +82,12 @@ def _duplicates(train: Examples) -> Overlap:
     repeated = np.flatnonzero(earliest != np.arange(len(digests)))
 
     pairs = _pairs(train, repeated, train, earliest[repeated])
-    return Overlap("duplicates in train", len(repeated), pairs, leak=False)
+    return Overlap("duplicates in train", len(repeated), pairs, "train")
 
 
-def _leaks(split: str, examples: Examples, other: str, others: Examples) -> Iterator[Overlap]:
+def _leaks(split: SplitName, examples: Examples, other: str, others: Examples) -> Iterator[Overlap]:
     """Yield the rows of a split that are in another: whole, by prompt, and by conversation."""
-    found = find_conversations([*others.shards, *examples.shards])
-    in_other = others.pick(found[: len(others.shards)])
-    in_split = examples.pick(found[len(others.shards) :])
+    in_other, in_split = group_examples(others, examples)
     kinds = {
         f"{split} rows that are in {other}": (
             others.of_rows("row_digest"),
@@ -97,8 +100,14 @@ def _leaks(split: str, examples: Examples, other: str, others: Examples) -> Iter
         f"{split} rows whose conversation or text begins like one in {other}": (in_other, in_split),
     }
 
-    # Count each row only for the first kind of overlap that it has
+    # The parts of one document may be in both splits
     is_counted = np.zeros(len(examples), bool)
+    if examples.shards is others.shards:
+        has_documents = np.array([shard.documents for shard in examples.shards], bool)
+        is_part = np.isin(examples.row_numbers(), others.row_numbers())
+        is_counted = is_part & has_documents[examples.spans["shard"]]
+
+    # Count each row only for the first kind of overlap that it has
     for what, (known, digests) in kinds.items():
         is_leak = np.isin(digests, known) & ~is_counted
         is_counted |= is_leak
@@ -106,7 +115,7 @@ def _leaks(split: str, examples: Examples, other: str, others: Examples) -> Iter
         values, first = np.unique(known, return_index=True)
         rows = np.flatnonzero(is_leak)
         other_rows = first[np.searchsorted(values, digests[rows])]
-        yield Overlap(what, len(rows), _pairs(examples, rows, others, other_rows), leak=True)
+        yield Overlap(what, len(rows), _pairs(examples, rows, others, other_rows), split)
 
 
 def _pairs(

@@ -2,41 +2,43 @@
 
 Conversations are often given as growing prefixes: one row's prompt and answer are the beginning of
 the next row's prompt. Plain text has no messages to compare. The text of all messages is therefore
-compared, ignoring white space, case and Unicode forms. A beginning counts if it
+compared, ignoring white space, case and what ``fold_text`` ignores. A beginning counts if it
 
 - has at least ``SHORTEST`` characters, and
-- ends where one of the first ``_WORD_ENDS`` words ends, or a sentence or a line ends, or a tag
-  begins.
+- ends where one of the first ``_WORD_ENDS`` words ends, or a sentence or a line ends, or at either
+  end of a tag, a symbol or a role such as ``User:``.
 
-At most ``_MOST`` beginnings of a row are compared.
+Of a text with more than ``_MOST`` beginnings, only the part up to the last of these is compared.
 
-The digest of a text's first n characters is h + Σ (c_i + 1) r_i mod 2^64, with the character codes
-c_i, fixed random numbers r_i, and a digest h of the system message. All beginnings of a text
-therefore cost one cumulative sum.
+The digest of a text's first n characters is Σ (c_i + 1) r_i mod 2^64, with the character codes c_i
+and fixed random numbers r_i. All beginnings of a text therefore cost one cumulative sum. The system
+message is not a part of the text.
 """
 
 import hashlib
-import unicodedata
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from .row_digests import fold_text
 from .rows import Row
 
 SHORTEST = 16  # characters of a beginning, without white space
 LONGEST = 2**16  # characters of a text that are compared
 _WORD_ENDS = 64  # beginnings of a text that may end at any word
 _MOST = 1024  # beginnings of a text
-_TAGS = "<[#"  # characters that often begin a turn
-_SENTENCE_ENDS = ".!?:"  # followed by white space
+_TAGS = "<[{#|→⇒•◆■▶»§"  # characters that often begin a turn
+_TAG_ENDS = ">]"
+_SENTENCE_ENDS = ".!?:|}→⇒»"  # followed by white space
 
 
 class TextDigests(NamedTuple):
     """Digests of a row's text.
 
     Attributes:
-        text: Digest of the whole text, or 0 if it is too short or too long.
+        text: Digest of the text, or of the part of a long text that is compared; 0 if it is too
+            short.
         prompt: Digest of the prompt, or 0 if it is too short or too long.
         beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
     """
@@ -46,13 +48,8 @@ class TextDigests(NamedTuple):
     beginnings: np.ndarray
 
 
-def text_digests(row: Row, system: int) -> TextDigests:
-    """Return the digests of a row's text; of two answers, the chosen one counts.
-
-    Args:
-        row: The row.
-        system: A digest of the row's system message.
-    """
+def text_digests(row: Row) -> TextDigests:
+    """Return the digests of a row's text; of two answers, the chosen one counts."""
     prompt, answer = _texts_of(row)
     characters = _characters(prompt + answer)
     kept = np.flatnonzero(~np.strings.isspace(characters))[:LONGEST]
@@ -61,18 +58,19 @@ def text_digests(row: Row, system: int) -> TextDigests:
 
     # The digest of every beginning
     codes = characters.view(np.uint32)[kept].astype(np.uint64) + np.uint64(1)
-    digests = np.cumsum(codes * _multipliers()[: len(kept)]) + np.uint64(system)
+    digests = np.cumsum(codes * _multipliers()[: len(kept)])
 
     # The beginnings that count, without the whole text
     ends = _ends(characters, kept)
-    ends = ends[(ends >= SHORTEST) & (ends < len(kept))][:_MOST]
-    text = 0 if len(kept) == LONGEST else int(digests[-1])
+    ends = ends[ends >= SHORTEST]
+    whole = len(kept) if len(ends) < _MOST else int(ends[_MOST - 1])
+    ends = ends[ends < whole]
 
     # The digest of the prompt, which may end anywhere
     length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
-    is_compared = SHORTEST <= length < min(len(kept), LONGEST)
+    is_compared = SHORTEST <= length < whole
     prompt_digest = int(digests[length - 1]) if is_compared else 0
-    return TextDigests(text, prompt_digest, digests[ends - 1])
+    return TextDigests(int(digests[whole - 1]), prompt_digest, digests[ends - 1])
 
 
 def _texts_of(row: Row) -> tuple[str, str]:
@@ -98,7 +96,7 @@ def _characters(text: str) -> np.ndarray:
     Of a longer text, only the first 2 * ``LONGEST`` characters are used.
     """
     # LONGEST does not count white space, so that limit alone would not bound the work
-    folded = unicodedata.normalize("NFKC", text[: 2 * LONGEST]).casefold()
+    folded = fold_text(text[: 2 * LONGEST])
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
 
 
@@ -117,10 +115,15 @@ def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
     before = characters[kept[:-1]]
     is_before_space = np.diff(kept) > 1
     ends_sentence = np.isin(before, list(_SENTENCE_ENDS)) & is_before_space
-    ends_sentence |= before == "。"
+    ends_sentence |= np.isin(before, ["。", *_TAG_ENDS])
+
+    # A word that ends with a colon is a role
+    words = np.cumsum(np.diff(kept, prepend=-1) > 1)
+    last_of_word = np.searchsorted(words, words, side="right") - 1
+    is_role = characters[kept][last_of_word] == ":"
 
     # Compare each character with the next one
-    ends_line = (lines[1:] != lines[:-1]) | starts_tag
+    ends_line = (lines[1:] != lines[:-1]) | starts_tag | (is_role[1:] & is_before_space)
     ends_word = ends_line | is_before_space | ~letters[1:] | ~letters[:-1]
     ends_word &= np.cumsum(ends_word) <= _WORD_ENDS
     return np.flatnonzero(ends_line | ends_sentence | ends_word) + 1

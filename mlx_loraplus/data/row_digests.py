@@ -9,6 +9,17 @@ from typing import Any
 
 from .rows import Row
 
+# Invisible characters, which do not count, and the plain forms of quotation marks and dashes
+_INVISIBLE = (
+    "\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061"
+    "\u2062\u2063\u2064\u2066\u2067\u2068\u2069\ufe0e\ufe0f\ufeff"
+)
+_PLAIN = str.maketrans(
+    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212",
+    "''''\"\"\"\"------",
+    _INVISIBLE,
+)
+
 
 def row_digests(row: Row) -> tuple[int, int, int]:
     """Return digests of a row, of its prompt, and of the beginning of its conversation.
@@ -17,8 +28,8 @@ def row_digests(row: Row) -> tuple[int, int, int]:
     messages up to and including the user's first message. Rows that are prefixes of the same
     conversation therefore have the same beginning. Conversations that only share a system message
     have different beginnings. For a row without a prompt, all three digests are that of the row. A
-    row with two answers differs if either answer does. White space, case and the Unicode form of a
-    character (composed or not, full or half width) do not count.
+    row with two answers differs if either answer does. White space, case and what ``fold_text``
+    ignores do not count.
     """
     if row.rejected is not None:
         chosen, *prompt_digests = row_digests(replace(row, rejected=None))
@@ -88,9 +99,18 @@ def _digest(value: Any) -> int:
 def _normalized(value: Any) -> Any:
     """Return a JSON value whose texts have single spaces, lower case and one Unicode form."""
     if isinstance(value, str):
-        return unicodedata.normalize("NFKC", " ".join(value.split())).casefold()
+        return " ".join(fold_text(value).split())
     if isinstance(value, Mapping):
         return {key: _normalized(item) for key, item in value.items()}
     if isinstance(value, Sequence):
         return [_normalized(item) for item in value]
     return value
+
+
+def fold_text(text: str) -> str:
+    """Return a text in lower case and one Unicode form.
+
+    It does not matter whether a character is composed, of full or half width, or a quotation mark
+    or dash of another shape. Invisible characters are left out.
+    """
+    return unicodedata.normalize("NFKC", text.translate(_PLAIN)).casefold()

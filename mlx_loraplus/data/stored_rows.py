@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .prefix_digests import text_digests
+from .prefix_digests import LONGEST, text_digests
+from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .row_kinds import KINDS
 from .rows import Row
@@ -20,8 +21,7 @@ KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except in the system message on which
-    ``system_digest``, ``text_digest`` and ``prompt_text_digest`` depend.
+    The digests ignore white space and case, except in the system message of ``system_digest``.
     """
 
     line: int  # line or row number
@@ -44,7 +44,7 @@ def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, np.ndarray]:
     """Return what is stored of a row, and the digests of its beginnings, (beginnings,) uint64."""
     system = exact_digest(system_of(row))
     row_digest, prompt_digest, opening_digest = row_digests(row)
-    text = text_digests(row, system)
+    text = text_digests(row)
     stored = StoredRow(
         line=row.line,
         kind=KIND_NAMES.index(row.kind),
@@ -60,16 +60,25 @@ def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, np.ndarray]:
     return stored, text.beginnings
 
 
-def store_document(path: Path, number: int) -> StoredRow:
-    """Return what is stored of a document: it is one row, and ``number`` is its line."""
+def store_document(path: Path, number: int) -> tuple[StoredRow, np.ndarray]:
+    """Return what is stored of a document, which is one row, and the digests of its beginnings.
+
+    Args:
+        path: The document.
+        number: Its line.
+    """
+    # The beginning of the text, and all of a short one
+    text = ""
+    for piece in read_text(path):
+        text += piece
+        if len(text) > 2 * LONGEST:
+            break
+    stored, beginnings = store_row(Row("text", {"text": text}, number), thinking=False)
+    if len(text) <= 2 * LONGEST:
+        return stored, beginnings
+
+    # A long document is equal to another if its file is
     with path.open("rb") as file:
         digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
-    kind = KIND_NAMES.index("text")
-    return StoredRow(
-        line=number,
-        kind=kind,
-        thinking=False,
-        row_digest=digest,
-        prompt_digest=digest,
-        opening_digest=digest,
-    )
+    same = dict.fromkeys(("row_digest", "prompt_digest", "opening_digest"), digest)
+    return stored._replace(**same), beginnings

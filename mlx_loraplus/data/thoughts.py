@@ -161,7 +161,7 @@ def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     other = block.rest.lstrip()
     if other.startswith(block.opening):
         return other.removeprefix(block.opening).lstrip("\n") if is_open else other
-    if thoughts in block.rest:
+    if thoughts in block.rest.replace(answer_of(message).strip(), "", 1):
         return answer
 
     # Fill the block. The tags stay on separate lines if they were.

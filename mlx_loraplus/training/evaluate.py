@@ -30,6 +30,7 @@ from ..data.first_rows import check_rows
 from ..data.labeled import LabeledExamples
 from ..data.load_data import load_data, split_to_evaluate
 from ..data.model_limits import check_examples, limits_of
+from ..data.overlaps import find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.sources import SPLITS, SplitName, describe_sources
@@ -326,6 +327,7 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Evaluate the base first, because an adapter changes the model in place.
     model, tokenizer = load(config.model)
     base = _score_split(model, tokenizer, config, split)
+    _warn_of_leaks(resolve_length(config, model), tokenizer, split)
     start = _score_start(model, tokenizer, config, split)
     if start is not None:
         base = replace(start, base=base)
@@ -340,6 +342,14 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
         load_adapter(model, config.adapter_path)
     tuned = _score_split(model, tokenizer, config, split)
     Console().print(replace(tuned, base=base))
+
+
+def _warn_of_leaks(config: TrainConfig, tokenizer: TokenizerWrapper, split: SplitName) -> None:
+    """Print how many rows of a split are in another one, so that their scores are too good."""
+    data = load_data(config, tokenizer, *SPLITS, strict=False)
+    for overlap in find_overlaps(data.examples):
+        if overlap.count and overlap.split == split:
+            Console().print(f"warning: {overlap}", markup=False, highlight=False)
 
 
 def _score_start(

@@ -174,7 +174,7 @@ def test_prompts_with_many_answers_are_no_common_opening(tmp_path: Path, letters
 )  # fmt: skip
 def test_any_text_has_digests(text: str):
     row = make_row({"prompt": text, "completion": f"{text}."}, 1)
-    digests = text_digests(row, 0)
+    digests = text_digests(row)
     assert digests.beginnings.dtype == np.uint64
     assert (digests.text > 0) == (len("".join(f"{text}{text}.".split())) >= SHORTEST)
 
@@ -182,15 +182,114 @@ def test_any_text_has_digests(text: str):
 def test_memory_and_time_are_bounded_by_the_first_characters():
     word = make_row({"text": "word " * LONGEST}, 1)
     line = make_row({"text": "a line\n" * LONGEST}, 1)
-    assert (text_digests(word, 0).text, text_digests(line, 0).text) == (0, 0)
-    assert len(text_digests(word, 0).beginnings) <= 64
-    assert len(text_digests(line, 0).beginnings) <= 1024
+    longer = make_row({"text": "word " * LONGEST + "end"}, 1)
+    assert text_digests(word).text == text_digests(longer).text
+    assert len(text_digests(word).beginnings) <= 64
+    assert len(text_digests(line).beginnings) <= 1024
 
 
-def test_the_system_message_counts():
-    first, second = (
-        make_row({"system": "Be kind", "prompt": lines(1, turns), "completion": "yes"}, 1)
-        for turns in (1, 2)
-    )
-    assert text_digests(first, 7).prompt in text_digests(second, 7).beginnings
-    assert text_digests(first, 7).prompt not in text_digests(second, 8).beginnings
+def test_long_texts_that_begin_alike_belong_together(tmp_path: Path, letters: LetterTokenizer):
+    """Only the first characters and lines of a text are compared, which is enough to join them."""
+    book = "".join(f"Line {number} of the book\n" for number in range(1600))
+    cuts = [book[: book.rindex("\n", 0, size)] for size in (20_000, 30_000, 35_000)]
+    assert group(tmp_path, letters, *cuts, book, book[200:]) == [0, 0, 0, 0, 4]
+
+
+@pytest.mark.parametrize("separator", [" | ", " USER: ", " → ", " </s> ", "<u>"])
+def test_turns_on_one_line_are_found_at_their_separators(
+    tmp_path: Path, letters: LetterTokenizer, separator: str
+):
+    turns = [f"turn {number} says so" + " and more" * 30 for number in range(4)]
+    texts = [separator.join(turns[:count]) for count in (3, 4)]
+    assert group(tmp_path, letters, *texts) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "other", ["it\u2019s \u201chere\u201d \u2013 so", 'it\'s\u200b "here" -\ufeff so']
+)
+def test_quotes_dashes_and_invisible_characters_do_not_count(
+    tmp_path: Path, letters: LetterTokenizer, other: str
+):
+    rows = [
+        {"prompt": "What is the text?", "completion": text} for text in ('it\'s "here" - so', other)
+    ]
+    train, valid = (json.dumps(row) for row in rows)
+    data = load(letters(), write(tmp_path / "data", train=train, valid=valid))
+    (found,) = [overlap for overlap in find_overlaps(data.examples) if overlap.count]
+    assert str(found).startswith("1 valid row that is in train")
+
+
+def persona(number: int, turns: int) -> dict[str, Any]:
+    """Return a chat whose system message is of one of several personas, or missing."""
+    messages = [{"role": "system", "content": f"You are persona {number}."}] if number else []
+    for turn in range(turns):
+        messages.append({"role": "user", "content": f"What is the number {turn}?"})
+        messages.append({"role": "assistant", "content": f"That is {turn}."})
+    return {"messages": messages}
+
+
+def test_a_conversation_with_other_system_messages_stays_together(
+    tmp_path: Path, letters: LetterTokenizer
+):
+    """But a question that many system messages share, such as "Summarize the article", is common."""
+    tokenizer = letters("chatml", **CHATML)
+    for count in (MOST_BRANCHES, 2 * MOST_BRANCHES + 4):
+        rows = [persona(number, 1 + number % 2) for number in range(count)]
+        folder = write(tmp_path / str(count), train="\n".join(map(json.dumps, rows)))
+        (found,) = find_conversations(load(tokenizer, folder).examples["train"].shards)
+        assert len(set(found.tolist())) == (1 if count == MOST_BRANCHES else count)
+
+
+@pytest.mark.parametrize("on_long", ["truncate", "split"])
+def test_rows_that_are_equal_once_they_are_cut_belong_together(
+    tmp_path: Path, letters: LetterTokenizer, on_long: str
+):
+    """They differ only after the maximum length, so the same example would be on both sides."""
+    texts = [f"{number} " * 20 + end for number in range(8) for end in ("one", "other")]
+    rows = [json.dumps({"text": text}) for text in texts]
+    options: dict[str, Any] = {"max_seq_length": 32, "on_long": on_long}
+    split = load(
+        letters(), write(tmp_path / "data", train="\n".join(rows)), valid_split=0.5, **options
+    ).examples
+    sides = [{split[name][i].tokens.tobytes() for i in split[name].first_of_rows()}
+             for name in ("train", "valid")]  # fmt: skip
+    assert (len(sides[0]), len(sides[1]), sides[0] & sides[1]) == (4, 4, set())
+
+    folder = write(tmp_path / "files", train=rows[0], valid=f"{rows[1]}\n{rows[2]}")
+    overlaps = find_overlaps(load(letters(), folder, **options).examples)
+    assert [str(overlap) for overlap in overlaps if overlap.count] == [
+        "1 valid row whose conversation or text begins like one in train"
+        " (valid.jsonl:1 = train.jsonl:1)"
+    ]
+
+
+def documents(folder: Path, **texts: str) -> Path:
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+def test_a_document_and_its_copy_or_continuation_are_on_one_side(
+    tmp_path: Path, letters: LetterTokenizer
+):
+    texts = [lines(number, 40) for number in range(3)]
+    for name, other in (("copy", texts[0]), ("longer", texts[0] + texts[1])):
+        folder = documents(tmp_path / name, a=texts[0], b=other, c=texts[2])
+        data = load(letters(), folder, valid_split=None, max_seq_length=64)
+        valid = data.examples["valid"]
+        assert {valid.place(index) for index in range(len(valid))} == {"3 documents:3"}
+        assert not [str(each) for each in find_overlaps(data.examples) if each.leak and each.count]
+
+
+def test_documents_of_given_files_are_compared(tmp_path: Path, letters: LetterTokenizer):
+    text = lines(1, 40)
+    for name, valid, kind in (
+        ("same", text, "row that is in train"),
+        ("begun", lines(1, 10), "row whose conversation or text begins like one in train"),
+        ("other", lines(2, 10), ""),
+    ):
+        folder = documents(tmp_path / name, train=text, valid=valid)
+        found = find_overlaps(load(letters(), folder, max_seq_length=64).examples)
+        expected = [f"1 valid {kind} (valid.txt:1 = train.txt:1)"] if kind else []
+        assert [str(overlap) for overlap in found if overlap.count] == expected

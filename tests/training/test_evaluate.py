@@ -165,5 +165,6 @@ def test_the_command_compares_an_adapter_with_its_base(
         "token accuracy",
         "exact answers",
         "of 2",
+        "warning: 2 test rows that are in train (test.jsonl:1 = train.jsonl:1,",
     ):
         assert word in said

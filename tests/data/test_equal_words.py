@@ -1,0 +1,38 @@
+"""Chats in which thoughts, answers and questions are the same word."""
+
+import pytest
+
+from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.tokenize import encode
+from tests.data.conftest import LetterTokenizer
+from tests.data.test_template_kinds import TEMPLATES, bot, user
+
+EQUAL_WORDS = TEMPLATES | {
+    # Tags around the answer, which follow an empty block of thoughts (Hunyuan)
+    "answer_tags": {"ends": "<|eos|>", "special": "<|startoftext|> <|extra_0|> <|extra_4|>"},
+}
+
+
+@pytest.mark.parametrize("template", EQUAL_WORDS)
+def test_equal_words_do_not_change_how_a_row_is_written(letters: LetterTokenizer, template: str):
+    """A chat whose thoughts, answers and questions are one word is written like any other."""
+    tokenizer = letters(template, **EQUAL_WORDS[template])
+    words = ("zork", "frobozz", "xyzzy", "grue", "gnusto", "quux")
+    texts: list[list[str]] = []
+    for asked, thought, answer, then, thought_then, last in (words, ["xyzzy"] * 6):
+        chat = [
+            user(asked), bot(answer, reasoning_content=thought),
+            user(then), bot(last, reasoning_content=thought_then),
+        ]  # fmt: skip
+        (encoded,) = encode([make_row({"messages": chat}, 1)], tokenizer)
+        assert encoded.problem is None
+        texts.append(
+            [
+                tokenizer.decode(tokens)
+                for example in encoded.examples
+                for tokens in (example.tokens, example.tokens[example.supervised])
+            ]
+        )
+    for word in words:
+        texts[0] = [text.replace(word, "xyzzy") for text in texts[0]]
+    assert texts[0] == texts[1]
