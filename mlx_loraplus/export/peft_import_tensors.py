@@ -92,8 +92,9 @@ class PEFTConfig(pydantic.BaseModel):
         if rank != (self.r if stated is None else stated):
             setting = f"r {self.r}" if stated is None else f"rank_pattern {stated}"
             raise AdapterError(
-                f"the adapter's {name[:200]} is stored with rank {rank}, but adapter_config.json has"
-                f" {setting} for it, so its scale is not known: correct the config, or save the adapter again"
+                f"the adapter's {name[:200]} is stored with rank {rank}, but adapter_config.json"
+                f" has {setting} for it, so its scale is not known: correct the config, or save the"
+                " adapter again"
             )
         alpha = _first_match("alpha_pattern", self.alpha_pattern, name)
         return self._scale(self.lora_alpha if alpha is None else alpha, rank)
