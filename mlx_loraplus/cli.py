@@ -209,8 +209,8 @@ def plan(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.plan", TrainConfig, words, PlanSwitches) as (config, switches):
         from rich.console import Console
 
+        from .files.page_path import check_save_path
         from .memory.plan_view import plan_run
-        from .pages.save_path import check_save_path
 
         if switches.save_path is not None:
             check_save_path(switches.save_path, overwrite=config.overwrite)
@@ -227,7 +227,7 @@ def compare(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.compare", CompareConfig, arguments) as (config, _):
         from rich.console import Console
 
-        from .pages.save_path import check_save_path
+        from .files.page_path import check_save_path
         from .runs.compare import SAVED_AS, compare_runs
 
         if config.save_path is not None:

@@ -67,7 +67,7 @@ def test_a_place_that_can_not_be_written_is_told(tmp_path: Path):
         replacing_folder(tmp_path / "file" / "folder"),
     ):
         pass
-    with pytest.raises(OutputError, match="can't write"), locked(tmp_path / "file"):
+    with pytest.raises(OutputError, match="can't be written"), locked(tmp_path / "file"):
         pass
 
 

@@ -8,11 +8,12 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..config import AdapterConfig
-from ..errors import AdapterError, ConfigError, counted
+from ..errors import AdapterError, ConfigError, ModelError, counted
+from ..models.damaged_weights import describe_damage
 from ..settings import checked
 from . import dora, lora, vera
 from .base_layers import EMBEDDINGS, QUANTIZED, SHARDED, base_shape
-from .excluded_layers import find_unusable
+from .excluded_layers import find_unusable, has_no_effect
 from .full import check_full, unfreeze_weights
 from .init import initialize
 from .lora import Adapter, LoRA, Projections
@@ -66,7 +67,16 @@ def attach_adapters(
         unusable = find_unusable(model)
 
     # Find all problems before the model changes.
-    targets, trained, skipped = check_targets(model, config, unusable, original)
+    try:
+        targets, trained, skipped = check_targets(model, config, unusable, original)
+    except ConfigError as problem:
+        if not has_no_effect(model, unusable):
+            raise
+        kind = getattr(model, "model_type", type(model).__name__)
+        raise ModelError(
+            f"the layers of this {kind} model have no effect on its logits:"
+            f" {describe_damage(model)}"
+        ) from problem
 
     # Make the adapters one by one, so that only one full weight is in memory at a time.
     assert config.rank is not None

@@ -13,9 +13,10 @@ from ..models.prompt_format import PromptFormat
 from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, packed_layer
 from .lora import Adapter, LoRA, Projections
-from .stored_files import StoredConfig, recorded_model
+from .stored_files import StoredConfig, check_floating, recorded_model
 from .stored_tensors import (
     MISSING,
+    PACKED,
     find_misfits,
     find_too_small,
     fingerprint_base,
@@ -69,6 +70,9 @@ def attach_saved(
     trained = _trainable_in_full(modules, config.train_modules, adapters)
     shapes = {name: array.shape for name, array in arrays_by_path(trained).items()}
     problems += find_misfits("", learned, shapes)
+    for path in config.lora_parameters.keys or ():
+        if path in modules and path not in layers:
+            problems.append(f"{path}, which lora_parameters.keys names, {MISSING}")
     if problems and all(problem.endswith(MISSING) for problem in problems):
         raise AdapterError(f"{source} is incomplete: {join_problems(problems, most=1)}")
     if problems:
@@ -76,7 +80,7 @@ def attach_saved(
             f"{source} belongs to another model{_own_model(source)}:"
             f" {join_problems(problems, most=1)}"
         )
-    _check_finite(source, {**weights, **learned})
+    _check_numbers(source, {**weights, **learned})
 
     # The weights may differ although all shapes match.
     here = fingerprint_base([modules[path] for path in adapters])
@@ -95,9 +99,11 @@ def attach_saved(
     return model
 
 
-def _check_finite(source: Path, arrays: Mapping[str, mx.array]) -> None:
-    """Raise ``AdapterError`` if an array holds NaN or infinite numbers."""
+def _check_numbers(source: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Raise ``AdapterError`` if an array holds NaN or infinite numbers, or whole numbers."""
     for name, array in arrays.items():
+        if not name.endswith(PACKED):
+            check_floating(source, name, array)
         if not mx.isfinite(array).all().item():
             raise AdapterError(
                 f"{source} is damaged: {name} holds numbers that are not finite; use an earlier"

@@ -205,6 +205,17 @@ def find_unusable(model: nn.Module) -> dict[str, str]:
     return _reasons(model, probed, gradients)
 
 
+def has_no_effect(model: nn.Module, unusable: Mapping[str, str]) -> bool:
+    """Return whether no linear layer has an effect on the logits, as in a damaged model.
+
+    Args:
+        model: The model.
+        unusable: What ``find_unusable`` returned for it.
+    """
+    layers = _linear_layers(model)
+    return bool(layers) and all(unusable.get(path) == UNUSED for path in layers)
+
+
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Return path → layer for the layers inside the blocks that can have an adapter."""
     inside = {id(module) for block in blocks_of(model) for module in block.modules()}

@@ -29,19 +29,24 @@ UNKNOWN_MODEL = "model loaded elsewhere"  # how a run describes a model without 
 DEFAULT_MODEL = "gemma-3"
 """The model of commands that are given neither a model nor an adapter."""
 
+_TYPES = {"F32", "F16", "BF16", "BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
+"""The types of numbers in safetensors that MLX reads as they are."""
+
 _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 
 
 class LoRAParameters(pydantic.BaseModel):
     """``lora_parameters`` in ``adapter_config.json``.
 
-    mlx-lm's other keys are ignored, because the names and shapes of the tensors give the same
-    information.
+    The names and shapes of the tensors say which modules are adapted, and at which rank. ``keys``
+    only shows whether a module's tensors are missing: mlx-lm writes the ends of names, which may
+    match nothing, and this package writes whole paths.
     """
 
     rank: Annotated[int, Field(ge=1)] = 1
     scale: Annotated[float, Field(allow_inf_nan=False)]
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    keys: list[str] | None = None
 
 
 class BaseQuantization(pydantic.BaseModel):
@@ -163,14 +168,36 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 
     # safe_open checks every shape, type and offset in the header against the file; MLX does not.
     try:
-        with safe_open(path, "numpy"):
-            pass
+        with safe_open(path, "numpy") as opened:
+            names = list(opened.keys())
+            for name in names:
+                _check_type(path, name, opened.get_slice(name).get_dtype())
         weights: Any = mx.load(str(path))
         mx.eval(weights)
+    except AdapterError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         details = " ".join(str(error).split())[:200]
         raise AdapterError(f"{path} is broken or cut off: {details}") from None
     return weights
+
+
+def _check_type(path: Path, name: str, dtype: str) -> None:
+    """Raise ``AdapterError`` if MLX has no numbers of the type that a tensor is stored in."""
+    if dtype not in _TYPES:
+        raise AdapterError(
+            f"{path}: {name[:200]} is stored in the type {dtype}, which MLX can't read; store it in"
+            " float32, float16 or bfloat16"
+        )
+
+
+def check_floating(path: Path, name: str, array: mx.array) -> None:
+    """Raise ``AdapterError`` if a tensor of an adapter holds whole numbers."""
+    if not mx.issubdtype(array.dtype, mx.floating):
+        raise AdapterError(
+            f"{path}: {name[:200]} holds {str(array.dtype).removeprefix('mlx.core.')} numbers,"
+            " which are no weights of an adapter; store it in float32, float16 or bfloat16"
+        )
 
 
 class _NamedModel(pydantic.BaseModel):

@@ -18,6 +18,10 @@ PROJECTIONS = ("projection_a", "projection_b")
 """Names of the projections that all layers share."""
 
 
+PACKED = (".linear.weight", ".embedding.weight", ".linear.scales", ".embedding.scales")
+"""The ends of the names of a base's packed arrays that are stored with its adapter."""
+
+
 def group_tensors(
     weights: Mapping[str, mx.array], config: StoredConfig, file: Path
 ) -> tuple[dict[str, dict[str, mx.array]], Projections | None]:
@@ -79,7 +83,7 @@ def _stored_projections(weights: Mapping[str, mx.array], kind: str, file: Path) 
 def _has_rank(arrays: Mapping[str, mx.array], start_rank: int | None) -> bool:
     """Return whether A exists, and has a rank that matches a start of ``start_rank``."""
     a = arrays.get("lora_a")
-    if a is None or a.ndim not in (2, 3):
+    if a is None or a.ndim not in (2, 3) or not a.size:
         return False
     return start_rank is None or a.shape[1] == 2 * start_rank
 

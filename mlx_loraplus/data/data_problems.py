@@ -1,6 +1,5 @@
 """The reasons why data can't be trained on: bad rows, long rows, or no rows."""
 
-import re
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
@@ -10,9 +9,6 @@ from .dataset import Examples
 from .fields_advice import ADVICE
 from .sources import SplitName, describe_sources
 from .split_report import SplitReport
-
-# A row's fields are missing, or it has none: "no 'answer' (it has …)", "not JSON", "not an object"
-_ABOUT_FIELDS = re.compile(r": (no '|no known field|not JSON|[^:;]*, not an object)")
 
 
 def find_problems(
@@ -37,7 +33,8 @@ def find_problems(
     if bad and settings.on_bad == "error":
         bad_rows = chain(*(report.bad_rows for report in reports.values()))
         are_all = not any(len(found) for found in examples.values())
-        problems.append(describe_bad_rows(bad_rows, bad, needed, are_all=are_all))
+        lacking = needed if any(report.lacks_fields for report in reports.values()) else ""
+        problems.append(describe_bad_rows(bad_rows, bad, lacking, are_all=are_all))
 
     # Long rows
     long = sum(report.long for report in reports.values())
@@ -90,10 +87,16 @@ def group_problems(problems: Iterable[str]) -> list[str]:
 
 
 def describe_bad_rows(problems: Iterable[str], count: int, needed: str, *, are_all: bool) -> str:
-    """Return a message about ``count`` bad rows; ``problems`` describes the first of them."""
+    """Return a message about bad rows.
+
+    Args:
+        problems: The problems of the first of them.
+        count: The number of bad rows.
+        needed: The fields that a row needs if some row lacks one, or an empty string.
+        are_all: Whether all rows are bad.
+    """
     number = f"{count:,} bad rows: " if count > 1 else ""
     found = join_problems(group_problems(problems))
-    # The fields help if some row lacks one; the chat template's refusal says itself what to do.
-    fields = f"; a row needs {needed}" if _ABOUT_FIELDS.search(found) else ""
+    fields = f"; a row needs {needed}" if needed else ""
     skip = "" if are_all else "; --on-bad drop skips bad rows"
     return f"{number}{found}{fields}{skip}"

@@ -28,6 +28,7 @@ from ..errors import DataError, counted
 from ..files import cached_folder, remove_unused
 from .document_tokens import encode_document
 from .encoding_settings import EncodingSettings, cache_key
+from .messages import BadRowError
 from .readers import read_text
 from .row_digests import exact_digest, system_of
 from .row_notes import notes_on
@@ -325,7 +326,8 @@ def _row_chunks(
             examples = [example for example in encoded.examples if example.supervised.any()]
             answers = 1 if row.rejected is None else 2
             if len(examples) < answers:
-                problems.add_problem(row.line, encoded.problem or "no token to train on")
+                problem = BadRowError(encoded.problem or "no token to train on")
+                problems.add_problem(row.line, problem)
                 continue
 
             chunk.add(row, examples, thinking=encoded.thinking)

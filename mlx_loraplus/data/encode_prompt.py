@@ -44,6 +44,14 @@ def encode_prompt(
     bos = leading_bos(tokenizer)
     system, messages = _chat_before_answer(prompt, earlier, form)
 
+    # Without a format around it, an empty prompt leaves BOS, after which a model can begin a text.
+    has_format = chat and (tokenizer.has_chat_template or form.write_raw("", system).strip())
+    if has_format and not prompt.strip():
+        raise DataError(
+            "the prompt is empty; give at least one word with --prompt, or use --no-chat, with"
+            " which a model begins a text"
+        )
+
     # A chat template writes BOS itself.
     if not chat:
         text = prompt
@@ -64,7 +72,7 @@ def encode_prompt(
     if ids[:1] != bos:
         ids = bos + ids
     if not ids:
-        raise DataError("the prompt is empty; give at least one word")
+        raise DataError("the prompt is empty; give at least one word with --prompt")
     return ids
 
 

@@ -11,7 +11,7 @@ from string import Formatter
 from typing import Any
 
 from ..errors import nearest
-from .messages import BadRowError, is_missing, type_name
+from .messages import BadRowError, MissingFieldsError, is_missing, type_name
 
 Part = tuple[str, str | None]
 """Text, and the column that follows it; None at the end of the template."""
@@ -68,24 +68,27 @@ def read_columns(
     values = {column: value for column, value in row.items() if not is_missing(value)}
     in_templates = template_columns(names)
     if in_templates:
-        values = fill_templates(values, names)
+        values = fill_templates(row, values, names)
     return values, in_templates
 
 
-def fill_templates(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return a row with one more column for each template, which has the template as its name.
+def fill_templates(
+    row: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Return a row's values with one more column for each template, named like the template.
 
-    A row that has none of the columns that ``names`` uses is returned unchanged.
+    The values of a row that has none of the columns that ``names`` uses are returned unchanged.
 
     Args:
-        row: The row's columns, without missing values.
+        row: The row as it was read.
+        values: The row's columns, without missing values.
         names: The column or template of each field.
 
     Raises:
         BadRowError: The row lacks a column of a template, or the column holds no text or number.
     """
-    filled = dict(row)
-    if (template_columns(names) | set(names.values())).isdisjoint(row):
+    filled = dict(values)
+    if (template_columns(names) | set(names.values())).isdisjoint(values):
         return filled
 
     for field, template in names.items():
@@ -103,10 +106,12 @@ def _fill(field: str, parts: Sequence[Part], row: Mapping[str, Any]) -> str:
             continue
 
         if column not in row:
-            raise BadRowError(
+            raise MissingFieldsError(
                 f"no {column!r:.40}, which the template of {field} uses{nearest(column, row)}"
             )
         value = row[column]
+        if is_missing(value):
+            raise BadRowError(f"{column!r:.40} is null, and the template of {field} needs text")
         if not isinstance(value, str | int | float):
             raise BadRowError(
                 f"{column!r:.40} holds {type_name(value)}, and the template of {field} needs text"

@@ -34,7 +34,7 @@ def check_rows(config: TrainConfig) -> None:
 
     bad = rows = 0
     places: list[str] = []
-    can_train = False
+    can_train = lacks_fields = False
     for source in sources:
         for split, tables in source.items():
             for table in tables:
@@ -45,6 +45,7 @@ def check_rows(config: TrainConfig) -> None:
                 rows += found
                 bad += problems.bad
                 places += problems.places(table.name)
+                lacks_fields |= problems.lacks_fields
                 if split == "train":
                     can_train |= bool(found or problems.bad or table.documents)
 
@@ -53,4 +54,5 @@ def check_rows(config: TrainConfig) -> None:
             f"{describe_sources(config.data.data)}: no training rows; a row needs {needed}"
         )
     if bad and config.data.on_bad == "error":
-        raise DataError(describe_bad_rows(places, bad, needed, are_all=not rows))
+        lacking = needed if lacks_fields else ""
+        raise DataError(describe_bad_rows(places, bad, lacking, are_all=not rows))

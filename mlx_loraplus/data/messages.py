@@ -85,6 +85,10 @@ class BadRowError(DataError):
     """A row that can't be used. The message gives the reason; the caller adds the location."""
 
 
+class MissingFieldsError(BadRowError):
+    """A row that lacks fields, or that can't have any, because it is no JSON object."""
+
+
 @dataclass(frozen=True)
 class Chat:
     """Messages in OpenAI's form."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from .field_templates import read_columns
 from .ineffective_columns import check_switches
-from .messages import BadRowError, type_name
-from .row_kinds import find_kind
+from .messages import BadRowError, MissingFieldsError, type_name
+from .row_kinds import describe_columns, describe_nulls, find_kind
 from .rows import Row, make_row
 
 _PROMPT_FIELDS = ("prompt", "system", "system_prompt", "tools")
@@ -43,7 +43,7 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
         BadRowError: A needed field is missing, or a column excludes the row from training.
     """
     if not isinstance(row, dict):
-        raise BadRowError(f"{type_name(row)}, not an object with {' and '.join(needed)}")
+        raise MissingFieldsError(f"{type_name(row)}, not an object with {' and '.join(needed)}")
     values, in_templates = read_columns(row, names)
 
     # Find the column of each field.
@@ -52,7 +52,8 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
     columns = {field: field for field in known if field in values} | named
     missing = [field for field in needed if field not in columns]
     if missing:
-        raise BadRowError(_explain(values, missing, names))
+        nulls = [column for column in row if column not in values]
+        raise MissingFieldsError(_explain(values, missing, names, nulls))
 
     fields = {field: values[column] for field, column in columns.items() if field in known}
     used = {*columns.values(), *in_templates}
@@ -79,10 +80,24 @@ def make_answer(fields: Mapping[str, Any], name: str, line: int) -> Row:
         raise BadRowError(str(problem).replace("'completion'", repr(name))) from None
 
 
-def _explain(values: Mapping[str, Any], missing: Sequence[str], names: Mapping[str, str]) -> str:
-    """Return which fields a row lacks, and which objective it suits."""
-    found = ", ".join(f"{column!r:.40}" for column in list(values)[:6]) or "none"
-    problem = f"no {' and no '.join(map(repr, missing))} (it has {found})"
+def _explain(
+    values: Mapping[str, Any],
+    missing: Sequence[str],
+    names: Mapping[str, str],
+    nulls: Sequence[str],
+) -> str:
+    """Return which fields a row lacks, and which objective it suits.
+
+    Args:
+        values: The row's columns, without missing values.
+        missing: The fields that it lacks.
+        names: The column or template of each field that ``--fields`` names.
+        nulls: The row's columns without a value.
+    """
+    columns = [names.get(field, field) for field in missing]
+    problem = f"no {' and no '.join(map(repr, missing))} {describe_columns(values, nulls)}"
+    if set(columns) <= set(nulls):
+        problem = describe_nulls(columns, values)
 
     # Rows of another objective.
     if {"chosen", "rejected"} <= values.keys():

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, counted
-from .messages import BadRowError, is_chat
+from .messages import BadRowError, MissingFieldsError, is_chat
 from .row_problems import explain_line
 
 # Maximum number of bytes in a row, so that a file without line ends does not fill the memory
@@ -375,7 +375,8 @@ def _repeated_key(repeated_keys: list[str]) -> BadRowError:
 
 
 def _unreadable_rest(form: str, reason: str) -> BadRowError:
-    return BadRowError(f"not {form} ({reason}); nothing after it can be read")
+    kind = MissingFieldsError if form == "JSON" else BadRowError
+    return kind(f"not {form} ({reason}); nothing after it can be read")
 
 
 def _parse(line: bytes) -> Any:
@@ -388,8 +389,8 @@ def _parse(line: bytes) -> Any:
         byte, column = error.object[error.start], error.start + 1
         return BadRowError(f"not UTF-8 (byte {byte:#04x} at column {column})")
     except RecursionError:
-        return BadRowError("not JSON (nested too deep)")
+        return MissingFieldsError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:
-        return BadRowError(explain_line(line, error))
+        return explain_line(line, error)
     except ValueError:
-        return BadRowError(f"not JSON ({_MANY_DIGITS})")
+        return MissingFieldsError(f"not JSON ({_MANY_DIGITS})")

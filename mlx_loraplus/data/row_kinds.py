@@ -6,7 +6,7 @@ the column names of public data sets in ``OTHER_NAMES`` are tried, such as those
 Other column names need ``--fields``; the error message suggests a value for it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..errors import nearest
 from .field_templates import is_template, template_columns
 from .fields_advice import advise
-from .messages import BadRowError, is_chat
+from .messages import BadRowError, MissingFieldsError, is_chat
 
 Kind = Literal[
     "chat",
@@ -74,13 +74,16 @@ class FieldColumns:
     named: bool  # whether the row has a column that --fields names
 
 
-def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
+def find_kind(
+    row: Mapping[str, Any], names: Mapping[str, str], nulls: Collection[str] = ()
+) -> FieldColumns:
     """Find a row's kind and the column of each of its fields.
 
     Args:
         row: The row's columns, without missing values.
         names: The column of each field that ``--fields`` names. If a row has none of these columns,
             ``--fields`` is ignored for this row.
+        nulls: The row's columns without a value, for the message.
 
     Raises:
         BadRowError: The row is of no known kind, or of several kinds.
@@ -110,7 +113,7 @@ def find_kind(row: Mapping[str, Any], names: Mapping[str, str]) -> FieldColumns:
     other = None if most else _find_other_names(row)
     if other is not None:
         return FieldColumns(other.kind, columns | _present(other.columns, row), named)
-    raise BadRowError(_explain(row, columns, names))
+    raise MissingFieldsError(_explain(row, columns, names, nulls))
 
 
 def _present(names: Mapping[str, str], row: Mapping[str, Any]) -> dict[str, str]:
@@ -182,13 +185,35 @@ def _is_string(value: object) -> bool:
 # --- rows of no kind ----------------------------------------------------------------------------
 
 
-def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[str, str]) -> str:
+def describe_columns(columns: Iterable[str], nulls: Collection[str]) -> str:
+    """Return the names of a row's columns in parentheses, with those that are null apart."""
+    own = [column for column in columns if not is_template(column)]
+    found = ", ".join(f"{column!r:.40}" for column in own[:_SHOWN_COLUMNS])
+    if not nulls:
+        return f"(it has {found or 'none'})"
+    empty = ", ".join(f"{column!r:.40}" for column in list(nulls)[:_SHOWN_COLUMNS])
+    verb = "is" if len(nulls) == 1 else "are"
+    return f"(it has {found or 'no other column'}; {empty} {verb} null)"
+
+
+def describe_nulls(fields: Sequence[str], columns: Iterable[str]) -> str:
+    """Return the problem of a row whose columns of needed fields are null."""
+    names = " and ".join(f"{name!r:.40}" for name in fields)
+    verb = "is" if len(fields) == 1 else "are"
+    others = [column for column in columns if not is_template(column)]
+    found = describe_columns(others, ()) if others else "(it has no other column)"
+    return f"{names} {verb} null {found}"
+
+
+def _explain(
+    row: Mapping[str, Any],
+    columns: Mapping[str, str],
+    names: Mapping[str, str],
+    nulls: Collection[str],
+) -> str:
     """Return why a row is of no known kind, and what to do about it."""
-    # Describe the columns of the row.
     chosen = _present(names, row)
-    own = [column for column in row if not is_template(column)]
-    shown = [f"{column!r:.40}" for column in own[:_SHOWN_COLUMNS]]
-    found = f"(it has {', '.join(shown) or 'none'})"
+    found = describe_columns(row, nulls)
     misspelled = "" if chosen else _suggest_misspelled(row, names)
 
     # Assume that the first kind with a field in the row is the intended one. Kinds with fields that
@@ -199,6 +224,11 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
         if len(missing) == len(needed):
             continue
 
+        # The column may be there, but hold no value.
+        empty = [names.get(field, field) for field in missing]
+        if set(empty) <= set(nulls):
+            return describe_nulls(empty, row)
+
         # The user may have misspelled one of several columns.
         field = missing[0]
         if chosen and field in names:
@@ -208,6 +238,10 @@ def _explain(row: Mapping[str, Any], columns: Mapping[str, str], names: Mapping[
         partial = {name: columns.get(name, "") for name in needed}
         return f"no {field!r:.40} {found}{misspelled or advise(row, partial)}"
 
+    for needed in KINDS.values():
+        empty = [names.get(field, field) for field in needed]
+        if set(empty) <= set(nulls):
+            return describe_nulls(empty, row)
     return f"no known field {found}{misspelled or advise(row)}"
 
 

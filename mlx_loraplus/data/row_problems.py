@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 
 from ..files import LFS_ADVICE, is_lfs_pointer
+from .messages import BadRowError, MissingFieldsError
 
 MOST_KEPT = 100
 """Maximum number of problems, and of different notes, that are kept for each table."""
@@ -16,14 +17,16 @@ class RowProblems:
     bad: int = 0  # number of bad rows
     # line and problem of each of the first bad rows
     problems: list[tuple[int, str]] = field(default_factory=list)
+    lacks_fields: bool = False  # whether one of these rows lacks fields
     # for each note, the number of rows that have it, and the line of the first one
     notes: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    def add_problem(self, line: int, problem: str) -> None:
+    def add_problem(self, line: int, problem: BadRowError) -> None:
         """Count a bad row, and keep its problem if it is one of the first ``MOST_KEPT``."""
         self.bad += 1
         if len(self.problems) < MOST_KEPT:
-            self.problems.append((line, problem))
+            self.problems.append((line, str(problem)))
+            self.lacks_fields |= isinstance(problem, MissingFieldsError)
 
     def places(self, name: str) -> list[str]:
         """Return the first problems, each with its line in the file ``name``."""
@@ -36,17 +39,18 @@ class RowProblems:
             self.notes[note] = (count + 1, first)
 
 
-def explain_line(line: bytes, error: json.JSONDecodeError) -> str:
+def explain_line(line: bytes, error: json.JSONDecodeError) -> BadRowError:
     """Return why a line is not JSON, and what to do in the likely cases."""
     if is_lfs_pointer(line):
-        return f"the file is {LFS_ADVICE}"
+        return BadRowError(f"the file is {LFS_ADVICE}")
+
+    details = f"({error.msg} at column {error.colno})"
     if line.strip().startswith(b"[{"):
-        return (
-            f"not JSON ({error.msg} at column {error.colno}): if the file is one JSON array, name"
-            " it .json; otherwise write each row on one line"
+        details += (
+            ": if the file is one JSON array, name it .json; otherwise write each row on one line"
         )
-    if line.strip() == b"{":
-        return "not JSON (a row over several lines): write each row on one line"
-    if line.strip().endswith(b"},"):
-        return "not JSON (a comma after the row): remove the commas between rows"
-    return f"not JSON ({error.msg} at column {error.colno})"
+    elif line.strip() == b"{":
+        details = "(a row over several lines): write each row on one line"
+    elif line.strip().endswith(b"},"):
+        details = "(a comma after the row): remove the commas between rows"
+    return MissingFieldsError(f"not JSON {details}")

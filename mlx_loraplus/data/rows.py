@@ -25,7 +25,7 @@ from typing import Any
 from .field_templates import read_columns
 from .find_chat import chat_fields, find_chat
 from .ineffective_columns import check_switches
-from .messages import BadRowError, check_type, is_chat, type_name
+from .messages import BadRowError, MissingFieldsError, check_type, is_chat, type_name
 from .row_kinds import EXTRAS, KINDS, Kind, find_kind
 from .row_problems import RowProblems
 
@@ -73,7 +73,7 @@ def make_rows(
                 raise row
             yield make(row, line, names)
         except BadRowError as problem:
-            row_problems.add_problem(line, str(problem))
+            row_problems.add_problem(line, problem)
 
 
 def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> Row:
@@ -93,12 +93,12 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     if is_chat(row):
         row = {"messages": row}
     if not isinstance(row, dict):
-        raise BadRowError(f"{type_name(row)}, not an object")
+        raise MissingFieldsError(f"{type_name(row)}, not an object")
 
     # Find the row's kind and its fields, from the columns that are not null.
     names = names or {}
     values, in_templates = read_columns(row, names)
-    found = find_kind(values, names)
+    found = find_kind(values, names, nulls=[column for column in row if column not in values])
     kind = found.kind
     fields = {name: values[column] for name, column in found.columns.items()}
     if kind == "completion" and not found.named:

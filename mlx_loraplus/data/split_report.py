@@ -27,6 +27,7 @@ class SplitReport:
         kinds: Rows of each kind.
         bad: Rows that could not be used.
         bad_rows: Locations and problems of the first bad rows.
+        lacks_fields: Whether one of these rows lacks fields.
         long: Rows longer than the maximum, including those that are dropped.
         long_rows: Locations and lengths of the first long rows.
         cut_rows: Rows that are truncated.
@@ -46,6 +47,7 @@ class SplitReport:
     kinds: dict[str, int] = field(default_factory=dict)
     bad: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    lacks_fields: bool = False
     long: int = 0
     long_rows: list[str] = field(default_factory=list)
     cut_rows: int = 0
@@ -111,6 +113,7 @@ class SplitReport:
         problems = shard.problems
         self.bad += problems.bad
         self.bad_rows += problems.places(shard.name)
+        self.lacks_fields |= problems.lacks_fields
         for note, (count, line) in problems.notes.items():
             self.notes.append(f"{note} ({counted(count, 'row')}, for example {shard.name}:{line})")
 

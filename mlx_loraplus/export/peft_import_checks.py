@@ -99,11 +99,13 @@ def check_peft_base(
             )
 
     # PEFT stores a copy of embeddings and heads below an adapter, which training may have changed.
-    for name, copy in found.copies.items():
-        weight = getattr(modules.get(prefix + name), "weight", None)
-        if weight is None or weight.shape != copy.shape:
+    for (name, leaf), copy in found.copies.items():
+        module = modules.get(prefix + name)
+        base = getattr(module, leaf, None)
+        is_lost = base is None and module is not None and leaf != "weight"
+        if not is_lost and (base is None or base.shape != copy.shape):
             continue  # it is quantized, tied, or refused later
-        difference = mx.abs(weight - copy).max()
+        difference = mx.abs(copy - (0.0 if base is None else base)).max()
         if (difference > _ROUNDING * mx.abs(copy).max()).item():
             raise AdapterError(
                 f"{folder} was trained with another {name} than this model's, and holds a copy"

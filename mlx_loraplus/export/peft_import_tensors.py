@@ -17,6 +17,7 @@ import pydantic
 from pydantic import Field
 
 from ..adapters.base_layers import EXPERTS, base_shape
+from ..adapters.stored_files import check_floating
 from ..errors import AdapterError
 from .transformers_names import EXPERT_NAMES, alternates_gate_and_up
 
@@ -34,12 +35,12 @@ LEAVES = {
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
 _BLOCK_OF = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts")
 _STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
-_COPY = ".base_layer.weight"  # the end of a copy's name
+_COPY = ".base_layer."  # in the name of a copy, before that of its array
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
 
-# Limits for the keys of alpha_pattern, because some patterns need exponential time to match.
+# Limits for the keys of patterns, because some patterns need exponential time to match.
 _LONGEST_PATTERN = 200
 _NESTED_REPEAT = re.compile(r"[+*}]\)[+*{]")
 
@@ -55,6 +56,7 @@ class PEFTConfig(pydantic.BaseModel):
     use_dora: bool = False
     modules_to_save: list[str] | None = None
     alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    rank_pattern: dict[str, int] | None = None
     init_lora_weights: bool | str | None = True
     bias: Literal["none"] = "none"
     fan_in_fan_out: Literal[False] = False
@@ -83,31 +85,40 @@ class PEFTConfig(pydantic.BaseModel):
             rank: The module's rank.
 
         Raises:
-            AdapterError: A key of ``alpha_pattern`` is not a regular expression, or may take very
-                long to match.
+            AdapterError: The config gives the module another rank, so its scale is not known; or a
+                key of a pattern is not a regular expression, or may take very long to match.
         """
-        for pattern, alpha in (self.alpha_pattern or {}).items():
-            if _matches(pattern, name):
-                return self._scale(alpha, rank)
-        return self._scale(self.lora_alpha, rank)
+        stated = _first_match("rank_pattern", self.rank_pattern, name)
+        if rank != (self.r if stated is None else stated):
+            setting = f"r {self.r}" if stated is None else f"rank_pattern {stated}"
+            raise AdapterError(
+                f"the adapter's {name[:200]} is stored with rank {rank}, but adapter_config.json"
+                f" has {setting} for it, so its scale is not known: correct the config, or save the"
+                " adapter again"
+            )
+        alpha = _first_match("alpha_pattern", self.alpha_pattern, name)
+        return self._scale(self.lora_alpha if alpha is None else alpha, rank)
 
     def _scale(self, alpha: float, rank: int) -> float:
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def _matches(pattern: str, name: str) -> bool:
-    """Return whether a key of ``alpha_pattern`` applies to a module, as PEFT's get_pattern_key."""
-    if len(pattern) > _LONGEST_PATTERN or _NESTED_REPEAT.search(pattern):
-        raise AdapterError(
-            f"the alpha_pattern {pattern[:80]!r} may take very long to match: shorten it, and nest"
-            " no repetitions"
-        )
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", name) is not None
-    except re.error as problem:
-        raise AdapterError(
-            f"the alpha_pattern {pattern[:80]!r} is not a regular expression: {problem}"
-        ) from None
+def _first_match(setting: str, patterns: Mapping[str, float] | None, name: str) -> float | None:
+    """Return the value of the first key that applies to a module, as PEFT's get_pattern_key."""
+    for pattern, value in (patterns or {}).items():
+        if len(pattern) > _LONGEST_PATTERN or _NESTED_REPEAT.search(pattern):
+            raise AdapterError(
+                f"the {setting} {pattern[:80]!r} may take very long to match: shorten it, and nest"
+                " no repetitions"
+            )
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                return value
+        except re.error as problem:
+            raise AdapterError(
+                f"the {setting} {pattern[:80]!r} is not a regular expression: {problem}"
+            ) from None
+    return None
 
 
 @dataclass
@@ -117,12 +128,12 @@ class StoredAdapter:
     Attributes:
         layers: Module → our name → array.
         learned: Name → array, for the modules that were saved in full.
-        copies: Module → the copy of its base weight that PEFT stored beside the adapter.
+        copies: Module and name → the copy of its base's array that PEFT stored beside the adapter.
     """
 
     layers: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     learned: dict[str, mx.array] = field(default_factory=dict)
-    copies: dict[str, mx.array] = field(default_factory=dict)
+    copies: dict[tuple[str, str], mx.array] = field(default_factory=dict)
 
 
 def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path) -> StoredAdapter:
@@ -145,6 +156,7 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
 
     for name, stored in tensors.items():
         path = _without_tower(name.removeprefix(PREFIX))
+        check_floating(file, name, stored)
         if _NOT_TEXT.search(path):
             raise AdapterError(
                 f"{file} adapts {path[:120]}, a part for images or sound, which mlx-lm's models"
@@ -153,9 +165,10 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
 
         # This module was saved in full, or it is a copy of the base below an adapter.
         if ".lora_" not in path:
-            if path.endswith(_COPY):
-                found.copies[path.removesuffix(_COPY)] = stored
-            elif ".base_layer." not in path:
+            module, is_copy, leaf = path.partition(_COPY)
+            if is_copy:
+                found.copies[module, leaf] = stored
+            else:
                 found.learned[path] = stored
             continue
 

@@ -19,6 +19,7 @@ from .folders import (
     replacing_folder,
 )
 from .locks import check_unlocked, locked
+from .writable import check_writable
 
 __all__ = [
     "LFS_ADVICE",
@@ -30,6 +31,7 @@ __all__ = [
     "check_free",
     "check_links",
     "check_unlocked",
+    "check_writable",
     "describe_entry",
     "is_lfs_pointer",
     "is_not_ordinary_file",

@@ -28,7 +28,7 @@ def cache_folder() -> Path:
 def write_error(path: Path, error: OSError) -> OutputError:
     """Return the error for a path that can't be written, with the reason and advice."""
     advice = "choose another place"
-    if path.is_relative_to(cache_folder().resolve()):
+    if Path(os.path.realpath(path)).is_relative_to(cache_folder().resolve()):
         advice = "set MLX_LORAPLUS_CACHE to another folder"
     if error.errno in _NO_SPACE:
         advice = f"free some space, or {advice}"

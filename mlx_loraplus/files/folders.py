@@ -13,6 +13,7 @@ from .atomic import is_temporary, sync, temporary_name
 from .broken_links import check_links
 from .cache import cache_folder, write_error
 from .folder_kinds import Contents, check_contents
+from .writable import check_writable
 
 IsOurs = Callable[[str], bool]  # whether this package writes a path, relative to the folder
 _DAY = 86_400.0  # seconds
@@ -80,7 +81,7 @@ def replacing_folder(
             unchanged.
     """
     check_links(path, "the folder")
-    path = path.resolve()
+    given, path = path, path.resolve()
     temporary = path.with_name(temporary_name(path))
     try:
         # The caller fills the temporary folder.
@@ -101,7 +102,7 @@ def replacing_folder(
     except OutputError:  # a file in the folder could not be written
         raise
     except OSError as error:
-        raise write_error(path, error) from error
+        raise write_error(given, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -170,12 +171,10 @@ def check_free(
             or contains the current folder or a path that is read; it holds what is refused; or it
             is not empty and ``overwrite`` is off.
     """
-    check_links(path, "save_path")
+    check_writable(path, "save_path")
     if not path.exists():
         check_contents(path, refused, "--save-path")  # the name itself
         return
-    if not path.is_dir():
-        raise OutputError(f"save_path {path} is a file: give a folder")
 
     # Replacing the folder must not remove the current folder or a path that is read.
     for name in (*read, "."):

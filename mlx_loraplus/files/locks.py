@@ -10,7 +10,7 @@ from typing import TextIO
 
 from ..errors import OutputError
 from .atomic import SAFE_FLAGS
-from .cache import write_error
+from .writable import unwritable
 
 LOCK = ".lock"  # contains the process ID of its holder; empty after a normal end
 _MAX_SIZE = 20  # maximum number of bytes in a process ID
@@ -38,7 +38,7 @@ def locked(folder: Path) -> Generator[str | None]:
     except OutputError:
         raise
     except OSError as error:
-        raise write_error(path, error) from error
+        raise unwritable(folder, "adapter_path", folder, error) from error
 
     with file:
         _acquire(file, folder)

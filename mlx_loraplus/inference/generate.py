@@ -28,6 +28,7 @@ from ..device import set_wired_limit
 from ..errors import ConfigError, ModelError
 from ..files import read_bounded
 from ..models.activation_note import activation_note
+from ..models.damaged_weights import describe_damage
 from ..models.derived_weights import start_inference
 from ..models.find_model import find_model
 from ..models.ignored_window import ignored_window
@@ -181,7 +182,7 @@ def complete(
     Raises:
         ConfigError: ``max_tokens`` or ``temperature`` is out of range.
         DataError: The prompt is empty, or too long for the model.
-        ModelError: The model computes NaN.
+        ModelError: The model computes NaN, or the same probability for every token.
     """
     limits = {"max_tokens": int(max_tokens), "temperature": float(temperature)}
     configure(ChatConfig, limits)
@@ -228,13 +229,20 @@ def stream(
     responses = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, sampler=sampler)
     with _own_wired_limit():
         for number, response in enumerate(responses):
-            if number == 0 and mx.isnan(response.logprobs).any().item():
-                raise ModelError(
-                    "this model computes NaN instead of probabilities: its weights or those of its"
-                    " adapter are damaged, or too large for their type; get them again, or use"
-                    " another model"
-                )
+            if number == 0:
+                _check_probabilities(model, response.logprobs)
             yield response.text
+
+
+def _check_probabilities(model: nn.Module, log_probs: mx.array) -> None:
+    """Raise ``ModelError`` if probabilities are not numbers, or are the same for every token."""
+    problem = ""
+    if mx.isnan(log_probs).any().item():
+        problem = "computes NaN instead of probabilities"
+    elif log_probs.size > 1 and mx.all(log_probs == log_probs[..., :1]).item():
+        problem = "gives every token the same probability"
+    if problem:
+        raise ModelError(f"this model {problem}: {describe_damage(model)}")
 
 
 def answer_all(

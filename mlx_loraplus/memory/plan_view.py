@@ -15,12 +15,12 @@ from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..errors import ConfigError, counted, nearest
 from ..files import write_atomically
+from ..files.page_path import check_save_path
 from ..keyword_types import PlanOptions, StrPath
 from ..migration import translate
 from ..models.known_models import MODELS, sizes
 from ..models.trainable_families import check_trainable
 from ..pages.pages import render_notebook, render_page
-from ..pages.save_path import check_save_path
 from ..python_messages import in_keywords, speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import configure

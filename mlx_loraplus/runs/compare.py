@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..errors import ConfigError, counted
 from ..files import write_atomically
+from ..files.page_path import check_save_path
 from ..pages.charts import Chart, Curve, line_chart
 from ..pages.pages import (
     AnswerCard,
@@ -27,7 +28,6 @@ from ..pages.pages import (
     render_notebook,
     render_page,
 )
-from ..pages.save_path import check_save_path
 from ..pages.transcript import chat_of
 from ..python_messages import speak_keywords
 from ..rich_display import RichDisplay

@@ -16,7 +16,7 @@ from ..errors import ConfigError, OutputError
 from ..files import (
     check_apart,
     check_contents,
-    check_links,
+    check_writable,
     read_bounded,
     write_atomically,
 )
@@ -39,9 +39,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
             ``overwrite`` nor ``resume`` is on; or it holds no sweep, and ``resume`` is on.
     """
     folder = Path(config.adapter_path)
-    check_links(folder, "adapter_path")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"adapter_path {folder} is a file: give a folder")
+    check_writable(folder, "adapter_path")
     check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
     check_apart(folder, [config.model, *config.data.data], "--adapter-path")
 

@@ -22,7 +22,6 @@ files are on the disk.
 import errno
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,8 +39,8 @@ from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, is_model_folder, r
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError, counted
 from ..files import (
-    check_links,
     check_unlocked,
+    check_writable,
     read_bounded,
     remove_folder,
     replacing,
@@ -165,21 +164,8 @@ def check_folder(config: TrainConfig) -> None:
         AdapterError, ConfigError: As for ``find_run``.
     """
     folder = Path(config.adapter_path)
-    check_links(folder, "adapter_path")
+    check_writable(folder, "adapter_path")
     check_unlocked(folder)
-
-    # The folder may not exist yet: check the nearest parent that does.
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise OutputError(f"adapter_path {folder}: {existing} is a file: give a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"adapter_path {folder} can't be written ({existing} is read-only):"
-            " choose another folder"
-        )
-
     find_run(config, no_log, whole=False)
 
 

@@ -27,11 +27,11 @@ from ..data.batches import Batches
 from ..data.tokenize import Example
 from ..device import gb, on_gpu, this_machine
 from ..files import write_atomically
+from ..files.page_path import check_save_path
 from ..inference.generate import load
 from ..kernels.delta_rule import choices_for, has_delta_rule
 from ..memory.plan import memory_plan_of
 from ..models.find_model import is_stored
-from ..pages.save_path import check_save_path
 from ..settings import configure
 from .doctor_page import ModelExamination, check_table, doctor_page, to_markdown, tuning_table
 from .fastest_step import OpenChoices, largest_batch, tune_step, way_of

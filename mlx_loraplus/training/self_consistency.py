@@ -14,9 +14,12 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..adapters.base_layers import blocks_of
 from ..adapters.dropout import train_without_dropout
+from ..adapters.full import trains_weights
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.token_tables import probe_tokens
+from ..adapters.trainable import find_adapters, find_fully_trained
 from ..config import TrainConfig
 from ..device import kept_random_state
 from ..errors import ConfigError, ModelError
@@ -24,6 +27,7 @@ from ..failures import failure_of, is_lost
 from ..kernels.float32_copy import in_float32
 from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
+from ..models.damaged_weights import describe_damage
 from ..models.weight_files import one_line
 
 TOKENS = 12  # the number of tokens that a model is tested on
@@ -101,14 +105,28 @@ def _cache_difference(model: nn.Module, tokens: mx.array) -> tuple[float, float]
 
 
 def _check_numbers(model: nn.Module, logits: mx.array) -> None:
-    """Raise ``ModelError`` if a logit is not a number; masked ones may be infinite."""
+    """Raise ``ModelError`` if logits are not numbers, or all are zero; masked ones are infinite.
+
+    All are zero at first where a head of zeros is to be trained.
+    """
+    kind = getattr(model, "model_type", type(model).__name__)
     if mx.isnan(logits).any().item():
-        kind = getattr(model, "model_type", type(model).__name__)
         raise ModelError(
-            f"this {kind} model computes NaN instead of logits, so it can't be trained: its weights"
-            " are damaged, too large for their type, or do not fit its config.json; download it"
-            " again, or use another model"
+            f"this {kind} model computes NaN instead of logits, so it can't be trained:"
+            f" {describe_damage(model)}"
         )
+    if not logits.any().item() and not _trains_outside_blocks(model):
+        raise ModelError(
+            f"this {kind} model gives every token the logit 0, so it can't be trained:"
+            f" {describe_damage(model)}"
+        )
+
+
+def _trains_outside_blocks(model: nn.Module) -> bool:
+    """Return whether the head, the embeddings or another module outside the blocks is trained."""
+    inside = {id(module) for block in blocks_of(model) for module in block.modules()}
+    trained = [*find_adapters(model).values(), *find_fully_trained(model).values()]
+    return trains_weights(model) or any(id(module) not in inside for module in trained)
 
 
 def resolve_sound_checkpoint(

@@ -1,13 +1,18 @@
 """Stock mlx-lm loads what we save, with the same logits, and we load what it saves."""
 
 import json
+import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm.tuner.utils as stock
+import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError, OutputError, load_adapter, save_adapter
 from mlx_loraplus.adapters.attach import attach_adapters
@@ -201,6 +206,48 @@ def test_an_adapter_with_half_a_layer_is_incomplete(tiny: TinyModel, saved: Path
     del weights[name]
     mx.save_safetensors(str(saved / "adapters.safetensors"), weights)
     with pytest.raises(AdapterError, match=r"is incomplete: .*lora_b is missing from the file"):
+        load_adapter(tiny("llama"), saved)
+
+
+def test_an_adapter_that_lost_a_layer_is_incomplete(tiny: TinyModel, saved: Path):
+    weights = load_file(saved / "adapters.safetensors")
+    path = next(iter(weights)).rpartition(".")[0]
+    kept = {name: array for name, array in weights.items() if not name.startswith(path)}
+    save_file(kept, saved / "adapters.safetensors")
+    told = rf"is incomplete: {re.escape(path)}, which lora_parameters.keys names, is missing"
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(tiny("llama"), saved)
+
+
+@pytest.mark.parametrize("leaf", ["lora_a", "lora_b"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda array: array.astype(np.int32), "holds int32 numbers, which are no weights"),
+        (lambda array: array > 0, "holds bool numbers, which are no weights"),
+        (lambda array: array.astype(np.float64), "is stored in the type F64, which MLX can't read"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(
+    tiny: TinyModel, saved: Path, leaf: str, change: Callable[[Any], Any], told: str
+):
+    weights = load_file(saved / "adapters.safetensors")
+    name = next(name for name in weights if name.endswith(leaf))
+    save_file(weights | {name: change(weights[name])}, saved / "adapters.safetensors")
+    with pytest.raises(AdapterError, match=rf"{re.escape(name)} {told}") as caught:
+        load_adapter(tiny("llama"), saved)
+    assert "broken" not in str(caught.value)
+
+
+def test_a_rank_of_zero_is_refused(tiny: TinyModel, saved: Path):
+    weights = load_file(saved / "adapters.safetensors")
+    path = next(iter(weights)).rpartition(".")[0]
+    empty = {f"{path}.lora_a": weights[f"{path}.lora_a"][:, :0]}
+    empty[f"{path}.lora_b"] = weights[f"{path}.lora_b"][:0]
+    save_file(weights | empty, saved / "adapters.safetensors")
+    with pytest.raises(
+        AdapterError, match=rf"{re.escape(path)}\.lora_a is unknown, missing or of t"
+    ):
         load_adapter(tiny("llama"), saved)
 
 

@@ -38,7 +38,7 @@ def test_rows_of_another_kind_are_recognised_as_ever():
     ("row", "told"),
     [
         ({"subject": "a", "reply": "x"}, "no 'body', which the template of prompt uses"),
-        ({"subject": "a", "body": None, "reply": "x"}, "no 'body', which the template of prompt"),
+        ({"subject": "a", "body": None, "reply": "x"}, "'body' is null, and the template of"),
         ({"subjct": "a", "body": "b", "reply": "x"}, "(did you mean 'subjct'?)"),
         ({"subject": "a", "body": [1], "reply": "x"}, "'body' holds a list, and the template"),
         ({"subject": "a", "body": "b", "replly": "x"}, "no 'reply' (it has 'subject', 'body'"),

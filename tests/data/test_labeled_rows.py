@@ -74,7 +74,10 @@ def test_fields_name_the_columns():
         (PLAIN | {"label": "good"}, "its label is 'good'; allowed are true or 1"),
         (PLAIN | {"label": 2}, "its label is 2"),
         (PLAIN | {"completion": " "}, "'completion' is empty"),
-        (PLAIN | {"label": None}, "no 'label' .* a row of kind completion suits --objective sft"),
+        (
+            PLAIN | {"label": None},
+            "'label' is null .* a row of kind completion suits --objective sft",
+        ),
         ({"messages": [USER, GOOD]}, "a row of kind chat suits --objective sft"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
@@ -278,6 +281,14 @@ def test_problems_are_reported_by_line(folder: Path):
     for words in ("rows.jsonl:2: its label is 'maybe'", "rows.jsonl:3"):
         assert words in str(caught.value)
     assert "a row needs prompt + completion + label" in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["maybe: no 'label' (it has 'x')", "x: not JSON"])
+def test_the_fields_are_listed_only_if_a_row_lacks_one(folder: Path, label: str):
+    """What a row holds does not decide it."""
+    with pytest.raises(DataError, match="its label is") as caught:
+        load(folder, [PLAIN, PLAIN | {"label": label}])
+    assert "a row needs" not in str(caught.value)
 
 
 def test_documents_have_no_labels(folder: Path):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 from typing import Any
 
 import pytest
@@ -92,7 +93,11 @@ BAD_ROWS: list[tuple[object, str]] = [
     ({"prompt": "a"}, "no 'completion'"),
     ({"completion": "a"}, "no 'prompt'"),
     ({"instruction": "a"}, "no 'output'"),
-    ({"prompt": "a", "completion": None}, "no 'completion'"),
+    ({"prompt": "a", "completion": None}, "'completion' is null (it has 'prompt')"),
+    ({"messages": None}, "'messages' is null (it has no other column)"),
+    ({"question": None, "answer": math.nan, "id": 1}, "'question' and 'answer' are null (it has 'id')"),
+    ({"q": "a", "a": None}, "no known field (it has 'q'; 'a' is null)"),
+    ({"prompt": "a", "reply": None}, "no 'completion' (it has 'prompt'; 'reply' is null)"),
     ({"prompt": 1, "completion": "b"}, "'prompt' is a number, not a string"),
     ({"prompt": "a", "completion": ["b"]}, "'completion' is a list, not a string"),
     ({"prompt": "a", "completion": True}, "'completion' is a boolean, not a string"),

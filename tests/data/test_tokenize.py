@@ -12,6 +12,7 @@ from mlx_loraplus.data.tokenize import Example, encode
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder_tokenizer
+from mlx_loraplus.models.prompt_format import PromptFormat
 from scripts.tiny_model import write_tiny_model
 from tests.data.conftest import TEMPLATES
 from tests.data.reading import encode_one
@@ -208,7 +209,16 @@ def test_a_tokenizer_that_drops_every_character_leaves_only_the_end(tmp_path: Pa
 def test_a_prompt_without_a_token_is_refused(letters, smollm2):
     with pytest.raises(DataError, match="the prompt is empty"):
         encode_prompt("", smollm2, chat=False)
-    assert encode_prompt("", smollm2)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_message_of_a_chat_is_refused(smollm2, gemma, prompt: str):
+    with pytest.raises(DataError, match="the prompt is empty; give at least one word with --prom"):
+        encode_prompt(prompt, smollm2)
+    with pytest.raises(DataError, match="the prompt is empty"):
+        encode_prompt(prompt, gemma, form=PromptFormat(form="alpaca"))
+    # A model without a template begins a text after BOS.
+    assert encode_prompt("", gemma) == [gemma.bos_token_id]
 
 
 def test_a_chat_on_a_base_model_is_a_problem(gemma):

@@ -24,11 +24,11 @@ from tests.export.test_peft import LAYER, TOKENS, adapted, changed, make, writte
         {"target_modules": r".*\.q_proj"}, {"target_modules": "all-linear"}, {"target_modules": ["q_proj"]},
         {"target_modules": ["o_proj"], "exclude_modules": ["o_proj"]}, {"exclude_modules": r".*\.1\..*"},
         {"layers_to_transform": [0]}, {"layers_to_transform": 0, "layers_pattern": "layers"},
-        {"rank_pattern": {"q_proj": 2}},
+        {"rank_pattern": {"q_proj": 4, "z_proj": 2}},
     ],
 )  # fmt: skip
 def test_how_modules_were_chosen_changes_nothing_that_was_saved(folder: Path, changes: dict):
-    """What is adapted, and at which rank, is what there are tensors of."""
+    """What is adapted is what there are tensors of."""
     before = load_peft(make("llama"), folder).trainable_parameters()
     changed(folder, **changes)
     assert same(load_peft(make("llama"), folder).trainable_parameters(), before)
@@ -125,6 +125,12 @@ def folder(tmp_path: Path) -> Path:
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
         ({"alpha_pattern": {"(a+)+$": 2}}, "nest no repetitions"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "rank_pattern .* nest no repetitions"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            r"q_proj is stored with rank 4, .* has rank_pattern 2 for",
+        ),
+        ({"r": 8}, "is stored with rank 4, but adapter_config.json has r 8 for it"),
         ({"alpha_pattern": {"(q": 2}}, "not a regular expression"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
         ({"use_qalora": True}, "use_qalora"),
@@ -193,6 +199,34 @@ def test_an_adapter_over_another_embedding_or_head_is_refused(tmp_path: Path, na
     save_file(tensors | {copy: weight}, file)
     with pytest.raises(AdapterError, match=f"trained with another {name} than this model's"):
         load_peft(make("llama"), tmp_path)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@pytest.mark.parametrize(
+    ("dtype", "told"),
+    [("int32", "holds int32 numbers"), ("bool", "holds bool"), ("float64", "in the type F64")],
+)
+def test_numbers_that_are_no_weights_are_refused(folder: Path, part: str, dtype: str, told: str):
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = f"{LAYER}self_attn.q_proj.{part}.weight"
+    save_file(tensors | {name: tensors[name].astype(dtype)}, file)
+    with pytest.raises(AdapterError, match=rf"q_proj\.{part}\.weight .*{told}") as caught:
+        load_peft(make("llama"), folder)
+    assert "broken" not in str(caught.value)
+
+
+def test_the_bias_of_another_base_is_refused(folder: Path):
+    """PEFT stores it in its copy of an adapted head."""
+    file = folder / "adapter_model.safetensors"
+    copy = f"{LAYER}self_attn.q_proj.base_layer.bias"
+    save_file(load_file(file) | {copy: np.zeros(64, np.float32)}, file)
+    load_peft(make("llama"), folder)
+    save_file(load_file(file) | {copy: np.ones(64, np.float32)}, file)
+    with pytest.raises(
+        AdapterError, match=r"trained with another model\.layers\.\d\.self_attn\.q_p"
+    ):
+        load_peft(make("llama"), folder)
 
 
 def test_tensors_that_do_not_fit_are_told(folder: Path):

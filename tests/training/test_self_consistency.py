@@ -89,6 +89,41 @@ def test_a_model_that_computes_nan_is_refused(tiny: TinyModel):
         check_caches(model)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("model.layers.1.mlp.up_proj", mx.nan, "holds NaN"),
+        ("model.norm", mx.inf, "holds infinite numbers"),
+        ("model.layers.0.self_attn.v_proj", 1e30, r"holds numbers above 1e\+12"),
+        ("lm_head", 0.0, "holds only zeros"),
+        ("model.embed_tokens", 0.0, "holds only zeros"),
+    ],
+)
+def test_the_array_that_is_damaged_is_named_with_its_file(
+    place: Place, name: str, value: float, told: str
+):
+    """Also where no layer of the model has an effect, so that none could be adapted."""
+    folder = place.folder / "model"
+    file = folder / "model.safetensors"
+    weights: Any = mx.load(str(file))
+    weights[f"{name}.weight"] = mx.full(weights[f"{name}.weight"].shape, value)
+    mx.save_safetensors(str(file), weights)
+    model, tokenizer = ml.load(folder)
+    told = rf"its array {name}\.weight in \S+model\.safetensors {told}: get the model again"
+    settings = {"data": str(place.folder / "data"), "iters": 1, "valid_split": 0}
+    with pytest.raises(ml.ModelError, match=told):
+        ml.finetune(model, tokenizer, adapter_path=str(place.folder / "run"), **settings)
+    with pytest.raises(ml.ModelError, match=told):
+        ml.complete(ml.load(folder)[0], tokenizer, "1 + 1 =", max_tokens=1)
+
+
+def test_a_head_of_zeros_can_be_trained(tiny: TinyModel):
+    model = tiny("llama")
+    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
+    attach_adapters(model, AdapterConfig(rank=2, target_modules=("lm_head",)))
+    check_caches(model)
+
+
 class WithOtherAnswers(llama.Model):
     """A model whose pass with caches, as in generation, gives other logits."""
 

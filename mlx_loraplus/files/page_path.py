@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 from ..userpaths import path_of
+from .writable import check_writable
 
 
 def check_save_path(
@@ -19,8 +20,8 @@ def check_save_path(
         suffixes: The suffixes that the file may have.
 
     Raises:
-        OutputError: The suffix is unknown, the path is a folder, or the file exists and
-            ``overwrite`` is off.
+        OutputError: The suffix is unknown, the path is a folder or can't be written, or the file
+            exists and ``overwrite`` is off.
     """
     path = path_of(save_path, "save_path", OutputError)
     if path.suffix not in suffixes:
@@ -29,4 +30,5 @@ def check_save_path(
         raise OutputError(f"save_path {path} is a folder: give a file in it")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
+    check_writable(path, "save_path", is_file=True)
     return path
