@@ -31,6 +31,7 @@ from .thoughts import (
 )
 from .turn_start import (
     after_last_message,
+    before_thoughts,
     close_block,
     common_length,
     find_seam,
@@ -359,6 +360,8 @@ def _find_start(messages: Sequence[Message], whole: str, prompt: str, history: s
     header = prompt.removeprefix(history) if prompt.startswith(history) else ""
     header = header or after_last_message(prompt, messages[-2])
     seam = find_seam(prompt, whole, header)
+    if seam is not None:
+        seam = before_thoughts(messages, whole, seam, header)
     if seam is None or shows_later(messages[:-1], whole, seam) or opens_later(whole[seam:], prompt):
         raise UnsupervisableError(
             "this chat template can't be supervised by turn: the text before"

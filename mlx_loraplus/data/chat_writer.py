@@ -215,6 +215,7 @@ class ChatWriter:
             notes += _check_place(rendered[turn], chat.messages[turn], self.template.thought_block)
 
         # Begin with the last turn, because its prompt contains most of the other turns.
+        thinking = _answers_with_thoughts(chat)
         rows: list[WrittenRow] = []
         left = list(chat.turns)
         while left:
@@ -222,11 +223,20 @@ class ChatWriter:
             text = rendered[last].text + rendered[last].rest
             inside = [turn for turn in left if text.startswith(rendered[turn].text)]
             spans = [(len(rendered[turn].prompt), len(rendered[turn].text)) for turn in inside]
-            thinking = bool(thoughts_of(chat.messages[last]))
             rows.append(WrittenRow(text, spans, thinking=thinking))
             left = [turn for turn in left if turn not in inside]
 
         return WrittenChat(form, rows, list(dict.fromkeys(notes)))
+
+
+def _answers_with_thoughts(chat: SupervisedChat) -> bool:
+    """Return whether the last supervised turn that answers the user has thoughts.
+
+    A prompt in generation asks for such a turn, not for one that follows the result of a tool.
+    """
+    roles = [message["role"] for message in chat.messages]
+    answers = [turn for turn in chat.turns if turn == 0 or roles[turn - 1] != "tool"]
+    return bool(thoughts_of(chat.messages[(answers or chat.turns)[-1]]))
 
 
 def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:

@@ -59,7 +59,7 @@ def encode_prompt(
         check_template(tokenizer)
         template = ChatTemplate(tokenizer)
         text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
-        if tools and text == template.render(messages, ask=True, thinking=form.thinking):
+        if tools and text == _without_tools(template, messages, thinking=form.thinking):
             raise DataError(
                 "the tools can't reach the model, because its chat template writes none; leave"
                 " them out, or describe them in the system message"
@@ -74,6 +74,16 @@ def encode_prompt(
     if not ids:
         raise DataError("the prompt is empty; give at least one word with --prompt")
     return ids
+
+
+def _without_tools(
+    template: ChatTemplate, messages: Sequence[dict[str, str]], *, thinking: bool
+) -> str | None:
+    """Return a prompt without tools, or None if the template writes none without them."""
+    try:
+        return template.render(messages, ask=True, thinking=thinking)
+    except BadRowError:
+        return None
 
 
 def content_of_answer(

@@ -113,8 +113,11 @@ def _thought_forms(
 ) -> list[ThoughtForm]:
     """Return the forms of thoughts to try.
 
-    A template's own key and tags come first, so that they replace other tags in the content.
+    A template's own key and tags come first, so that they replace other tags in the content. A
+    template that reads a key and has no tags, as that of gpt-oss, writes thoughts in another way.
     """
+    if thought_key is not None and not block.is_own:
+        return ["key"]
     forms: list[ThoughtForm] = []
     if thought_key is not None:
         forms.append("key")

@@ -88,7 +88,7 @@ class Encoded:
     examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
     problem: str | None = None
     notes: list[str] = field(default_factory=list)  # for the report
-    thinking: bool = False  # whether the last turn's prompt allows thoughts
+    thinking: bool = False  # whether the last prompt of the user allows thoughts
 
 
 class RowWriter:

@@ -66,6 +66,29 @@ def shows_later(history: Sequence[Message], whole: str, seam: int) -> bool:
     return False
 
 
+def before_thoughts(messages: Sequence[Message], whole: str, seam: int, header: str) -> int:
+    """Return where a turn begins whose thoughts are a message of their own, as in gpt-oss.
+
+    Such a turn holds the header twice, and the seam may be after the second one.
+
+    Args:
+        messages: The messages; the last one is the turn.
+        whole: The messages, rendered.
+        seam: Where the content or the calls of the turn begin.
+        header: The text of the prompt after which the turn begins.
+    """
+    *history, message = messages
+    if "thoughts" not in find_lost(message, whole[seam:]):
+        return seam
+    header = remove_thought_tags(header).strip()
+    thoughts = whole.rfind(thoughts_of(message).strip(), 0, seam)
+    place = whole.rfind(header, 0, thoughts) if header and thoughts >= 0 else -1
+
+    # The same words may belong to an earlier message.
+    start = place + len(header)
+    return seam if place < 0 or shows_later(history, whole, start) else start
+
+
 def opens_later(answer: str, prompt: str) -> bool:
     """Return whether an answer opens the block of thoughts that the prompt opens, but later.
 

@@ -15,7 +15,7 @@ class WrittenRow:
     text: str
     spans: list[tuple[int, int]]  # start and stop of the characters to train on
     add_special_tokens: bool = False  # whether BOS and EOS have to be added
-    thinking: bool = False  # whether the last turn's prompt allows thoughts
+    thinking: bool = False  # whether the last prompt of the user allows thoughts
 
 
 @dataclass(frozen=True)

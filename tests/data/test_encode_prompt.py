@@ -15,6 +15,7 @@ from tests.data.test_template_kinds import (
     CHATML,
     ROWS,
     TEMPLATES,
+    TOOLS,
     bot,
     encoded_row,
     learned,
@@ -47,7 +48,7 @@ def test_the_second_prompt_of_a_chat_is_that_of_training(letters: LetterTokenize
     example = encoded.examples[0]
     last = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))[-1]
     trained = tokenizer.decode(example.tokens[:last])
-    if template == "channels":
+    if template in ("channels", "gpt_oss"):
         prompt, trained = (text.partition("<|end|>")[2] for text in (prompt, trained))
     assert prompt == trained
 
@@ -109,3 +110,34 @@ def test_thoughts_after_special_tokens_of_the_answer_are_reported(letters: Lette
     assert encoded.notes == [
         "the chat template writes thoughts after the special tokens that begin an answer"
     ]
+
+
+@pytest.mark.parametrize("thoughts", [(), (1,), (3,), (1, 3)])
+@pytest.mark.parametrize("template", ["qwen3_5", "gemma4", "gpt_oss", "qwen3_tools", "ministral3"])
+def test_the_prompt_of_a_row_with_a_call_asks_for_its_first_answer(
+    letters: LetterTokenizer, template: str, thoughts: tuple[int, ...]
+):
+    """The answer after the result of a tool may have no thoughts although the call has some."""
+    tokenizer = letters(template, **TEMPLATES[template])
+    result = {"role": "tool", "name": "plover", "tool_call_id": CALL["id"], "content": "grue"}
+    chat = [user("zork"), bot("", tool_calls=[CALL]), result, bot("quux")]
+    for turn in thoughts:
+        chat[turn] = chat[turn] | {"reasoning_content": "frobozz"}
+    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+
+    form = PromptFormat(thinking=encoded.thinking)
+    prompt = tokenizer.decode(encode_prompt("zork", tokenizer, form=form, tools=TOOLS))
+    example = encoded.examples[-1]
+    trained = tokenizer.decode(example.tokens[: int(np.argmax(example.supervised))])
+    if template == "gpt_oss":  # it writes the date
+        prompt, trained = (text.partition("<|end|>")[2] for text in (prompt, trained))
+    assert prompt == trained
+
+
+def test_a_template_that_needs_tools_takes_them(letters: LetterTokenizer):
+    """It fails without them, so the prompts with and without tools can't be compared."""
+    tokenizer = letters("hermes_tools", **TEMPLATES["hermes_tools"])
+    shown = "{%- for tool in tools -%}{{- tool.function.name -}}{%- endfor -%}"
+    tokenizer.chat_template = shown + str(tokenizer.chat_template)
+    prompt = tokenizer.decode(encode_prompt("zork", tokenizer, tools=TOOLS))
+    assert prompt.startswith("plover")
