@@ -50,6 +50,7 @@ def make_argument_error(
         switches: The command's other options.
     """
     names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+    names += ["help", "help_all", "version"]
     without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.
     flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
@@ -80,8 +81,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
-    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
-    owners += ["train"] if name in TRAIN_FLAGS else []
+    owners = flag_owners(flag)
     problem = f"{word!r} is not a flag"
     is_other = bool(owners) and name not in names
     if is_other:
@@ -90,6 +90,13 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
+
+
+def flag_owners(flag: str) -> list[str]:
+    """Return the commands that have a flag, the most likely one first."""
+    name = flag.split("=")[0].lstrip("-").replace("-", "_")
+    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
+    return owners or ["train"] * (name in TRAIN_FLAGS or flag == "-c")
 
 
 def _flag_names(kind: type) -> list[str]:

@@ -305,7 +305,18 @@ MISTAKES = [
     # commands
     ("resume run", "did you mean 'train -c RUN/run.yaml --resume'?"),
     ("trian --model tiny", "did you mean 'train'?"),
-    ("--model tiny", "is not a command; give one of train, generate"),
+    ("--model tiny", "is not a command (did you mean 'train --model tiny'?); give one of train, generate"),
+    ("--model tiny plan", "(did you mean 'plan --model tiny'?)"),
+    ("--port 3", "(did you mean 'serve --port 3'?)"),
+    ("-c settings.yaml", "(did you mean 'train -c settings.yaml'?)"),
+    ("settings.yaml", "(did you mean 'train -c settings.yaml'?)"),
+    ("run", "(did you mean 'chat run'?)"),
+    ("run --prompt hi", "(did you mean 'generate run --prompt hi'?)"),
+    ("mlx_loraplus.train --iters 3", "(did you mean 'train --iters 3'?)"),
+    ("-V", "(did you mean '--version'?)"),
+    ("--nonsense", "'--nonsense' is not a command; give one of train"),
+    ("train -help", "(did you mean '--help'?)"),
+    ("train --versoin", "(did you mean '--version'"),
 ]  # fmt: skip
 
 

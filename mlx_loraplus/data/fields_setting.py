@@ -1,5 +1,6 @@
 """Parse the setting ``fields``, which gives the column of each field of a row."""
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 
@@ -37,6 +38,11 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
             problems.append(_pair_problem(pair, known))
         elif is_template(column):
             problems += _template_problems(name, column)
+        elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
+            problems.append(
+                f"fields: {pair!r:.80} is {len(found) + 1} pairs in one text: write them apart, as"
+                " in --fields prompt=query completion=reply"
+            )
     if problems:
         raise ConfigError(join_problems(problems))
     return names
