@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .errors import nearest
+from .errors import counted, nearest
 from .userpaths import looks_like_file, user_path
 
 # A number in a notation that is not accepted, and the factors that its units stand for.
@@ -75,7 +75,7 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
         is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
         key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
         if detail["type"] == "missing":  # one error for each value that a pair lacks
-            allowed[key] = [f"must have {detail['loc'][-1] + 1} values"]
+            allowed[key] = [f"must have {counted(detail['loc'][-1] + 1, 'value')}"]
         else:
             allowed.setdefault(key, []).append(message)
 

@@ -23,7 +23,8 @@ from .settings import TRAIN_FLAGS, setting_names
 
 _DASHES = "\u2013\u2014"  # en dash and em dash
 
-_SIMILAR = 0.6  # the least similarity of a flag that may be meant
+# The least similarity of a flag that may be meant, and if another command has this very flag
+_SIMILAR, _ALMOST_EQUAL = 0.6, 0.8
 
 # Commands, in the order in which they are searched for a flag that another one has
 _COMMANDS: dict[str, type] = {
@@ -86,7 +87,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     is_other = bool(owners) and name not in names
     if is_other:
         problem = f"{word!r} is a flag of mlx_loraplus.{owners[0]}, and not of this command"
-    if similar := nearest_names(name, names, _SIMILAR):
+    if similar := nearest_names(name, names, _ALMOST_EQUAL if is_other else _SIMILAR):
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"

@@ -289,6 +289,8 @@ MISTAKES = [
     ("train --stop-at 1", "'--stop-at' is not a flag (--help lists the flags)"),
     ("train --resume run", "--resume takes no value: -c run/run.yaml --resume continues this run"),
     ("train --resume sums", "--resume takes no value: it continues the run or sweep in --adapter-path"),
+    ("plan --model run", "--model run holds an adapter, not a model: give its model, --model "),
+    ("chat run/checkpoints", "give the folder of a run or an adapter, such as run/checkpoints/"),
     ("sweep --dry-run", "'--dry-run' is a flag of mlx_loraplus.train, and not of this command"),
     ("fuse run --verbosity quiet", "'--verbosity' is a flag of mlx_loraplus.train, and not of this command"),
     ("train --model tiny --data sums --dry-run --launch 0", "--launch must be a number of processes, 1 or more, not 0"),

@@ -95,6 +95,8 @@ PYTHON = [
     ("load('tiny', adapter='run')", "load takes no adapter (did you mean 'adapter_path'?)"),
     ("load('https://huggingface.co/org/name')", "give its hub id, org/name"),
     ("preview('sums', model=model)", "give its name, or tokenizer=tokenizer"),
+    ("preview('sums', model='run')", 'model="run" holds an adapter, not a model: give its model'),
+    ("plan_memory('run')", 'model="run" holds an adapter, not a model: give its model'),
     # arguments left out, or in one tuple
     ("finetune('tiny', data='sums')", "model, tokenizer = mlx_loraplus.load('tiny') loads both"),
     ("finetune((model, tokenizer), data='sums')", "write * before it, as in finetune(*loaded)"),

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from itertools import chain
 
-from ..errors import ConfigError, join_problems, nearest
+from ..errors import ConfigError, counted, join_problems, nearest
 from .field_templates import is_template, parse_template
 from .row_kinds import EXTRAS, KINDS
 
@@ -40,7 +40,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
             problems += _template_problems(name, column)
         elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
             problems.append(
-                f"fields: {pair!r:.80} is {len(found) + 1} pairs in one text: write them apart, as"
+                f"fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write them apart, as"
                 " in --fields prompt=query completion=reply"
             )
     if problems:

@@ -12,6 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from ..adapters.stored_files import check_names_model
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.data_problems import group_problems
@@ -166,6 +167,7 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
     if tokenizer is None:
+        check_names_model(config.model)
         folder = find_model(config.model).path
         tokenizer = load_folder_tokenizer(folder)
         limits = _limits_without_weights(folder)
