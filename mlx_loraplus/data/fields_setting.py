@@ -40,8 +40,8 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
             problems += _template_problems(name, column)
         elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
             problems.append(
-                f"fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write them apart, as"
-                " in --fields prompt=query completion=reply"
+                f"fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write them"
+                " apart, as in --fields prompt=query completion=reply"
             )
     if problems:
         raise ConfigError(join_problems(problems))
