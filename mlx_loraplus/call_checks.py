@@ -54,7 +54,7 @@ def check_call(
     """Check the arguments of a call against the types of the function's parameters.
 
     Python itself reports missing arguments and superfluous ones, except settings that are given by
-    position and unknown names.
+    position and unknown names. The arguments that are not missing are checked first.
 
     Raises:
         ConfigError: An argument has a wrong type.
@@ -62,7 +62,7 @@ def check_call(
     """
     signature = inspect.signature(function)
     try:
-        given = signature.bind(*arguments, **keywords).arguments
+        given = signature.bind_partial(*arguments, **keywords).arguments
     except TypeError:
         _check_names(_name_of(function), signature, arguments, keywords)
         return
@@ -142,12 +142,22 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
 def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     """Return the error for a value that should be a model."""
     given, model = _shown(value), "name"
+    if isinstance(value, tuple) and any(map(_is_model, value)):
+        return ModelError(
+            f"{function}: {name} is the tuple that load returns: write * before it, as in"
+            f" {function}(*loaded), or take it apart first: model, tokenizer = loaded"
+        )
     if isinstance(value, str):
         given, model = f"the name {value!r:.80}", f"{value!r:.80}"
     return ModelError(
         f"{function}: {name} is {given}, not a model: {_LOAD.format(name=model)}, and functions"
         " take them in this order"
     )
+
+
+def _is_model(value: Any) -> bool:
+    """Return whether a value is a model, without importing MLX."""
+    return any(kind.__name__ == "Module" for kind in type(value).__mro__)
 
 
 def _fits(value: Any, hint: Any) -> bool:

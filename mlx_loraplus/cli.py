@@ -26,7 +26,7 @@ from .command_config import (
     SweepConfig,
 )
 from .config import TrainConfig
-from .errors import ConfigError, nearest
+from .errors import ConfigError
 from .interrupted_imports import INTERRUPTED
 from .launching import check_batch_size, check_processes, launch
 from .settings import Config, configure, settings_of
@@ -314,27 +314,6 @@ COMMANDS = {
 }
 
 
-_OTHER_NAMES = {
-    "finetune": "train",
-    "lora": "train",
-    "sft": "train",
-    "resume": "train -c RUN/run.yaml --resume",
-    "preview": "train --dry-run",
-    "evaluate": "train --test",
-    "eval": "train --test",
-    "version": "--version",
-    "models": "train --list-models",
-    "--list-models": "train --list-models",
-    "list-models": "train --list-models",
-    "list": "train --list-models",
-    "test": "train --test",
-    "merge": "fuse",
-    "convert": "export",
-    "report": "compare",
-}
-"""Names of commands in other programs, or words that users try → the command here."""
-
-
 def main(arguments: Arguments = None) -> None:
     """Run ``mlx_loraplus COMMAND …``."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -344,16 +323,19 @@ def main(arguments: Arguments = None) -> None:
 
     # Everything after the command's name is left to the command.
     name = words[0]
-    if name in ("-h", "--help", "help"):
+    if name == "help" and words[1:] and words[1] in COMMANDS:
+        COMMANDS[words[1]](["--help", *words[2:]])
+    elif name in ("-h", "--help", "--help-all", "help"):
         log(_usage())
     elif name == "--version":
         log(f"mlx_loraplus {__version__}")
     elif name in COMMANDS:
         COMMANDS[name](words[1:])
     else:
-        hint = f" (did you mean {_OTHER_NAMES[name]!r}?)" if name in _OTHER_NAMES else ""
-        hint = hint or nearest(name, COMMANDS)
+        from .unknown_commands import command_hint
+
         known = ", ".join(COMMANDS)
+        hint = command_hint(words, COMMANDS)
         sys.stderr.write(f"error: {name!r} is not a command{hint}; give one of {known}\n")
         raise SystemExit(2)
 

@@ -328,16 +328,15 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("eta", "learningrate"), "learning_rate"),
     **dict.fromkeys(("context_length", "seq_len", "seq_length", "max_tokens"), "max_seq_length"),
     **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
-    **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir"), "data"),
+    **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir", "rows"), "data"),
+    **dict.fromkeys(("train_dataset", "eval_dataset", "valid_data", "eval_data"), "data"),
     **dict.fromkeys(("columns", "column_mapping"), "fields"),
     **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "launch"),
     **dict.fromkeys(("quiet", "silent", "verbose", "debug"), "verbosity"),
-    "scheduler": "schedule",
-    "epochs": "iters",
+    **{"scheduler": "schedule", "epochs": "iters", "system_prompt": "system"},
     **dict.fromkeys(("quantize", "q_bits"), "bits"),
     **dict.fromkeys(("base", "model_path", "model_id"), "model"),
     **dict.fromkeys(("adapter_file", "init_from", "checkpoint"), "resume_adapter_file"),
-    "system_prompt": "system",
 }
 """Words that none of these programs uses → the setting that is probably meant."""
 

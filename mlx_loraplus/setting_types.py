@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
+from .errors import counted, nearest
 from .userpaths import looks_like_file, user_path
 
 # A number in a notation that is not accepted, and the factors that its units stand for.
@@ -51,6 +52,45 @@ def find_booleans(values: Mapping[str, Any], config: Any) -> list[str]:
     return problems
 
 
+def describe_refused(details: Iterable[Any]) -> list[str]:
+    """Return one line for each value that pydantic refused.
+
+    For a setting that may be a number or a word, pydantic reports two errors; they become one line.
+    """
+    # Setting and value → pydantic's messages in our words.
+    allowed: dict[tuple[str, str], list[str]] = {}
+    for detail in sorted(details, key=lambda detail: detail["type"] == "too_short"):
+        # The location ends with the setting's name. For unions, pydantic's own labels follow it.
+        names = [part for part in detail["loc"] if isinstance(part, str)]
+        names = [part for part in names if not part.startswith(("constrained", "literal"))]
+        if detail["type"] == "too_short" and any(name == names[-1] for name, _ in allowed):
+            continue  # a value in the list was refused, which is reported itself
+        message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
+        message = re.sub("^(Tuple|Value) should", "must", message.partition(" after ")[0])
+        message = message.replace("should be", "must be").replace("valid tuple", "list of values")
+        message = message.partition(", got ")[0]
+
+        # Repeat the value only if it is simple.
+        given = detail["input"]
+        is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
+        key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
+        if detail["type"] == "missing":  # one error for each value that a pair lacks
+            allowed[key] = [f"must have {counted(detail['loc'][-1] + 1, 'value')}"]
+        else:
+            allowed.setdefault(key, []).append(message)
+
+    lines: list[str] = []
+    for (name, value), (first, *others) in allowed.items():
+        alternatives = [first, *(other.removeprefix("must be ") for other in others)]
+        # Only the notation of a number is explained, not its range.
+        is_number = "valid number" in first or "valid integer" in first
+        hint = number_hint(value.strip("'"), whole="integer" in first) if is_number else ""
+        words = re.findall(r"'([^']+)'", first) if value.startswith("'") else []
+        hint = hint or nearest(value.strip("'"), words)
+        lines.append(f"{name} {' or '.join(alternatives)}, not {value}{hint}")
+    return lines
+
+
 def _as_names(value: Any) -> Any:
     """Accept one name without a list, null for no names, and a mapping for name=column pairs."""
     if isinstance(value, Mapping):
@@ -60,11 +100,11 @@ def _as_names(value: Any) -> Any:
     return value or ()
 
 
-_NO_WORD = str.maketrans("", "", " []()'\"")
+_NO_WORD = str.maketrans("[]()'\",", " " * 7)
 
 
 def _as_words(value: Any) -> Any:
-    """Accept words separated by commas, as in q_proj,v_proj, and null or none for no words."""
+    """Accept words in one text, as in q_proj,v_proj, and null or none for no words."""
     if isinstance(value, str):
         value = (value,)
     if not isinstance(value, list | tuple):
@@ -73,7 +113,7 @@ def _as_words(value: Any) -> Any:
     words: list[Any] = []
     for item in value:
         # Brackets and quotes remain from a list in Python's notation.
-        words += item.translate(_NO_WORD).strip(",").split(",") if isinstance(item, str) else [item]
+        words += item.translate(_NO_WORD).split() if isinstance(item, str) else [item]
     return () if words == ["none"] else tuple(words)
 
 

@@ -5,8 +5,7 @@ Defaults are filled in, and all problems are reported together.
 
 import dataclasses
 import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -29,7 +28,7 @@ from .conflicts import adapter_conflicts, find_conflicts
 from .errors import ConfigError, join_problems, nearest
 from .files import read_bounded
 from .foreign_names import NESTED, foreign_hint, meant_setting
-from .setting_types import find_booleans, number_hint
+from .setting_types import describe_refused, find_booleans
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -129,9 +128,10 @@ def replace_auto_rate(config: TrainConfig) -> TrainConfig:
 
 def _hint(name: str, known: Collection[str]) -> str:
     """Return what is probably meant by a name that is not a setting, in parentheses."""
-    if name in TRAIN_FLAGS:
-        return " (it is a flag of the command mlx_loraplus.train alone: leave it out)"
-    meant = meant_setting(name, known)
+    meant = meant_setting(name, [*known, *TRAIN_FLAGS])
+    if name in TRAIN_FLAGS or meant in TRAIN_FLAGS:
+        flag = "it" if name in TRAIN_FLAGS else meant
+        return f" ({flag} is a flag of the command mlx_loraplus.train alone: leave it out)"
     if meant:
         return f" (did you mean {meant!r}?)"
     return foreign_hint(name) or nearest(name, known)
@@ -174,7 +174,7 @@ def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence
     try:
         config: Config = _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(join_problems([*problems, *_describe(error.errors())])) from None
+        raise ConfigError(join_problems([*problems, *describe_refused(error.errors())])) from None
 
     booleans = find_booleans(values, config)
     if booleans:
@@ -356,41 +356,6 @@ def _homes(kind: type) -> dict[str, str]:
         for inner in dataclasses.fields(part):
             homes[inner.name] = field.name
     return homes
-
-
-def _describe(details: Iterable[Any]) -> list[str]:
-    """Return one line for each value that pydantic refused.
-
-    For a setting that may be a number or a word, pydantic reports two errors; they become one line.
-    """
-    # Setting and value → pydantic's messages in our words.
-    allowed: dict[tuple[str, str], list[str]] = {}
-    for detail in details:
-        # The location ends with the setting's name. For unions, pydantic's own labels follow it.
-        names = [part for part in detail["loc"] if isinstance(part, str)]
-        names = [part for part in names if not part.startswith(("constrained", "literal"))]
-        if detail["type"] == "too_short" and detail["input"]:
-            continue  # a value in the list was refused, which is reported itself
-        message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
-        message = re.sub("^(Tuple|Value) should", "must", message.partition(" after ")[0])
-        message = message.replace("should be", "must be").replace("valid tuple", "list of values")
-        message = message.partition(", got ")[0]
-
-        # Repeat the value only if it is simple.
-        given = detail["input"]
-        is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
-        key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
-        allowed.setdefault(key, []).append(message)
-
-    lines: list[str] = []
-    for (name, value), (first, *others) in allowed.items():
-        alternatives = [first, *(other.removeprefix("must be ") for other in others)]
-        # Only the notation of a number is explained, not its range.
-        hint = number_hint(value.strip("'"), whole="integer" in first) if "valid" in first else ""
-        words = re.findall(r"'([^']+)'", first) if value.startswith("'") else []
-        hint = hint or nearest(value.strip("'"), words)
-        lines.append(f"{name} {' or '.join(alternatives)}, not {value}{hint}")
-    return lines
 
 
 def _shown(name: str) -> str:

@@ -23,7 +23,8 @@ from .settings import TRAIN_FLAGS, setting_names
 
 _DASHES = "\u2013\u2014"  # en dash and em dash
 
-_SIMILAR = 0.6  # the least similarity of a flag that may be meant
+# The least similarity of a flag that may be meant, and if another command has this very flag
+_SIMILAR, _ALMOST_EQUAL = 0.6, 0.8
 
 # Commands, in the order in which they are searched for a flag that another one has
 _COMMANDS: dict[str, type] = {
@@ -50,6 +51,7 @@ def make_argument_error(
         switches: The command's other options.
     """
     names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+    names += ["help", "help_all", "version"]
     without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.
     flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
@@ -80,16 +82,22 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
-    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
-    owners += ["train"] if name in TRAIN_FLAGS else []
+    owners = flag_owners(flag)
     problem = f"{word!r} is not a flag"
     is_other = bool(owners) and name not in names
     if is_other:
         problem = f"{word!r} is a flag of mlx_loraplus.{owners[0]}, and not of this command"
-    if similar := nearest_names(name, names, _SIMILAR):
+    if similar := nearest_names(name, names, _ALMOST_EQUAL if is_other else _SIMILAR):
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
+
+
+def flag_owners(flag: str) -> list[str]:
+    """Return the commands that have a flag, the most likely one first."""
+    name = flag.split("=")[0].lstrip("-").replace("-", "_")
+    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
+    return owners or ["train"] * (name in TRAIN_FLAGS or flag == "-c")
 
 
 def _flag_names(kind: type) -> list[str]:

@@ -39,7 +39,7 @@ FLOORS = [
     {"conflicts"},
     {"settings", "python_messages", "_runtime"},
     {"migration", "help_text", "tyro_errors", "unknown_arguments"},
-    {"models", "launching"},
+    {"models", "launching", "unknown_commands"},
     {"adapters"},
     {"data"},
     {"kernels", "inference"},

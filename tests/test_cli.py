@@ -1,5 +1,6 @@
 """The commands as typed: exit codes, one line of what to do, and nothing written."""
 
+import contextlib
 import dataclasses
 import json
 import runpy
@@ -108,6 +109,21 @@ def test_the_package_without_a_command_names_its_commands(words: list[str], told
     )
     assert done.returncode == 2
     assert told in done.stderr
+
+
+@pytest.mark.parametrize("words", [["help", "chat"], ["chat", "--help"]])
+def test_the_help_of_a_command_has_two_spellings(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    with contextlib.suppress(SystemExit):
+        cli.main(words)
+    assert "usage: mlx_loraplus chat [RUN]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["help", "-h", "--help", "--help-all"])
+def test_the_help_of_the_package_lists_the_commands(word: str, capsys: pytest.CaptureFixture[str]):
+    cli.main([word])
+    assert "usage: mlx_loraplus COMMAND" in capsys.readouterr().out
 
 
 def test_a_folder_with_a_run_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

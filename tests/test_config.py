@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -292,3 +293,30 @@ def test_a_home_folder_is_meant_in_every_path(monkeypatch: pytest.MonkeyPatch):
 def test_what_can_not_be_a_path_is_refused_in_a_line(name: str, path: str):
     with pytest.raises(ConfigError, match=f"^{name} must [^\n]*$"):
         configure(TrainConfig, {name: [path] if name == "data" else path})
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["q_proj v_proj", "q_proj,v_proj", "q_proj, v_proj", ["q_proj,", "v_proj"], "['q_proj', 'v_proj']"],
+)  # fmt: skip
+def test_words_in_one_text_are_several(given: Any):
+    assert configure(TrainConfig, {"target_modules": given}).adapter.target_modules == (
+        "q_proj",
+        "v_proj",
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"target_modules": "none"}, "target_modules must have at least 1 item, not 'none'"),
+        ({"target_modules": [0]}, "target_modules must be a valid string, not 0"),
+        ({"prompts": [1.5]}, "prompts must be a valid string, not 1.5"),
+        ({"kto_weights": [1]}, "kto_weights must have 2 values, not [1]"),
+        ({"kto_weights": []}, "kto_weights must have 2 values, not []"),
+    ],
+)
+def test_values_that_are_refused_are_described(setting: dict[str, Any], told: str):
+    with pytest.raises(ConfigError) as error:
+        configure(TrainConfig, setting)
+    assert str(error.value) == told

@@ -289,6 +289,8 @@ MISTAKES = [
     ("train --stop-at 1", "'--stop-at' is not a flag (--help lists the flags)"),
     ("train --resume run", "--resume takes no value: -c run/run.yaml --resume continues this run"),
     ("train --resume sums", "--resume takes no value: it continues the run or sweep in --adapter-path"),
+    ("plan --model run", "--model run holds an adapter, not a model: give its model, --model "),
+    ("chat run/checkpoints", "give the folder of a run or an adapter, such as run/checkpoints/"),
     ("sweep --dry-run", "'--dry-run' is a flag of mlx_loraplus.train, and not of this command"),
     ("fuse run --verbosity quiet", "'--verbosity' is a flag of mlx_loraplus.train, and not of this command"),
     ("train --model tiny --data sums --dry-run --launch 0", "--launch must be a number of processes, 1 or more, not 0"),
@@ -305,7 +307,18 @@ MISTAKES = [
     # commands
     ("resume run", "did you mean 'train -c RUN/run.yaml --resume'?"),
     ("trian --model tiny", "did you mean 'train'?"),
-    ("--model tiny", "is not a command; give one of train, generate"),
+    ("--model tiny", "is not a command (did you mean 'train --model tiny'?); give one of train, generate"),
+    ("--model tiny plan", "(did you mean 'plan --model tiny'?)"),
+    ("--port 3", "(did you mean 'serve --port 3'?)"),
+    ("-c settings.yaml", "(did you mean 'train -c settings.yaml'?)"),
+    ("settings.yaml", "(did you mean 'train -c settings.yaml'?)"),
+    ("run", "(did you mean 'chat run'?)"),
+    ("run --prompt hi", "(did you mean 'generate run --prompt hi'?)"),
+    ("mlx_loraplus.train --iters 3", "(did you mean 'train --iters 3'?)"),
+    ("-V", "(did you mean '--version'?)"),
+    ("--nonsense", "'--nonsense' is not a command; give one of train"),
+    ("train -help", "(did you mean '--help'?)"),
+    ("train --versoin", "(did you mean '--version'"),
 ]  # fmt: skip
 
 

@@ -124,6 +124,12 @@ def _no_folder(path: Path) -> str:
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
+def _adapter_inside(folder: Path) -> str:
+    """Return a hint at a folder with an adapter in a folder, such as a run's checkpoints."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+    return f", such as {inside[-1]}" if inside else ""
+
+
 def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
     """Read and validate an adapter's config.
 
@@ -143,7 +149,7 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
         check_not_model(path.parent)
         raise AdapterError(
             f"{path.parent} holds no adapter (can't read {path.name}: {error.strerror}): give the"
-            " folder of a run or an adapter"
+            f" folder of a run or an adapter{_adapter_inside(path.parent)}"
         ) from None
     except pydantic.ValidationError as error:
         problems: list[str] = []
@@ -267,6 +273,21 @@ def _stored_json(folder: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError, RecursionError):
         stored = json.loads(read_bounded(folder / CONFIG))
     return stored if isinstance(stored, dict) else {}
+
+
+def check_names_model(name: str) -> None:
+    """Check that a name that should be a model's is not the path of an adapter.
+
+    Raises:
+        AdapterError: It is an adapter of PEFT, or an adapter that names no model.
+        ConfigError: It is an adapter; the message names its model.
+    """
+    if is_adapter(name):
+        check_not_peft(Path(name))
+        raise ConfigError(
+            f"--model {name} holds an adapter, not a model: give its model, --model"
+            f" {model_for(None, name)} (to train the adapter further, --resume-adapter-file {name})"
+        )
 
 
 def model_for(model: str | None, adapter_path: str | PathLike[str] | None) -> str:

@@ -1,13 +1,13 @@
 """The reasons why data can't be trained on: bad rows, long rows, or no rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
 from ..config import TrainConfig
 from ..errors import join_problems
 from .dataset import Examples
 from .fields_advice import ADVICE
-from .sources import SplitName, describe_sources
+from .sources import SPLITS, Source, SplitName, describe_sources
 from .split_report import SplitReport
 
 
@@ -15,6 +15,7 @@ def find_problems(
     config: TrainConfig,
     examples: Mapping[SplitName, Examples],
     reports: Mapping[SplitName, SplitReport],
+    sources: Sequence[Source],
     needed: str,
 ) -> list[str]:
     """Return the reasons why data can't be trained on.
@@ -23,6 +24,7 @@ def find_problems(
         config: The settings of the run.
         examples: The examples of each split.
         reports: The report on the rows of each split.
+        sources: The tables of the data.
         needed: The fields that a row needs.
     """
     settings = config.data
@@ -52,16 +54,35 @@ def find_problems(
     has_nothing = "train" in examples and not len(examples["train"])
     if has_nothing and not problems:
         report = reports["train"]
-        why = "no training rows"
-        advice = f"a row needs {needed}"
         dropped_rows = report.dropped + report.equal + report.bad
-        if dropped_rows:
-            reasons = "; ".join(report.dropped_rows())
-            why = f"no training row of {dropped_rows:,} is left ({reasons})"
+        advice = f"a row needs {needed}"
         if report.dropped + report.equal:
             advice = f"raise max_seq_length {settings.max_seq_length:,}"
-        problems.append(f"{describe_sources(settings.data)}: {why}; {advice}")
+        if dropped_rows:
+            reasons = "; ".join(report.dropped_rows())
+            problems.append(
+                f"{describe_sources(settings.data)}: no training row of {dropped_rows:,} is left"
+                f" ({reasons}); {advice}"
+            )
+        else:
+            problems.append(no_training_rows(settings.data, sources, needed))
     return problems
+
+
+def no_training_rows(names: Sequence[str], sources: Sequence[Source], needed: str) -> str:
+    """Return the message for data without training rows.
+
+    Args:
+        names: The names of the data sets.
+        sources: Their tables.
+        needed: The fields that a row needs.
+    """
+    splits = [split for split in SPLITS if any(split in source for source in sources)]
+    found, advice = "no training rows", f"a row needs {needed}"
+    if "train" not in splits:
+        found = f"no training rows, only {' and '.join(splits)}"
+        advice = "training rows have the key 'train', as in {'train': rows}"
+    return f"{describe_sources(names)}: {found}; {advice}"
 
 
 def group_problems(problems: Iterable[str]) -> list[str]:

@@ -194,7 +194,7 @@ def _explain_no_text(columns: Mapping[str, Any]) -> str:
     inner = [name for name, value in columns.items() if _holds_rows(value)]
     if inner:
         return f"; the rows are in {inner[0]!r}: write that list alone into the file"
-    return "; none of them holds text to learn"
+    return "; none of them looks like text to learn"
 
 
 def _is_usable_name(name: str) -> bool:

@@ -1,9 +1,10 @@
 """Parse the setting ``fields``, which gives the column of each field of a row."""
 
+import re
 from collections.abc import Sequence
 from itertools import chain
 
-from ..errors import ConfigError, join_problems, nearest
+from ..errors import ConfigError, counted, join_problems, nearest
 from .field_templates import is_template, parse_template
 from .row_kinds import EXTRAS, KINDS
 
@@ -37,6 +38,11 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
             problems.append(_pair_problem(pair, known))
         elif is_template(column):
             problems += _template_problems(name, column)
+        elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
+            problems.append(
+                f"fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write them"
+                " apart, as in --fields prompt=query completion=reply"
+            )
     if problems:
         raise ConfigError(join_problems(problems))
     return names

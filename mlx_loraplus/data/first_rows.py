@@ -4,13 +4,13 @@ from itertools import islice
 
 from ..config import TrainConfig
 from ..errors import DataError
-from .data_problems import describe_bad_rows
+from .data_problems import describe_bad_rows, no_training_rows
 from .fields_setting import parse_names
 from .holdout import has_holdout
 from .load_data import row_format
 from .row_problems import RowProblems
 from .rows import make_rows
-from .sources import describe_sources, find_sources
+from .sources import find_sources
 
 # Maximum number of valid rows of each file that are read
 _FIRST_ROWS = 100_000
@@ -50,9 +50,7 @@ def check_rows(config: TrainConfig) -> None:
                     can_train |= bool(found or problems.bad or table.documents)
 
     if not can_train:
-        raise DataError(
-            f"{describe_sources(config.data.data)}: no training rows; a row needs {needed}"
-        )
+        raise DataError(no_training_rows(config.data.data, sources, needed))
     if bad and config.data.on_bad == "error":
         lacking = needed if lacks_fields else ""
         raise DataError(describe_bad_rows(places, bad, lacking, are_all=not rows))

@@ -32,7 +32,8 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
             "valid_split holds out training rows, but the data already has validation rows: use"
             " one of them"
         )
-    return not has_valid and settings.valid_split != 0
+    has_train = any("train" in source for source in sources)
+    return has_train and not has_valid and settings.valid_split != 0
 
 
 def hold_out(

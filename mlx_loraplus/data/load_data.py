@@ -122,7 +122,7 @@ def load_data(
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoding, config.objective, report)
 
-    data.problems = find_problems(config, data.examples, data.reports, needed)
+    data.problems = find_problems(config, data.examples, data.reports, sources, needed)
     if data.problems and strict:
         raise DataError("; ".join(data.problems))
 

@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..adapters.stored_files import check_names_model
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
@@ -256,6 +257,7 @@ def plan_run(
         config = replace(config, model=_largest_that_fits(family))
 
     # The plan of the run.
+    check_names_model(config.model)
     check_trainable(config.model)
     memory_plan = memory_plan_of(config, machine=machine)
     rows, length = _batch(memory_plan)

@@ -8,6 +8,7 @@ On this machine alone it needs no token. In a network, every request must have o
 the first time, and then in a cookie.
 """
 
+import errno
 import hmac
 import ipaddress
 import os
@@ -269,11 +270,17 @@ def _listen(config: ServeConfig) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
+        socket.getaddrinfo(config.host, config.port, family)  # its errors have a type of their own
         return socket.create_server((config.host, config.port), family=family)
     except OSError as error:
+        # An unknown host, or one that is not an address of this machine, or else the port
+        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        advice = "--port, such as 0 for a free one, or another --host"
+        if is_host:
+            advice = "--host, such as 127.0.0.1, or 0.0.0.0 for all addresses of this machine"
+        reason = (error.strerror or "").partition(" (while")[0]
         raise ConfigError(
-            f"{config.host} port {config.port} can't be used ({error.strerror}): give another"
-            " --port, such as 0 for a free one, or another --host"
+            f"{config.host} port {config.port} can't be used ({reason}): give another {advice}"
         ) from None
 
 

@@ -1,16 +1,18 @@
 """Preview the data of a run: rows, lengths, batches, duplicates, leaks and three examples."""
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
+from ..adapters.stored_files import check_names_model
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.data_problems import group_problems
@@ -24,7 +26,7 @@ from ..data.pairs import Pairs
 from ..data.python_data import store_data
 from ..data.split_report import SplitReport
 from ..data.tokenize import Example
-from ..errors import DataError, ModelError, counted
+from ..errors import ConfigError, DataError, ModelError, counted
 from ..keyword_types import PreviewOptions, RowsOrNames
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
@@ -141,6 +143,12 @@ def preview(
     Example:
         >>> preview("my_folder", model="gemma-3", max_seq_length=512)
     """
+    model: Any = settings.get("model", "")
+    if not isinstance(model, str | os.PathLike):
+        raise ConfigError(
+            f"preview: model is the name of a model, not a {type(model).__name__}: give its name,"
+            " or tokenizer=tokenizer"
+        )
     given = translate(TrainConfig, dict(settings))
     if data is not None:
         given = store_data({**given, "data": data})
@@ -159,6 +167,7 @@ def preview_run(config: TrainConfig, tokenizer: TokenizerWrapper | None = None) 
     # A tokenizer does not reveal the limits of its model
     limits = Limits()
     if tokenizer is None:
+        check_names_model(config.model)
         folder = find_model(config.model).path
         tokenizer = load_folder_tokenizer(folder)
         limits = _limits_without_weights(folder)

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 from ..adapters.full import check_full, trains_weights
-from ..adapters.stored_files import UNKNOWN_MODEL, check_not_peft, is_adapter, model_for
+from ..adapters.stored_files import UNKNOWN_MODEL, check_names_model
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
@@ -30,13 +30,7 @@ def check_model_name(name: str) -> None:
         ModelError: It is a path with no model, or mlx-lm can't train models of its kind.
     """
     check_model_path(name)
-    if is_adapter(name):
-        check_not_peft(Path(name))
-        raise ConfigError(
-            f"--model {name} holds an adapter, not a model: give its model, --model"
-            f" {model_for(None, name)} (mlx_loraplus.train --resume-adapter-file {name} trains the"
-            " adapter further)"
-        )
+    check_names_model(name)
     check_trainable(name)
 
 

@@ -235,7 +235,8 @@ def test_the_command_says_what_is_wrong(
     for words, told in (
         ([str(runs / "nowhere")], "is not a folder"),
         ([str(runs), "--port", "70000"], "port"),
-        ([str(runs), "--host", "203.0.113.7"], "can't be used"),
+        ([str(runs), "--host", "203.0.113.7"], "give another --host, such as 127.0.0.1"),
+        ([str(runs), "--host", "999.1.1.1"], "give another --host, such as 127.0.0.1"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)

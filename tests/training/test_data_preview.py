@@ -52,7 +52,7 @@ def test_what_is_found(tmp_path: Path):
         {"completion": 4, "text": 1},
     )
     assert report.bad_rows == [
-        "train.jsonl:7: no known field (it has 'x'); none of them holds text to learn"
+        "train.jsonl:7: no known field (it has 'x'); none of them looks like text to learn"
     ]
     assert report.long_rows == ["train.jsonl:5 (22 tokens, dropped)"]
     assert (report.tokens, report.supervised_tokens) == (5 + 5 + 6 + 5 + 10, 3 + 3 + 3 + 3 + 9)
