@@ -184,3 +184,21 @@ def test_tags_of_other_templates_stay_out_of_a_template_with_a_key(
     (encoded,) = encode([make_row({"messages": [user("zork"), silent]}, 1)], tokenizer)
     assert learned(encoded, tokenizer).startswith("<|channel|>analysis<|message|>frobozz<|end|>")
     assert not encoded.notes
+
+
+@pytest.mark.parametrize("writes_ids", [False, True])
+def test_results_in_another_order_than_their_calls_are_noted(
+    letters: LetterTokenizer, writes_ids: bool
+):
+    tokenizer = letters("hermes_tools", **CHATML)
+    if writes_ids:
+        ids = "{% for message in messages %}{{ message.tool_call_id }}{% endfor %}"
+        tokenizer.chat_template = ids + str(tokenizer.chat_template)
+    calls = [CALL | {"id": name} for name in ("a1b2c3d4e", "f1a2b3c4d")]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "grue"} for call in calls]
+    for order in (results, results[::-1]):
+        chat = [user("zork"), bot("", tool_calls=calls), *order, bot("quux")]
+        (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+        assert encoded.problem is None
+        is_noted = any("'tool_call_id'" in note for note in encoded.notes)
+        assert is_noted == (order != results and not writes_ids)
