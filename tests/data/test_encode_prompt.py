@@ -1,4 +1,4 @@
-"""What a model generates, read as an earlier message of the next prompt; prompts that open thoughts."""
+"""What a model generates, read as an earlier message of the next prompt; prompts of thoughts and calls."""
 
 import numpy as np
 import pytest
@@ -141,3 +141,64 @@ def test_a_template_that_needs_tools_takes_them(letters: LetterTokenizer):
     tokenizer.chat_template = shown + str(tokenizer.chat_template)
     prompt = tokenizer.decode(encode_prompt("zork", tokenizer, tools=TOOLS))
     assert prompt.startswith("plover")
+
+
+def test_thoughts_after_the_result_of_a_tool_are_a_message_of_their_own(letters: LetterTokenizer):
+    """The template writes the header twice, and drops the thoughts before the call."""
+    tokenizer = letters("gpt_oss", **TEMPLATES["gpt_oss"])
+    chat = [
+        user("zork"),
+        bot("", reasoning_content="frobozz", tool_calls=[CALL]),
+        {"role": "tool", "content": "gnusto"},
+        bot("quux", reasoning_content="gnusto"),
+    ]
+    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    text = learned(encoded, tokenizer)
+    assert text.startswith("<|channel|>analysis<|message|>frobozz<|end|>")
+    assert text.endswith(
+        "<|call|><|channel|>analysis<|message|>gnusto<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>quux<|return|>"
+    )
+    assert not encoded.notes
+
+    # The same words in the result alone are no thoughts.
+    tokenizer.chat_template = str(tokenizer.chat_template).replace("'thinking' in", "false and")
+    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    assert "gnusto" not in learned(encoded, tokenizer)
+    assert any("leaves out thoughts" in note for note in encoded.notes)
+
+
+@pytest.mark.parametrize("key", ["thinking", "reasoning_content"])
+def test_tags_of_other_templates_stay_out_of_a_template_with_a_key(
+    letters: LetterTokenizer, key: str
+):
+    """gpt-oss refuses content and thoughts beside a call: <think> would stand inside its channel."""
+    tokenizer = letters("gpt_oss", **TEMPLATES["gpt_oss"])
+    spoken = bot("xyzzy", tool_calls=[CALL]) | {key: "frobozz"}
+    (encoded,) = encode([make_row({"messages": [user("zork"), spoken]}, 1)], tokenizer)
+    assert not encoded.examples
+    assert str(encoded.problem).endswith("; remove the content beside tool calls")
+
+    # The advice works.
+    silent = spoken | {"content": ""}
+    (encoded,) = encode([make_row({"messages": [user("zork"), silent]}, 1)], tokenizer)
+    assert learned(encoded, tokenizer).startswith("<|channel|>analysis<|message|>frobozz<|end|>")
+    assert not encoded.notes
+
+
+@pytest.mark.parametrize("writes_ids", [False, True])
+def test_results_in_another_order_than_their_calls_are_noted(
+    letters: LetterTokenizer, writes_ids: bool
+):
+    tokenizer = letters("hermes_tools", **CHATML)
+    if writes_ids:
+        ids = "{% for message in messages %}{{ message.tool_call_id }}{% endfor %}"
+        tokenizer.chat_template = ids + str(tokenizer.chat_template)
+    calls = [CALL | {"id": name} for name in ("a1b2c3d4e", "f1a2b3c4d")]
+    results = [{"role": "tool", "tool_call_id": call["id"], "content": "grue"} for call in calls]
+    for order in (results, results[::-1]):
+        chat = [user("zork"), bot("", tool_calls=calls), *order, bot("quux")]
+        (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+        assert encoded.problem is None
+        is_noted = any("'tool_call_id'" in note for note in encoded.notes)
+        assert is_noted == (order != results and not writes_ids)
