@@ -26,7 +26,7 @@ from ..inference.generate import load
 from ..kernels.head import split_model
 from ..memory.estimate import Sizes
 from ..memory.plan import memory_plan_of
-from ..memory.run_sizes import check_fit, resolve_grad_checkpoint
+from ..memory.run_sizes import check_fit
 from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
 from ..runs.progress import describe_full_rates
@@ -34,12 +34,20 @@ from ..runs.state import Event
 from ..runs.trackers import check_trackers
 from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
-from .checkpoint import check_folder
+from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
 from .make_batches import plan_batches
 from .optimizer import LoRAPlus
-from .run_checks import check_model_name, check_rates, check_validation, warn_about_rates
+from .run_checks import (
+    check_length,
+    check_model_name,
+    check_rates,
+    check_validation,
+    warn_about_rates,
+)
+from .run_fingerprint import keep_first_choices
 from .schedule import Schedule, schedule_of
+from .step_choices import plan_grad_checkpoint
 from .trainer import TrainState, train
 
 # Two steps are timed if their matrix products take at most this long; the rest of a step takes as
@@ -83,6 +91,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     # The checks of training, in its order.
     for check in (check_trackers, check_folder, check_fit):
         found.check(check, config)
+    checkpoint = found.check(find_run, config, found.warnings.append) if config.resume else None
     before = len(found.problems)
     found.check(check_model_name, config.model)
     read_data = preview_run if len(found.problems) == before else check_rows
@@ -97,7 +106,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         console.print(data)
         if data.plan is not None:
             console.print()
-            for name, line in _describe_run(data, data.plan.useful_tokens, found):
+            for name, line in _describe_run(data, checkpoint, data.plan.useful_tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
     for warning in found.warnings:
@@ -118,13 +127,20 @@ def _check_start(path: Path) -> None:
 
 
 def _describe_run(
-    data: Preview, tokens_per_epoch: int, found: _Findings
+    data: Preview, checkpoint: Checkpoint | None, tokens_per_epoch: int, found: _Findings
 ) -> Iterator[tuple[str, str]]:
-    """Yield a name and a text for each part of what a run on this data would do and need."""
+    """Yield a name and a text for each part of what a run on this data would do and need.
+
+    A run that would be resumed from a checkpoint keeps its first choices.
+    """
     # Check what depends on the run's length.
     batches = plan_batches(data.data.examples["train"], data.config.data, data.config.seed)
     schedule = schedule_of(data.config, batches.per_epoch)
-    config = fit_to_length(data.config, schedule.steps)
+    config, done = data.config, 0
+    if checkpoint is not None:
+        config, done = keep_first_choices(config, checkpoint.identity), checkpoint.progress.step
+        found.check(check_length, checkpoint.progress, schedule.steps)
+    config = fit_to_length(config, schedule.steps)
     found.check(check_validation, config, data.data.examples["valid"])
     warn_about_rates(config, schedule.steps, found.warnings.append)
 
@@ -135,7 +151,8 @@ def _describe_run(
     assert config.steps_per_eval is not None
     yield (
         "run",
-        f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)};"
+        f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)}"
+        f"{f', of which {done:,} are done' if done else ''};"
         f" reports every {counted(config.steps_per_report, 'step')}, validations every"
         f" {counted(config.steps_per_eval, 'step')}",
     )
@@ -156,13 +173,19 @@ def _describe_run(
 
     # Memory, time and disk space.
     lines: list[str] = []
-    checkpoint = found.check(resolve_grad_checkpoint, config, None, batches.largest(), lines.append)
+    largest = batches.largest()
+    checkpoints_blocks = found.check(
+        plan_grad_checkpoint, config, None, largest, lines.append, checkpoint
+    )
+    if checkpoint is not None and not lines:
+        lines = [f"gradient checkpointing stays {'on' if checkpoints_blocks else 'off'}"]
     for line in lines:
         yield "memory", line.removeprefix("plan: ")
-    if plan is not None and checkpoint is not None:
-        tokens = tokens_per_epoch * schedule.batches / batches.per_epoch
-        timed = replace(config, grad_checkpoint="on" if checkpoint else "off")
-        yield "time", _time(timed, batches, plan.sizes, tokens, schedule.steps, found)
+    if plan is not None and checkpoints_blocks is not None:
+        left = max(0, schedule.steps - done)
+        tokens = tokens_per_epoch * schedule.batches / batches.per_epoch * left / schedule.steps
+        timed = replace(config, grad_checkpoint="on" if checkpoints_blocks else "off")
+        yield "time", _time(timed, batches, plan.sizes, tokens, left, found)
         saved = plan.sizes.gradients() + plan.sizes.moments(optimizer.optimizer)
         yield "disk", _disk(config, saved * (config.keep_checkpoints + 2), found)
     yield "folder", str(Path(config.adapter_path).absolute())
@@ -196,6 +219,8 @@ def _time(
     """
     if found.problems:
         return "unknown, because training would stop"
+    if not steps:
+        return "none, because the run is finished"
 
     # Forward through all blocks, backward through the last ones; adapters need no gradients of W.
     backward = 4.0 if config.adapter.adapter == "full" else 2.0

@@ -42,6 +42,7 @@ from .rate_search import choose_rate
 from .recorder import choose_prompts, record_events, resume_history, start_history
 from .reference import add_reference
 from .run_checks import (
+    check_length,
     check_rates,
     check_validation,
     check_world,
@@ -277,6 +278,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
             packable=probes.takes_caches,
         )
         schedule = schedule_of(session.config, batches.per_epoch)
+        check_length(session.run.progress, schedule.steps)
         session.run.config = fit_to_length(session.config, schedule.steps)
 
     # Create the loop's state. If one process needs gradient checkpointing, all processes use it.

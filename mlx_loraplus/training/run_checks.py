@@ -19,6 +19,7 @@ from ..models.model_name_check import check_model_path
 from ..models.save_model_folder import origin_of
 from ..models.trainable_families import check_trainable
 from ..runs.progress import Log
+from ..runs.state import Progress
 from .distributed import World
 
 
@@ -114,6 +115,19 @@ def check_validation(config: TrainConfig, valid: Examples) -> None:
         raise ConfigError(
             "prompts are answered at validations, which need examples: add a valid.jsonl, or"
             " --valid-split"
+        )
+
+
+def check_length(progress: Progress, steps: int) -> None:
+    """Check that a resumed run has not trained for more steps than it should have.
+
+    Raises:
+        ConfigError: It has.
+    """
+    if progress.step > steps:
+        raise ConfigError(
+            f"the run has trained {progress.step:,} steps, more than the {steps:,} that are asked"
+            f" for: leave iters and epochs out, or give at least iters {progress.step}"
         )
 
 

@@ -28,6 +28,7 @@ from ..kernels.delta_rule import has_delta_rule
 from ..memory.measured import MeasuredStep
 from ..memory.plan import MemoryPlan, memory_plan_of
 from ..memory.run_sizes import resolve_grad_checkpoint
+from ..runs.progress import Log
 from ..runs.start_event import versions
 from ..settings import settings_of
 from .checkpoint import Checkpoint
@@ -72,21 +73,8 @@ def choose_grad_checkpoint(
     model: nn.Module, session: Session, probes: ModelProbes, batches: Batches
 ) -> tuple[ModelProbes, bool]:
     """Return the probes, with a verdict on checkpointing, and whether to checkpoint gradients."""
-    config, log, checkpoint = session.config, session.log, session.checkpoint
-    # What a step took on another machine says nothing about this one.
-    measured = None
-    if checkpoint is not None and is_this_machine(checkpoint.identity.machine):
-        measured = checkpoint.identity.measured
-
-    # A resumed run keeps the choice of its first session, because the choice changes the last bits
-    # of the results.
-    if checkpoint is not None and config.grad_checkpoint == "auto":
-        wanted = checkpoint.identity.grad_checkpoint
-        config = replace(config, grad_checkpoint="on" if wanted else "off")
-    else:
-        wanted = resolve_grad_checkpoint(
-            config, model, batches.largest(), log, measured, is_resumed=checkpoint is not None
-        )
+    config, log = session.config, session.log
+    wanted = plan_grad_checkpoint(config, model, batches.largest(), log, session.checkpoint)
 
     # The gradients are tested at most once in a run.
     if wanted and probes.checkpoint_sound is None and not is_sharded(model):
@@ -95,6 +83,39 @@ def choose_grad_checkpoint(
         model, config, log, wanted=wanted, sound=probes.checkpoint_sound
     )
     return probes, grad_checkpoint
+
+
+def plan_grad_checkpoint(
+    config: TrainConfig,
+    model: nn.Module | None,
+    batch: tuple[int, int],
+    log: Log,
+    checkpoint: Checkpoint | None,
+) -> bool:
+    """Return whether a new or resumed run should checkpoint gradients, by its plan of memory.
+
+    Args:
+        config: The run's settings.
+        model: The model, or None to plan from its config alone.
+        batch: The run's largest batch, (rows, length).
+        log: Called with each line to show.
+        checkpoint: The checkpoint of a resumed run.
+
+    Raises:
+        ConfigError: The batch does not fit. The message says what can be changed.
+    """
+    if checkpoint is None:
+        return resolve_grad_checkpoint(config, model, batch, log)
+
+    # A resumed run keeps the choice of its first session, because the choice changes the last bits
+    # of the results.
+    stored = checkpoint.identity
+    if config.grad_checkpoint == "auto":
+        return stored.grad_checkpoint
+
+    # What a step took on another machine says nothing about this one.
+    measured = stored.measured if is_this_machine(stored.machine) else None
+    return resolve_grad_checkpoint(config, model, batch, log, measured, is_resumed=True)
 
 
 def set_up_step(session: Session, state: TrainState, base: str) -> TrainState:

@@ -45,6 +45,26 @@ def test_a_run_is_described(place: Place, capsys: pytest.CaptureFixture[str]):
     assert start["steps"] == 20
 
 
+def test_a_resumed_run_is_described_with_what_its_first_session_chose(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("half", stop_at=6, iters=20, warmup=0, steps_per_report=1)
+    run = ["-c", str(place.folder / "half" / "run.yaml"), "--resume", "--dry-run"]
+    capsys.readouterr()
+    cli.train([*run, "--iters", "40", "--grad-checkpoint", "auto"])
+    said = capsys.readouterr().out
+    assert "40 steps of 4 examples, of which 6 are done; reports every 1 step" in said
+    assert "gradient checkpointing stays off" in said
+    assert "iters 20 -> 40" in said
+
+    # A dry run and training both refuse to train fewer steps than the run has.
+    for more in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit):
+            cli.train([*run[:3], *more, "--iters", "1"])
+        problem = "6 steps, more than the 1 that are asked for: leave iters and epochs out"
+        assert problem in "".join(capsys.readouterr())
+
+
 def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
     cli.train(words(place, "--launch", "2", "--dry-run"))
     assert capsys.readouterr().out.endswith("--iters 20 --launch 2\n")
