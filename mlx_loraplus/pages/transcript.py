@@ -17,7 +17,7 @@ Part = tuple[PartKind, str]
 # Names of roles in templates; the names that pages show are in _SHOWN_ROLES.
 _ROLE_NAMES = (
     "((?i:user|human|assistant|model|chatbot|bot|system|developer|tool|tools|available_tools|ipython"
-    "|observation|functions))"
+    "|observation|functions|environment))"
 )
 _SHOWN_ROLES = {
     "model": "assistant",
@@ -27,6 +27,7 @@ _SHOWN_ROLES = {
     "ipython": "tool",
     "observation": "tool",
     "functions": "tool",
+    "environment": "tool",
     "available_tools": "tools",
 }
 # The beginning of a turn. ChatML, Gemma, Llama 3 and 4, Granite and gpt-oss; Kimi; Phi, Zephyr,

@@ -202,3 +202,10 @@ def test_results_in_another_order_than_their_calls_are_noted(
         assert encoded.problem is None
         is_noted = any("'tool_call_id'" in note for note in encoded.notes)
         assert is_noted == (order != results and not writes_ids)
+
+
+def test_an_answer_does_not_count_as_the_same_thought(letters: LetterTokenizer):
+    tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
+    row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
+    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    assert any("thoughts" in note for note in encoded.notes)

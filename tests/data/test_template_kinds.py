@@ -368,13 +368,6 @@ def test_words_of_the_content_do_not_count_as_a_call(
     assert "tool calls" in str(encoded.problem)
 
 
-def test_an_answer_does_not_count_as_the_same_thought(letters: LetterTokenizer):
-    tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
-    row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
-    assert any("thoughts" in note for note in encoded.notes)
-
-
 @pytest.mark.parametrize(
     "value",
     ["", "a\nb\t\"c\" 'd' \\ é😀", 1e-7, 1e22, 2.5, -0, None, False, {}, [], [[1], {"a": [2]}]],
