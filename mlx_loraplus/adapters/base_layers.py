@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from .unfreeze import own_arrays
+from .unfreeze import FullyTrained, own_arrays
 
 # Sharded layers: each process holds an equal part of the layer; see tensor_parallel.py.
 SPLIT_ROWS = (nn.AllToShardedLinear, nn.QuantizedAllToShardedLinear)
@@ -42,6 +42,12 @@ def blocks_of(model: nn.Module) -> list[Any]:
 def can_adapt(module: nn.Module) -> bool:
     """Return whether an adapter can have ``module`` as its base."""
     return type(module) in (*LINEARS, *EMBEDDINGS, *EXPERTS)
+
+
+def is_trained_layer(module: nn.Module) -> bool:
+    """Return whether ``module`` trains in full, and could have an adapter instead."""
+    layers = (*LINEARS, *EMBEDDINGS, *EXPERTS)
+    return isinstance(module, FullyTrained) and isinstance(module, layers)
 
 
 # Shapes and settings

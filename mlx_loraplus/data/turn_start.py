@@ -84,9 +84,20 @@ def before_thoughts(messages: Sequence[Message], whole: str, seam: int, header: 
     thoughts = whole.rfind(thoughts_of(message).strip(), 0, seam)
     place = whole.rfind(header, 0, thoughts) if header and thoughts >= 0 else -1
 
-    # The same words may belong to an earlier message.
+    # The same words may belong to an earlier message, after which more of the history follows.
     start = place + len(header)
-    return seam if place < 0 or shows_later(history, whole, start) else start
+    return start if place >= 0 and start >= _end_of(history, whole) else seam
+
+
+def _end_of(history: Sequence[Message], whole: str) -> int:
+    """Return the earliest place where a chat can have shown all messages of its history in order."""
+    end = 0
+    for message in history:
+        content = answer_of(message).strip()
+        place = whole.find(content, end)
+        if content and place >= 0:
+            end = place + len(content)
+    return end
 
 
 def opens_later(answer: str, prompt: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, RotatingKVCache
 
-from ..adapters.base_layers import EXPERTS, can_adapt, local_shape
+from ..adapters.base_layers import EXPERTS, can_adapt, is_trained_layer, local_shape
 from ..adapters.lora import Adapter
 from ..adapters.trainable import find_adapters
 from ..config import AdapterConfig
@@ -261,12 +261,17 @@ def _mixer_kept(module: Any, mixer: Mixer) -> int:
 
 
 def layers_of(block: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the path and the base of every linear layer in a block, with or without an adapter."""
+    """Yield the path and the base of every linear layer in a block, with or without an adapter.
+
+    A layer that trains in full is yielded as it is.
+    """
     adapters = find_adapters(block)
     for path, module in block.named_modules():
         if path in adapters:
             yield path, adapters[path].base
-        elif can_adapt(module) and path.rpartition(".")[0] not in adapters:
+        elif path.rpartition(".")[0] in adapters:
+            continue
+        elif can_adapt(module) or is_trained_layer(module):
             yield path, module
 
 

@@ -13,16 +13,19 @@ EQUAL_WORDS = TEMPLATES | {
 }
 
 
+@pytest.mark.parametrize("first_thought", [True, False])
 @pytest.mark.parametrize("template", EQUAL_WORDS)
-def test_equal_words_do_not_change_how_a_row_is_written(letters: LetterTokenizer, template: str):
+def test_equal_words_do_not_change_how_a_row_is_written(
+    letters: LetterTokenizer, template: str, first_thought: bool
+):
     """A chat whose thoughts, answers and questions are one word is written like any other."""
     tokenizer = letters(template, **EQUAL_WORDS[template])
     words = ("zork", "frobozz", "xyzzy", "grue", "gnusto", "quux")
     texts: list[list[str]] = []
     for asked, thought, answer, then, thought_then, last in (words, ["xyzzy"] * 6):
+        first = bot(answer, reasoning_content=thought) if first_thought else bot(answer)
         chat = [
-            user(asked), bot(answer, reasoning_content=thought),
-            user(then), bot(last, reasoning_content=thought_then),
+            user(asked), first, user(then), bot(last, reasoning_content=thought_then),
         ]  # fmt: skip
         (encoded,) = encode([make_row({"messages": chat}, 1)], tokenizer)
         assert encoded.problem is None
@@ -36,3 +39,17 @@ def test_equal_words_do_not_change_how_a_row_is_written(letters: LetterTokenizer
     for word in words:
         texts[0] = [text.replace(word, "xyzzy") for text in texts[0]]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("template", EQUAL_WORDS)
+def test_words_of_the_question_are_not_learned_as_thoughts(letters: LetterTokenizer, template: str):
+    tokenizer = letters(template, **EQUAL_WORDS[template])
+    chat = [
+        user("Please continue, and say continue"), bot("continue"),
+        user("continue"), bot("the end", reasoning_content="continue"),
+    ]  # fmt: skip
+    (encoded,) = encode([make_row({"messages": chat}, 1)], tokenizer)
+    for example in encoded.examples:
+        learned = tokenizer.decode(example.tokens[example.supervised])
+        assert learned.count("continue") <= 2
+        assert "say" not in learned

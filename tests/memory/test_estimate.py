@@ -1,6 +1,7 @@
 """Memory from shapes: terms against hand calculations, what grows with what, and real steps."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -305,8 +306,9 @@ def test_a_real_fuse(point: Point):
     assert 0.8 <= peak_of(point, "fuse") / point.sizes.fuse() <= 1
 
 
-def test_a_loaded_model_has_the_sizes_of_its_skeleton():
-    config = configure(TrainConfig, {}).adapter
+@pytest.mark.parametrize("train_modules", [(), ("embed_tokens",), ("lm_head",), ("norms",)])
+def test_a_loaded_model_has_the_sizes_of_its_skeleton(train_modules: tuple[str, ...]):
+    config = replace(configure(TrainConfig, {}).adapter, train_modules=train_modules)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     point = {
         **config_of("smollm2-135m"),
@@ -314,11 +316,15 @@ def test_a_loaded_model_has_the_sizes_of_its_skeleton():
         "num_hidden_layers": 2,
         "hidden_size": 64,
         "vocab_size": 128,
+        "tie_word_embeddings": False,
     }
-    model = make_skeleton({**point, "quantization": {"group_size": 32, "bits": 4}})
-    expected = measure(model, config, 4)
+    quantization = {} if train_modules else {"quantization": {"group_size": 32, "bits": 4}}
+    model = make_skeleton(point | quantization)
+    expected = measure(model, config, 4 if quantization else None)
     attach_adapters(model, config)
-    assert measure(model, config) == expected
+    found = measure(model, config)
+    assert sorted(found.trained) == sorted(expected.trained)
+    assert replace(found, trained=expected.trained) == expected
 
 
 def test_facts_are_those_of_the_files(gemma_folder: Path, smollm2_folder: Path):
