@@ -90,7 +90,7 @@ def before_thoughts(messages: Sequence[Message], whole: str, seam: int, header: 
 
 
 def _end_of(history: Sequence[Message], whole: str) -> int:
-    """Return the earliest place where a chat can have shown all messages of its history in order."""
+    """Return the first place at which a chat can have shown its history, in order."""
     end = 0
     for message in history:
         content = answer_of(message).strip()
