@@ -6,16 +6,25 @@ from typing import Any
 from ..errors import ModelError
 from .rope_parameters import TEXT_PARTS, text_part
 
+LARGEST = 2**31 - 1
+"""The largest size of an array's axis in MLX."""
+_MOST_LAYERS = 10_000  # more would take hours to make before any error
+
+_POSITIONS = ("max_position_embeddings", "n_positions")
+"""Counts that are no sizes of arrays in most families, and may be larger."""
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
+"""Names of the field with the number of layers; they vary by family."""
+
 _COUNTS = (
-    "num_hidden_layers", "num_layers", "n_layer", "n_layers",
-    "hidden_size", "n_embd", "d_model", "vocab_size",
+    *LAYERS, "hidden_size", "n_embd", "d_model", "vocab_size",
     "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "num_kv_heads", "head_dim",
-    "intermediate_size", "max_position_embeddings", "n_positions",
+    "intermediate_size", *_POSITIONS,
 )  # fmt: skip
 """Whole numbers that are at least 1 in every model. Some families have a list of them."""
 
 _OPTIONAL = ("num_key_value_heads", "num_kv_heads", "head_dim", "intermediate_size",
-             "max_position_embeddings", "n_positions")  # fmt: skip
+             *_POSITIONS)  # fmt: skip
 """Counts that may be null, which means the family's default."""
 
 _NORMS = (
@@ -69,6 +78,9 @@ def _check_count(name: str, value: Any) -> None:
     for number in values:
         if not _is_positive(number) or number != int(number):
             raise _wrong(name, value, "a whole number of at least 1")
+        most = _MOST_LAYERS if name in LAYERS else LARGEST
+        if number > most and name not in _POSITIONS:
+            raise _wrong(name, value, f"a whole number from 1 to {most:,}")
 
 
 def _check_experts(part: dict[str, Any]) -> None:

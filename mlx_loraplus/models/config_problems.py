@@ -3,16 +3,16 @@
 import json
 import re
 import sys
+from itertools import chain
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
 from ..errors import counted
+from .config_numbers import LARGEST, LAYERS
 from .rope_parameters import text_part
-
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
-"""Names of the field with the number of layers; they vary by family."""
+from .weight_files import one_line
 
 LAYER_LISTS = ("layer_types", "mlp_layer_types", "layers_block_type", "hybrid_layer_pattern",
                "no_rope_layers", "is_moe_layer", "num_attention_heads_per_layer",
@@ -39,6 +39,9 @@ _JSON_TYPES: dict[Any, str] = {
 _DIVISORS = ("size", "step", "period", "freq", "interval", "heads", "groups", "dim", "theta")
 """Endings of the names of fields that models divide by."""
 
+_SIZES = (*_DIVISORS, "rank", "experts", "factor", "scalar")
+"""Endings of the names of fields that are seldom 0."""
+
 _NO_SUCH_LAYER = (
     "list index out of range", "not in list", "attention_mask() missing", "'full_attention'",
     "'sliding_attention'", "StopIteration",
@@ -54,7 +57,7 @@ def explain_problem(config: dict[str, Any], problem: BaseException) -> str | Non
             f"mlx-lm has no models of the kind {kind!r:.60}: use a newer mlx-lm, or another model"
         )
     explained = _missing_fields(config, problem) or _missing_kinds(config, problem)
-    return explained or _wrong_type(config, problem)
+    return explained or _wrong_type(config, problem) or _odd_number(config, problem)
 
 
 def _missing_fields(config: dict[str, Any], problem: BaseException) -> str | None:
@@ -92,7 +95,7 @@ def _missing_kinds(config: dict[str, Any], problem: BaseException) -> str | None
 
 def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
     """Return a message if an error may come from a value that is not of its field's type."""
-    if not isinstance(problem, TypeError | AttributeError | ZeroDivisionError):
+    if not isinstance(problem, TypeError | AttributeError | ValueError | ZeroDivisionError):
         return None
     divides_by_zero = isinstance(problem, ZeroDivisionError)
     part = text_part(config)
@@ -114,6 +117,26 @@ def _wrong_type(config: dict[str, Any], problem: BaseException) -> str | None:
                 " folder again"
             )
     return None
+
+
+def _odd_number(config: dict[str, Any], problem: BaseException) -> str | None:
+    """Return a message with the field that is probably the reason, because its number is odd."""
+    part = text_part(config)
+    numbers = {
+        name: part[name]
+        for name in field_types(config)
+        if isinstance(part.get(name), int | float) and not isinstance(part[name], bool)
+    }
+    beyond = (name for name, value in numbers.items() if value < 0 or value > LARGEST)
+    zeros = (name for name, value in numbers.items() if not value and name.endswith(_SIZES))
+    name = next(chain(beyond, zeros), None)
+    if name is None:
+        return None
+    return (
+        f"mlx-lm's {config['model_type']} fails ({one_line(problem)}), probably because its"
+        f" config.json has {name} {json.dumps(numbers[name]):.40}: correct config.json, or get the"
+        " folder again"
+    )
 
 
 def field_types(config: dict[str, Any]) -> dict[str, Any]:
@@ -141,9 +164,11 @@ def field_types(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Return whether a value of JSON is of a plain type; a whole number is also a ``float``."""
+    """Return whether a JSON value is of a plain type; 1 is a ``float`` too, and 1.0 an ``int``."""
     if isinstance(value, bool) or kind is bool:
         return isinstance(value, bool) and kind is bool
+    if isinstance(value, float) and value.is_integer():
+        return kind in (int, float)
     return isinstance(value, int | float) if kind is float else isinstance(value, kind)
 
 

@@ -13,7 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..device import kept_random_state
 from ..errors import ModelError, counted
 from ..failures import failure_of
-from .config_problems import LAYER_LISTS, LAYERS, explain_problem, field_types
+from .config_numbers import LAYERS
+from .config_problems import LAYER_LISTS, explain_problem, field_types
 from .derived_weights import forget_derived
 from .ignored_window import cache_windows
 from .rope_parameters import text_part

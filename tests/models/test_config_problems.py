@@ -12,6 +12,11 @@ from tests.models.test_layer_kinds import REMOVED, changed
 @pytest.mark.parametrize(
     ("name", "fields", "told"),
     [
+        ("deepseek_v3", {"kv_lora_rank": 0}, r"fails \(.*probably because .* kv_lora_rank 0: corr"),
+        ("deepseek_v3", {"n_group": 2**40}, "probably because its config.json has n_group 1099511"),
+        ("deepseek_v3", {"routed_scaling_factor": "x"}, 'has routed_scaling_factor "x", where'),
+        ("qwen3_next", {"linear_conv_kernel_dim": -1}, "has linear_conv_kernel_dim -1: correct"),
+        ("gpt_oss", {"layer_types": -1}, "has layer_types -1, where mlx-lm's gpt_oss expects a li"),
         ("llama", {"hidden_size": REMOVED}, "has no hidden_size, which mlx-lm's llama needs"),
         (
             "llama",
