@@ -66,7 +66,7 @@ def resolve_batch(
 
 def resolve_grad_checkpoint(
     config: TrainConfig,
-    model: nn.Module,
+    model: nn.Module | None,
     batch: tuple[int, int],
     log: Callable[[str], None],
     measured: MeasuredStep | None = None,

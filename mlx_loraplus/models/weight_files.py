@@ -135,7 +135,7 @@ def check_tied_head(model: nn.Module, tensors: Mapping[str, Path]) -> None:
     )
 
 
-def one_line(problem: Exception) -> str:
+def one_line(problem: BaseException) -> str:
     """Return an error's message as one line of at most 300 characters, with its type if needed."""
     text = str(problem)
     if not isinstance(problem, ValueError):

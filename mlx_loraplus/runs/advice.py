@@ -1,7 +1,10 @@
 """What to do next after a run has ended, as one sentence."""
 
 from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
 
+from ..adapters.stored_files import UNKNOWN_MODEL
 from ..errors import counted
 from ..settings import default_rate
 from ..userpaths import shell_word
@@ -182,9 +185,12 @@ def lower_rate_command(run: Run) -> str | None:
     """
     if diverged_at(run) == 0:
         return None
-    settings, folder = shell_word(run.folder / "run.yaml"), shell_word(f"{run.folder}-again")
+    names = (f"{run.folder}-again{number}" for number in chain([""], count(2)))
+    folder = shell_word(next(name for name in names if not Path(name).exists()))
+    settings = shell_word(run.folder / "run.yaml")
+    model = " --model MODEL" if run.config.model.endswith(UNKNOWN_MODEL) else ""
     rate = _lower_rate(run)
-    return f"mlx_loraplus.train -c {settings} --adapter-path {folder} --learning-rate {rate}"
+    return f"mlx_loraplus.train -c {settings}{model} --adapter-path {folder} --learning-rate {rate}"
 
 
 def remedy_for_fall(run: Run) -> str:

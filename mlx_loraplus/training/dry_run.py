@@ -149,10 +149,10 @@ def _describe_run(
     optimizer = config.optimizer
     assert config.steps_per_report is not None
     assert config.steps_per_eval is not None
+    so_far = f", of which {done:,} are done" if done else ""
     yield (
         "run",
-        f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)}"
-        f"{f', of which {done:,} are done' if done else ''};"
+        f"{counted(schedule.steps, 'step')} of {counted(batch, config.objective.unit)}{so_far};"
         f" reports every {counted(config.steps_per_report, 'step')}, validations every"
         f" {counted(config.steps_per_eval, 'step')}",
     )
@@ -177,7 +177,7 @@ def _describe_run(
     checkpoints_blocks = found.check(
         plan_grad_checkpoint, config, None, largest, lines.append, checkpoint
     )
-    if checkpoint is not None and not lines:
+    if checkpoint is not None and checkpoints_blocks is not None and not lines:
         lines = [f"gradient checkpointing stays {'on' if checkpoints_blocks else 'off'}"]
     for line in lines:
         yield "memory", line.removeprefix("plan: ")

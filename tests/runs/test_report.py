@@ -249,7 +249,11 @@ def test_the_page_of_a_run_whose_norms_are_not_finite(folder: Path):
     labels = [label for label, _ in head.commands]
     assert labels == ["again", "try it", "fuse it"], "the best one is kept"
     run.progress.best_step = None
-    assert [label for label, _ in headline(run).commands] == ["again"]
+    ((label, command),) = headline(run).commands
+    assert label == "again"
+    (folder.parent / f"{folder.name}-again").mkdir()
+    assert f"{folder}-again " in command
+    assert f"{folder}-again2 " in headline(run).commands[0][1]
 
     # If the base answers nothing that can be measured, a lower rate is no remedy.
     for event in run.history:
