@@ -8,9 +8,14 @@ Two rows belong together if
 - they are equal once they are cut at the maximum length.
 
 Texts are compared twice: those with the same system message, and then all texts without it. A text
-that more than ``MOST_BRANCHES`` conversations continue is a common opening, such as an instruction
-to which each row's system message adds a document, and joins no conversations. The time is linear
-in the data, except for sorting a few numbers of each row, and only these numbers are in memory.
+that more than ``MOST_BRANCHES`` other conversations continue is a common opening, such as an
+instruction to which each row's system message adds a document, and joins no conversations. Up to
+that many rows that ask the same question are joined, also if their system messages hold different
+documents. The same limit holds for texts that are equal as far as they are compared, and for equal
+parts of rows that are split at the maximum length.
+
+The time is linear in the data, except for sorting a few numbers of each row, and only these numbers
+are in memory.
 """
 
 import hashlib
@@ -19,6 +24,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .dataset import Examples, Shard
+from .pairs import Pairs
 
 MOST_BRANCHES = 8
 _BLOCK = 2**10  # rows whose beginnings are looked up together
@@ -37,10 +43,11 @@ def group_examples(*splits: Examples) -> list[np.ndarray]:
 
     # Join the conversations of examples that were cut to the same tokens
     cut = np.concatenate([np.zeros(0, np.uint64), *map(_digest_cut, splits)])
-    _, first, inverse = np.unique(cut, return_index=True, return_inverse=True)
-    is_cut = cut > 0
+    is_part = np.concatenate([np.zeros(0, bool), *map(_is_part, splits)])
     count = int(conversations.max(initial=-1)) + 1
-    joined = _join(count, conversations[first[inverse]][is_cut], conversations[is_cut])
+    _, first, inverse = np.unique(cut, return_index=True, return_inverse=True)
+    joins = (cut > 0) & ~(is_part & _is_common(inverse, conversations, count))
+    joined = _join(count, conversations[first[inverse]][joins], conversations[joins])
     stops = np.cumsum([len(split) for split in splits])
     return np.split(joined[conversations], stops[:-1])
 
@@ -48,23 +55,64 @@ def group_examples(*splits: Examples) -> list[np.ndarray]:
 def _digest_cut(examples: Examples) -> np.ndarray:
     """Return a digest of the tokens of each example that is a part of a row, and 0 for all others.
 
-    The parts of documents are cut anywhere and have no digest.
+    Of a pair, both answers count, and it is enough that one of them is cut.
     """
-    digests = np.zeros(len(examples), np.uint64)
-    for number, shard in enumerate(examples.shards):
-        if shard.documents:
-            continue
+    answers = examples.both if isinstance(examples, Pairs) else (examples,)
+    is_cut = np.any([_is_cut(each) for each in answers], axis=0)
 
-        # Compare the ends with those before the maximum length was applied
-        in_shard = np.flatnonzero(examples.spans["shard"] == number)
-        spans = examples.spans[in_shard]
-        whole = np.searchsorted(shard.spans["start"], spans["start"], side="right") - 1
-        is_cut = spans["stop"] < shard.spans["stop"][whole]
-        for index, span in zip(in_shard[is_cut], spans[is_cut], strict=True):
-            tokens = shard.tokens[span["start"] : span["stop"]]
-            digest = hashlib.blake2b(tokens.tobytes(), digest_size=8).digest()
-            digests[index] = int.from_bytes(digest)
+    digests = np.zeros(len(examples), np.uint64)
+    for index in np.flatnonzero(is_cut).tolist():
+        digest = hashlib.blake2b(digest_size=8)
+        for each in answers:
+            tokens = each[index].tokens
+            digest.update(len(tokens).to_bytes(8))
+            digest.update(tokens.tobytes())
+        digests[index] = int.from_bytes(digest.digest())
     return digests
+
+
+def _is_cut(examples: Examples) -> np.ndarray:
+    """Return whether each example ends before its row or answer does, (examples,) bool.
+
+    The parts of documents are cut anywhere and do not count.
+    """
+    is_cut = np.zeros(len(examples), bool)
+    uncut = _uncut_spans(examples)
+    for number, shard in enumerate(examples.shards):
+        if not shard.documents:
+            in_shard = examples.spans["shard"] == number
+            stops = shard.spans["stop"][uncut[in_shard]]
+            is_cut[in_shard] = examples.spans["stop"][in_shard] < stops
+    return is_cut
+
+
+def _is_part(examples: Examples) -> np.ndarray:
+    """Return whether each example is one of several that a row was split into, (examples,) bool."""
+    numbers = (examples.spans["shard"].astype(np.int64) << 48) | _uncut_spans(examples)
+    _, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
+    return counts[inverse] > 1
+
+
+def _uncut_spans(examples: Examples) -> np.ndarray:
+    """Return the index of the span of its shard that each example is from, (examples,)."""
+    indices = np.zeros(len(examples), np.int64)
+    for number, shard in enumerate(examples.shards):
+        in_shard = examples.spans["shard"] == number
+        starts = examples.spans["start"][in_shard]
+        indices[in_shard] = np.searchsorted(shard.spans["start"], starts, side="right") - 1
+    return indices
+
+
+def _is_common(texts: np.ndarray, conversations: np.ndarray, count: int) -> np.ndarray:
+    """Return whether each text is one that too many conversations share, (texts,) bool.
+
+    Args:
+        texts: A number for each text, which is the same for equal ones.
+        conversations: The conversation of each text.
+        count: A number that is greater than every conversation.
+    """
+    distinct, _ = _distinct([np.stack([texts, conversations], axis=1)], count)
+    return np.bincount(distinct, minlength=1)[texts] > MOST_BRANCHES + 1
 
 
 def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
@@ -86,13 +134,14 @@ def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
         joins.append(_find_joins(shards, groups, np.zeros_like(systems)))
     first, second = (np.concatenate(each) for each in zip(*joins, strict=True))
 
-    # Join those with the same text and system message, however many there are
+    # Join those with the same text and system message, however many there are. Of a long text, only
+    # a part is compared, which unrelated texts may share
     texts = _of_all(shards, "text_digest")
-    has_text = texts > 0
+    is_whole = (texts > 0) & (_of_all(shards, "is_whole") > 0)
     _, owners, inverse = np.unique(
-        (texts + systems)[has_text], return_index=True, return_inverse=True
+        (texts + systems)[is_whole], return_index=True, return_inverse=True
     )
-    same_text = groups[has_text]
+    same_text = groups[is_whole]
     joined = _join(
         len(groups),
         np.concatenate([first, same_text[owners[inverse]]]),

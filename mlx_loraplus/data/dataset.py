@@ -39,7 +39,7 @@ from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 22
+_VERSION = 23
 
 # The files of a shard; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")

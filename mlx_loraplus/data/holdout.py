@@ -67,7 +67,8 @@ def group_conversations(examples: Examples) -> np.ndarray:
     rows = examples.row_numbers()
     _, groups = np.unique(conversations, return_inverse=True)
     pairs = np.unique(np.stack([groups, rows], axis=1), axis=0)
-    is_single = np.bincount(pairs[:, 0], minlength=len(pairs) + 1)[groups] == 1
+    rows_of_group = np.bincount(pairs[:, 0])
+    is_single = rows_of_group[groups] == 1
 
     has_documents = np.array([shard.documents for shard in examples.shards], bool)
     is_divided = has_documents[examples.spans["shard"]] & is_single

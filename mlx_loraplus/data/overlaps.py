@@ -54,17 +54,16 @@ def find_overlaps(splits: Mapping[SplitName, Examples]) -> Iterator[Overlap]:
 
     Overlaps of test with valid, by which the best adapter is chosen, follow if there are some.
     """
-    train = _first_examples(splits["train"])
-    yield _duplicates(train)
+    yield _duplicates(_first_examples(splits["train"]))
 
-    evaluated: dict[SplitName, Examples] = {}
+    evaluated: list[SplitName] = []
     for split in ("valid", "test"):
         if len(splits.get(split, ())):
-            evaluated[split] = _first_examples(splits[split])
-            yield from _leaks(split, evaluated[split], "train", train)
+            evaluated.append(split)
+            yield from _leaks(split, "train", splits)
 
     if len(evaluated) == 2:
-        for overlap in _leaks("test", evaluated["test"], "valid", evaluated["valid"]):
+        for overlap in _leaks("test", "valid", splits):
             if overlap.count:
                 yield overlap
 
@@ -85,9 +84,16 @@ def _duplicates(train: Examples) -> Overlap:
     return Overlap("duplicates in train", len(repeated), pairs, "train")
 
 
-def _leaks(split: SplitName, examples: Examples, other: str, others: Examples) -> Iterator[Overlap]:
+def _leaks(
+    split: SplitName, other: SplitName, splits: Mapping[SplitName, Examples]
+) -> Iterator[Overlap]:
     """Yield the rows of a split that are in another: whole, by prompt, and by conversation."""
-    in_other, in_split = group_examples(others, examples)
+    # All parts of a row belong to its conversation, so the first ones are enough afterwards
+    in_other, in_split = group_examples(splits[other], splits[split])
+    in_other = in_other[splits[other].first_of_rows()]
+    in_split = in_split[splits[split].first_of_rows()]
+
+    others, examples = _first_examples(splits[other]), _first_examples(splits[split])
     kinds = {
         f"{split} rows that are in {other}": (
             others.of_rows("row_digest"),
@@ -101,13 +107,14 @@ def _leaks(split: SplitName, examples: Examples, other: str, others: Examples) -
     }
 
     # The parts of one document may be in both splits
-    is_counted = np.zeros(len(examples), bool)
+    is_part_of_both = np.zeros(len(examples), bool)
     if examples.shards is others.shards:
         has_documents = np.array([shard.documents for shard in examples.shards], bool)
-        is_part = np.isin(examples.row_numbers(), others.row_numbers())
-        is_counted = is_part & has_documents[examples.spans["shard"]]
+        is_in_both = np.isin(examples.row_numbers(), others.row_numbers())
+        is_part_of_both = is_in_both & has_documents[examples.spans["shard"]]
 
     # Count each row only for the first kind of overlap that it has
+    is_counted = is_part_of_both.copy()
     for what, (known, digests) in kinds.items():
         is_leak = np.isin(digests, known) & ~is_counted
         is_counted |= is_leak

@@ -9,6 +9,8 @@ compared, ignoring white space, case and what ``fold_text`` ignores. A beginning
   end of a tag, a symbol or a role such as ``User:``.
 
 Of a text with more than ``_MOST`` beginnings, only the part up to the last of these is compared.
+Markup and code have an end at every tag, so that this part is shorter than of prose. Texts that are
+equal up to there may differ afterwards, which is why ``TextDigests.is_whole`` is stored.
 
 The digest of a text's first n characters is Σ (c_i + 1) r_i mod 2^64, with the character codes c_i
 and fixed random numbers r_i. All beginnings of a text therefore cost one cumulative sum. The system
@@ -28,9 +30,9 @@ SHORTEST = 16  # characters of a beginning, without white space
 LONGEST = 2**16  # characters of a text that are compared
 _WORD_ENDS = 64  # beginnings of a text that may end at any word
 _MOST = 1024  # beginnings of a text
-_TAGS = "<[{#|→⇒•◆■▶»§"  # characters that often begin a turn
+_TAGS = "<[{#|→⇒•◆■▶§"  # characters that often begin a turn
 _TAG_ENDS = ">]"
-_SENTENCE_ENDS = ".!?:|}→⇒»"  # followed by white space
+_SENTENCE_ENDS = ".!?:|}→⇒"  # followed by white space
 
 
 class TextDigests(NamedTuple):
@@ -39,11 +41,13 @@ class TextDigests(NamedTuple):
     Attributes:
         text: Digest of the text, or of the part of a long text that is compared; 0 if it is too
             short.
+        is_whole: Whether all of the text is compared.
         prompt: Digest of the prompt, or 0 if it is too short or too long.
         beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
     """
 
     text: int
+    is_whole: bool
     prompt: int
     beginnings: np.ndarray
 
@@ -52,9 +56,11 @@ def text_digests(row: Row) -> TextDigests:
     """Return the digests of a row's text; of two answers, the chosen one counts."""
     prompt, answer = _texts_of(row)
     characters = _characters(prompt + answer)
-    kept = np.flatnonzero(~np.strings.isspace(characters))[:LONGEST]
+    kept = np.flatnonzero(~np.strings.isspace(characters))
+    is_short = len(prompt + answer) <= 2 * LONGEST and len(kept) <= LONGEST
+    kept = kept[:LONGEST]
     if len(kept) < SHORTEST:
-        return TextDigests(0, 0, np.zeros(0, np.uint64))
+        return TextDigests(0, is_short, 0, np.zeros(0, np.uint64))
 
     # The digest of every beginning
     codes = characters.view(np.uint32)[kept].astype(np.uint64) + np.uint64(1)
@@ -63,14 +69,16 @@ def text_digests(row: Row) -> TextDigests:
     # The beginnings that count, without the whole text
     ends = _ends(characters, kept)
     ends = ends[ends >= SHORTEST]
-    whole = len(kept) if len(ends) < _MOST else int(ends[_MOST - 1])
-    ends = ends[ends < whole]
+    has_all_ends = len(ends) < _MOST
+    compared = len(kept) if has_all_ends else int(ends[_MOST - 1])
+    ends = ends[ends < compared]
 
     # The digest of the prompt, which may end anywhere
     length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
-    is_compared = SHORTEST <= length < whole
+    is_compared = SHORTEST <= length < compared
     prompt_digest = int(digests[length - 1]) if is_compared else 0
-    return TextDigests(int(digests[whole - 1]), prompt_digest, digests[ends - 1])
+    is_whole = is_short and has_all_ends
+    return TextDigests(int(digests[compared - 1]), is_whole, prompt_digest, digests[ends - 1])
 
 
 def _texts_of(row: Row) -> tuple[str, str]:
@@ -95,8 +103,9 @@ def _characters(text: str) -> np.ndarray:
 
     Of a longer text, only the first 2 * ``LONGEST`` characters are used.
     """
-    # LONGEST does not count white space, so that limit alone would not bound the work
-    folded = fold_text(text[: 2 * LONGEST])
+    # LONGEST does not count white space, so that limit alone would not bound the work. A » between
+    # turns must not become a quotation mark
+    folded = fold_text(text[: 2 * LONGEST].replace(" » ", " → "))
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
 
 
@@ -117,7 +126,7 @@ def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
     ends_sentence = np.isin(before, list(_SENTENCE_ENDS)) & is_before_space
     ends_sentence |= np.isin(before, ["。", *_TAG_ENDS])
 
-    # A word that ends with a colon is a role
+    # A word that ends with a colon counts as a role
     words = np.cumsum(np.diff(kept, prepend=-1) > 1)
     last_of_word = np.searchsorted(words, words, side="right") - 1
     is_role = characters[kept][last_of_word] == ":"

@@ -14,9 +14,12 @@ _INVISIBLE = (
     "\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061"
     "\u2062\u2063\u2064\u2066\u2067\u2068\u2069\ufe0e\ufe0f\ufeff"
 )
+_SINGLE_QUOTES = "\u2018\u2019\u201a\u201b\u2039\u203a\u00b4`"
+_DOUBLE_QUOTES = "\u201c\u201d\u201e\u201f\u00ab\u00bb"
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
 _PLAIN = str.maketrans(
-    "\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u201f\u2010\u2011\u2012\u2013\u2014\u2212",
-    "''''\"\"\"\"------",
+    _SINGLE_QUOTES + _DOUBLE_QUOTES + _DASHES,
+    "'" * len(_SINGLE_QUOTES) + '"' * len(_DOUBLE_QUOTES) + "-" * len(_DASHES),
     _INVISIBLE,
 )
 
@@ -113,4 +116,6 @@ def fold_text(text: str) -> str:
     It does not matter whether a character is composed, of full or half width, or a quotation mark
     or dash of another shape. Invisible characters are left out.
     """
-    return unicodedata.normalize("NFKC", text.translate(_PLAIN)).casefold()
+    # NFKC turns an acute accent into a space and a mark, but a small dash into one of _PLAIN
+    plain = unicodedata.normalize("NFKC", text.translate(_PLAIN)).translate(_PLAIN)
+    return unicodedata.normalize("NFKC", plain).casefold()

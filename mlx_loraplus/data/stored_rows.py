@@ -21,7 +21,8 @@ KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
 class StoredRow(NamedTuple):
     """One row of a table.
 
-    The digests ignore white space and case, except in the system message of ``system_digest``.
+    The digests ignore white space and case, except in the system message of ``system_digest``. The
+    row, prompt and opening digests of a long document are of the file's bytes and ignore nothing.
     """
 
     line: int  # line or row number
@@ -32,11 +33,12 @@ class StoredRow(NamedTuple):
     opening_digest: int  # of the beginning of its conversation
     system_digest: int = 0  # of its system message, or 0
     text_digest: int = 0  # from ``text_digests``
+    is_whole: bool = False  # whether ``text_digest`` is of the whole text
     prompt_text_digest: int = 0  # from ``text_digests``
     beginning_count: int = 0  # number of digests in the file of beginnings
 
 
-_ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "i4")
+_ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u1", "u8", "i4")
 ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 
 
@@ -54,6 +56,7 @@ def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, np.ndarray]:
         opening_digest=opening_digest,
         system_digest=system,
         text_digest=text.text,
+        is_whole=text.is_whole,
         prompt_text_digest=text.prompt,
         beginning_count=len(text.beginnings),
     )

@@ -161,7 +161,9 @@ def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     other = block.rest.lstrip()
     if other.startswith(block.opening):
         return other.removeprefix(block.opening).lstrip("\n") if is_open else other
-    if thoughts in block.rest.replace(answer_of(message).strip(), "", 1):
+
+    # The rest holds the thoughts already if they are there more often than in the message's answer
+    if block.rest.count(thoughts) > answer_of(message).count(thoughts):
         return answer
 
     # Fill the block. The tags stay on separate lines if they were.

@@ -326,8 +326,8 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
 
     # Evaluate the base first, because an adapter changes the model in place.
     model, tokenizer = load(config.model)
-    base = _score_split(model, tokenizer, config, split)
     _warn_of_leaks(resolve_length(config, model), tokenizer, split)
+    base = _score_split(model, tokenizer, config, split)
     start = _score_start(model, tokenizer, config, split)
     if start is not None:
         base = replace(start, base=base)
@@ -346,7 +346,8 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
 
 def _warn_of_leaks(config: TrainConfig, tokenizer: TokenizerWrapper, split: SplitName) -> None:
     """Print how many rows of a split are in another one, so that their scores are too good."""
-    data = load_data(config, tokenizer, *SPLITS, strict=False)
+    log = partial(print, file=sys.stderr)
+    data = load_data(config, tokenizer, *SPLITS, strict=False, log=log)
     for overlap in find_overlaps(data.examples):
         if overlap.count and overlap.split == split:
             Console().print(f"warning: {overlap}", markup=False, highlight=False)

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_loraplus.data.conversation_groups import MOST_BRANCHES, find_conversations
+from mlx_loraplus.data.conversation_groups import (
+    MOST_BRANCHES,
+    find_conversations,
+    group_examples,
+)
 from mlx_loraplus.data.load_data import Data
 from mlx_loraplus.data.overlaps import find_overlaps
 from mlx_loraplus.data.prefix_digests import LONGEST, SHORTEST, text_digests
@@ -195,7 +199,45 @@ def test_long_texts_that_begin_alike_belong_together(tmp_path: Path, letters: Le
     assert group(tmp_path, letters, *cuts, book, book[200:]) == [0, 0, 0, 0, 4]
 
 
-@pytest.mark.parametrize("separator", [" | ", " USER: ", " → ", " </s> ", "<u>"])
+OPENINGS = {
+    "menu": "".join(f'<li><a href="/p{i}">Page {i}</a></li>' for i in range(300)),
+    "code": "struct X { int a[3]; };\n" * 300,
+    "licence": "".join(f"Line {i} of the licence\n" for i in range(1100)),
+    "prose": "and so it is " * 8000,
+}
+
+
+@pytest.mark.parametrize("form", ["text", "prompt", "chat", "documents"])
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_a_long_opening_that_many_rows_share_ties_nothing(
+    tmp_path: Path, letters: LetterTokenizer, form: str, opening: str
+):
+    texts = [f"{OPENINGS[opening]}Article {n}: about {n * 7919}" for n in range(2 * MOST_BRANCHES)]
+    rows: dict[str, list[dict[str, Any]]] = {
+        "text": [{"text": text} for text in texts],
+        "prompt": [{"prompt": text, "completion": "Yes."} for text in texts],
+        "chat": [
+            {
+                "messages": [
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": "Yes."},
+                ]
+            }
+            for text in texts
+        ],
+    }
+    if form == "documents":
+        folder = documents(tmp_path / "data", **{f"d{n}": text for n, text in enumerate(texts)})
+    else:
+        folder = write(tmp_path / "data", train="\n".join(map(json.dumps, rows[form])))
+
+    tokenizer = letters("chatml", **CHATML) if form == "chat" else letters()
+    shards = load(tokenizer, folder, max_seq_length=2**17).examples["train"].shards
+    (found,) = find_conversations(shards)
+    assert len(set(found.tolist())) == len(texts)
+
+
+@pytest.mark.parametrize("separator", [" | ", " USER: ", " → ", " » ", " </s> ", "<u>"])
 def test_turns_on_one_line_are_found_at_their_separators(
     tmp_path: Path, letters: LetterTokenizer, separator: str
 ):
@@ -205,7 +247,14 @@ def test_turns_on_one_line_are_found_at_their_separators(
 
 
 @pytest.mark.parametrize(
-    "other", ["it\u2019s \u201chere\u201d \u2013 so", 'it\'s\u200b "here" -\ufeff so']
+    "other",
+    [
+        "it\u2019s \u201chere\u201d \u2013 so",
+        'it\'s\u200b "here" -\ufeff so',
+        "it\u00b4s \u00abhere\u00bb \u2015 so",
+        "it`s \u00abhere\u00bb \ufe58 so",
+        "it\uff40s \uff02here\uff02 \uff0d so",
+    ],
 )
 def test_quotes_dashes_and_invisible_characters_do_not_count(
     tmp_path: Path, letters: LetterTokenizer, other: str
@@ -261,6 +310,43 @@ def test_rows_that_are_equal_once_they_are_cut_belong_together(
         "1 valid row whose conversation or text begins like one in train"
         " (valid.jsonl:1 = train.jsonl:1)"
     ]
+
+
+def test_pairs_that_are_equal_once_they_are_cut_belong_together(
+    tmp_path: Path, letters: LetterTokenizer
+):
+    options: dict[str, Any] = {"objective": "dpo", "max_seq_length": 48}
+    for middle, conversations in (("A" * 40, 8), ("", 16)):
+        rows = [
+            {
+                "prompt": " ",
+                "chosen": f"{n}" * 20 + middle + end,
+                "rejected": f"{n}" * 20 + "B" * 40 + end,
+            }
+            for n in range(8)
+            for end in ("one", "other")
+        ]
+        folder = write(tmp_path / str(conversations), train="\n".join(map(json.dumps, rows)))
+        (found,) = group_examples(load(letters(), folder, **options).examples["train"])
+        assert len(set(found.tolist())) == conversations
+
+
+def test_parts_that_many_split_rows_share_tie_nothing(tmp_path: Path, letters: LetterTokenizer):
+    texts = [
+        "This licence text is shared by all files. " * 4 + f"File {n} holds {n * n} items of {n}."
+        for n in range(40)
+    ]
+    rows = "\n".join(json.dumps({"text": text}) for text in texts)
+    options: dict[str, Any] = {"max_seq_length": 64}
+    split = load(letters(), write(tmp_path / "data", train=rows), on_long="split", valid_split=0.25,
+                 **options).examples  # fmt: skip
+    counts = [len(split[name].first_of_rows()) for name in ("train", "valid")]
+    assert counts == [30, 10]
+    assert not [str(each) for each in find_overlaps(split) if each.count]
+
+    # Truncated rows are equal examples, however many there are
+    truncated = load(letters(), tmp_path / "data", on_long="truncate", **options).examples["train"]
+    assert len(set(group_examples(truncated)[0].tolist())) == 1
 
 
 def documents(folder: Path, **texts: str) -> Path:
