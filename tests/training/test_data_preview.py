@@ -12,7 +12,7 @@ from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.memory.run_sizes import resolve_batch
 from mlx_loraplus.settings import configure
 from mlx_loraplus.train import main
-from mlx_loraplus.training.dry_run import rehearse
+from mlx_loraplus.training import dry_run
 from tests.data.conftest import make_letters
 
 
@@ -148,6 +148,7 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.delenv("MLX_LORAPLUS_CACHE")  # the model is there
+    monkeypatch.setattr(dry_run, "_LONGEST", 0.0)  # seconds; no step is timed
     rows = demo_rows()["train"][:5]
     main(["--model", "smollm2-135m", "--data", folder(tmp_path / "good", train=rows), "--dry-run"])
     said = capsys.readouterr().out
@@ -164,4 +165,4 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     )
     assert not printed.err, "it is said once"
     with pytest.raises(ConfigError):
-        rehearse(configure(TrainConfig, {"model": "smollm2-135m", "data": bad}), [])
+        dry_run.rehearse(configure(TrainConfig, {"model": "smollm2-135m", "data": bad}), [])
