@@ -54,6 +54,11 @@ _ROLE_OF_MARKER = {
 _ALPACA_TURN = re.compile(r"(?:^|(?<=>))### (Instruction|Response):[ \t]*(?:\n|\Z)", re.MULTILINE)
 _ALPACA_ROLES = {"Instruction": "user", "Response": "assistant"}
 
+# Hunyuan marks the end of a turn, and has tags around an answer.
+_ENDED_TURN = re.compile(r"(.*?)(<\|extra_4\|>|<\|extra_0\|>|<\|eos\|>|\Z)", re.DOTALL)
+_ROLE_OF_END = {"<|extra_4|>": "system", "<|extra_0|>": "user"}
+_ANSWER_TAGS = re.compile(r"<answer>\n|\n</answer>\Z")
+
 # What is left out: the header of a message of gpt-oss, and other special tokens. \uff5c and \u2581
 # are the bar and the blank of DeepSeek's.
 _MARKERS = re.compile(
@@ -135,23 +140,8 @@ class ShownTurn:
 
 def chat_of(prompt: str) -> list[ShownTurn]:
     """Return the turns of a prompt; text without known markers is one turn of role "prompt"."""
-    # A text may name the markers of other templates.
-    matches = list(_TURN.finditer(prompt))
-    own = [match for match in matches if _marker_of(match) == _marker_of(matches[0])]
-    found = [(match.start(), match.end(), _role_of(match)) for match in own]
-    headings = list(_ALPACA_TURN.finditer(prompt))
-    if not found and {each[1] for each in headings} == _ALPACA_ROLES.keys():
-        found = [(each.start(), each.end(), _ALPACA_ROLES[each[1]]) for each in headings]
-    if not found:
-        return [ShownTurn("prompt", parts_of(prompt))]
-
-    # Between two markers lies the text of a turn. What stands before the first is a system prompt.
     turns: list[ShownTurn] = []
-    before = prompt[: found[0][0]]
-    ends = [start for start, _, _ in found[1:]] + [len(prompt)]
-    pieces = [("system", before)]
-    pieces += [(role, prompt[start:end]) for (_, start, role), end in zip(found, ends, strict=True)]
-    for role, text in pieces:
+    for role, text in _divide(prompt):
         parts = parts_of(text, role)
 
         # The last turn is empty if the prompt asks the model to begin it.
@@ -164,6 +154,31 @@ def chat_of(prompt: str) -> list[ShownTurn]:
         is_tool = role == "user" and _kinds(parts) == {"result"}
         turns.append(ShownTurn("tool" if is_tool else role, parts))
     return turns or [ShownTurn("prompt", parts_of(prompt))]
+
+
+def _divide(prompt: str) -> list[tuple[str, str]]:
+    """Return the role and the text of each turn, with markers; no turns if no marker is known."""
+    # A text may name the markers of other templates.
+    matches = list(_TURN.finditer(prompt))
+    own = [match for match in matches if _marker_of(match) == _marker_of(matches[0])]
+    found = [(match.start(), match.end(), _role_of(match)) for match in own]
+    headings = list(_ALPACA_TURN.finditer(prompt))
+    if not found and {each[1] for each in headings} == _ALPACA_ROLES.keys():
+        found = [(each.start(), each.end(), _ALPACA_ROLES[each[1]]) for each in headings]
+    if not found and "<|extra_0|>" in prompt:
+        return [
+            (_ROLE_OF_END.get(end, "assistant"), _ANSWER_TAGS.sub("", text))
+            for text, end in _ENDED_TURN.findall(prompt)
+        ]
+    if not found:
+        return []
+
+    # Between two markers lies the text of a turn. What stands before the first is a system prompt.
+    ends = [start for start, _, _ in found[1:]] + [len(prompt)]
+    pieces = [("system", prompt[: found[0][0]])]
+    return pieces + [
+        (role, prompt[start:end]) for (_, start, role), end in zip(found, ends, strict=True)
+    ]
 
 
 def _role_of(match: re.Match[str]) -> str:
