@@ -96,12 +96,17 @@ def make_model(
 
 
 LONGEST = (
-    "tests/training/test_distributed.py",
-    "tests/training/test_finetune.py",
-    "tests/training/test_find_rate.py",
-    "tests/training/test_tensor.py",
-    "tests/test_settings_act.py",
+    "tests/runs/test_browser.py",
+    "tests/scripts/test_launches.py",
     "tests/test_readme.py",
+    "tests/test_settings_act.py",
+    "tests/training/test_checkpoint.py",
+    "tests/training/test_distributed.py",
+    "tests/training/test_find_rate.py",
+    "tests/training/test_finetune.py",
+    "tests/training/test_full.py",
+    "tests/training/test_kto.py",
+    "tests/training/test_tensor.py",
 )
 """The files that take longest."""
 
