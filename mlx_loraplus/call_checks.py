@@ -110,7 +110,7 @@ def _check_names(
         extra = arguments[len(positional)]
         raise ConfigError(
             f"{name} takes {' and '.join(positional)}, and everything else by name, such as"
-            f" data=…, not {_shown(extra)}"
+            f" data=…, not {shown(extra)}"
         )
 
     unknown = [key for key in keywords if key not in signature.parameters]
@@ -133,7 +133,7 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
         raise _no_model(function, name, value)
 
     allowed = " or ".join(dict.fromkeys(_described(hint)))
-    message = f"{function}: {name} must be {allowed}, not {_shown(value)}"
+    message = f"{function}: {name} must be {allowed}, not {shown(value)}"
     if "TokenizerWrapper" in str(hint):
         message += f"; {_LOAD.format(name='name')}"
     raise ConfigError(message)
@@ -141,7 +141,7 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
 
 def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     """Return the error for a value that should be a model."""
-    given, model = _shown(value), "name"
+    given, model = shown(value), "name"
     if isinstance(value, tuple) and any(map(_is_model, value)):
         return ModelError(
             f"{function}: {name} is the tuple that load returns: write * before it, as in"
@@ -156,8 +156,11 @@ def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
 
 
 def _is_model(value: Any) -> bool:
-    """Return whether a value is a model, without importing MLX."""
-    return any(kind.__name__ == "Module" for kind in type(value).__mro__)
+    """Return whether a value is a model of MLX, without importing MLX."""
+    return any(
+        kind.__name__ == "Module" and kind.__module__.startswith("mlx.")
+        for kind in type(value).__mro__
+    )
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -189,7 +192,7 @@ def _described(hint: Any) -> list[str]:
     return [_WORDS.get(kind) or _WORDS.get(name) or f"a {name}"]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """Return a simple value as it is written in Python, or the type of any other value."""
     if value is None or isinstance(value, str | int | float):
         return f"{value!r:.60}"

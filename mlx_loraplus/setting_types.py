@@ -75,7 +75,9 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
         is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
         key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
         if detail["type"] == "missing":  # one error for each value that a pair lacks
-            allowed[key] = [f"must have {counted(detail['loc'][-1] + 1, 'value')}"]
+            place = detail["loc"][-1]
+            needed = counted(place + 1, "value") if isinstance(place, int) else "a value"
+            allowed[key] = [f"must have {needed}"]
         else:
             allowed.setdefault(key, []).append(message)
 

@@ -25,9 +25,9 @@ from .config import (
     TrainConfig,
 )
 from .conflicts import adapter_conflicts, find_conflicts
-from .errors import ConfigError, join_problems, nearest
+from .errors import ConfigError, join_problems, nearest, nearest_names
 from .files import read_bounded
-from .foreign_names import NESTED, foreign_hint, meant_setting
+from .foreign_names import NESTED, OTHER_WORDS, foreign_hint, meant_setting
 from .setting_types import describe_refused, find_booleans
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _MAX_BYTES = 1 << 16  # of a YAML file
 _MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
+_ALMOST_EQUAL = 0.8  # the least similarity of a misspelled flag of ``train``
 
 # The suffixes of files that users may take for files of settings.
 _WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz")
@@ -129,12 +130,15 @@ def replace_auto_rate(config: TrainConfig) -> TrainConfig:
 def _hint(name: str, known: Collection[str]) -> str:
     """Return what is probably meant by a name that is not a setting, in parentheses."""
     meant = meant_setting(name, [*known, *TRAIN_FLAGS])
+    if not meant and not nearest_names(name, known, _ALMOST_EQUAL):
+        meant = next(iter(nearest_names(name, TRAIN_FLAGS, _ALMOST_EQUAL)), "")
     if name in TRAIN_FLAGS or meant in TRAIN_FLAGS:
         flag = "it" if name in TRAIN_FLAGS else meant
         return f" ({flag} is a flag of the command mlx_loraplus.train alone: leave it out)"
     if meant:
         return f" (did you mean {meant!r}?)"
-    return foreign_hint(name) or nearest(name, known)
+    # A word that means a setting of another command is not like any setting here.
+    return foreign_hint(name) or ("" if name in OTHER_WORDS else nearest(name, known))
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 import dataclasses
 import re
 import shlex
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from .command_config import (
     ChatConfig,
@@ -98,6 +99,29 @@ def flag_owners(flag: str) -> list[str]:
     name = flag.split("=")[0].lstrip("-").replace("-", "_")
     owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
     return owners or ["train"] * (name in TRAIN_FLAGS or flag == "-c")
+
+
+def takes_value(word: str) -> bool:
+    """Return whether a word is a flag of a command, and its value is the next word."""
+    if not word.startswith("-") or "=" in word:
+        return False
+    owners = flag_owners(word)
+    name = word.lstrip("-").replace("-", "_")
+    if name in TRAIN_FLAGS:
+        return name in ("launch", "log_format", "verbosity")
+    return bool(owners) and not any(
+        field.type in (bool, "bool") and field.name == name
+        for owner in owners
+        for field in _fields_of(_COMMANDS[owner])
+    )
+
+
+def _fields_of(kind: Any) -> Iterator[dataclasses.Field[Any]]:
+    """Yield the fields of a config and of its parts."""
+    for field in dataclasses.fields(kind):
+        yield field
+        if dataclasses.is_dataclass(field.default_factory):
+            yield from dataclasses.fields(field.default_factory)
 
 
 def _flag_names(kind: type) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .errors import nearest
-from .unknown_arguments import flag_owners
+from .unknown_arguments import flag_owners, takes_value
 
 _OTHER_NAMES = {
     "finetune": "train",
@@ -56,10 +56,16 @@ def _meant_words(words: Sequence[str], commands: Collection[str]) -> list[str]:
     if name.endswith((".yaml", ".yml")):
         return ["train", "-c", *words]
     if (Path(name) / "adapter_config.json").is_file():
-        return ["generate", *words] if "--prompt" in rest else ["chat", *words]
+        has_prompt = any(word.split("=")[0] == "--prompt" for word in rest)
+        return ["generate", *words] if has_prompt else ["chat", *words]
 
-    # A flag before its command, or without one
-    if name.startswith("-") and rest and rest[-1] in commands:
-        return [rest[-1], name, *rest[:-1]]
-    owners = flag_owners(name) if name.startswith("-") else []
+    return _after_command(words, commands) if name.startswith("-") else []
+
+
+def _after_command(words: Sequence[str], commands: Collection[str]) -> list[str]:
+    """Return flags that are before their command, or without one, after it; empty if unknown."""
+    for place, word in enumerate(words):
+        if word in commands and not takes_value(words[place - 1]):
+            return [word, *words[:place], *words[place + 1 :]]
+    owners = flag_owners(words[0])
     return [*owners[:1], *words] if owners else []

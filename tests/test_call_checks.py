@@ -140,3 +140,13 @@ def test_missing_and_unknown_arguments(right: dict[str, Any]):
         ml.complete(right["model"])  # pyright: ignore[reportCallIssue]
     with pytest.raises(ml.ConfigError, match=r"takes no max_token .did you mean 'max_tokens'"):
         ml.complete(right["model"], right["tokenizer"], "hi", max_token=3)  # pyright: ignore[reportCallIssue]
+
+
+def test_the_tuple_that_load_returns_holds_a_model_of_mlx():
+    """Models of other programs, such as torch's, are of a class Module too."""
+    complete: Any = ml.complete
+    with pytest.raises(ml.ModelError, match=r"write \* before it"):
+        complete((nn.Linear(2, 2), "tokenizer"), "hi")
+    theirs = type("Module", (), {"__module__": "torch.nn.modules.module"})()
+    with pytest.raises(ml.ModelError, match="model is a tuple, not a model: model, tokenizer ="):
+        complete((theirs, "tokenizer"), "hi")

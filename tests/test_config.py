@@ -306,6 +306,9 @@ def test_words_in_one_text_are_several(given: Any):
     )
 
 
+_OF_TRAIN = "is a flag of the command mlx_loraplus.train alone: leave it out"
+
+
 @pytest.mark.parametrize(
     ("setting", "told"),
     [
@@ -314,9 +317,21 @@ def test_words_in_one_text_are_several(given: Any):
         ({"prompts": [1.5]}, "prompts must be a valid string, not 1.5"),
         ({"kto_weights": [1]}, "kto_weights must have 2 values, not [1]"),
         ({"kto_weights": []}, "kto_weights must have 2 values, not []"),
+        ({"dryrun": True}, f"dryrun is not a setting (dry_run {_OF_TRAIN})"),
+        ({"dry_run": True}, f"dry_run is not a setting (it {_OF_TRAIN})"),
+        ({"system_prompt": "Be brief."}, "system_prompt is not a setting"),
     ],
 )
 def test_values_that_are_refused_are_described(setting: dict[str, Any], told: str):
     with pytest.raises(ConfigError) as error:
         configure(TrainConfig, setting)
     assert str(error.value) == told
+
+
+def test_a_required_setting_that_is_missing_is_told():
+    @dataclasses.dataclass
+    class Needed:
+        folder: str
+
+    with pytest.raises(ConfigError, match="^folder must have a value, not "):
+        configure(Needed, {})

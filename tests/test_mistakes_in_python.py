@@ -95,6 +95,7 @@ PYTHON = [
     ("load('tiny', adapter='run')", "load takes no adapter (did you mean 'adapter_path'?)"),
     ("load('https://huggingface.co/org/name')", "give its hub id, org/name"),
     ("preview('sums', model=model)", "give its name, or tokenizer=tokenizer"),
+    ("preview('sums', model=None)", "model is the name of a model, not None: give its name"),
     ("preview('sums', model='run')", 'model="run" holds an adapter, not a model: give its model'),
     ("plan_memory('run')", 'model="run" holds an adapter, not a model: give its model'),
     # arguments left out, or in one tuple

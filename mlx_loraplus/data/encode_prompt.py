@@ -48,8 +48,7 @@ def encode_prompt(
     has_format = chat and (tokenizer.has_chat_template or form.write_raw("", system).strip())
     if has_format and not prompt.strip():
         raise DataError(
-            "the prompt is empty; give at least one word with --prompt, or use --no-chat, with"
-            " which a model begins a text"
+            "the prompt is empty; give at least one word (--no-chat lets a model begin a text)"
         )
 
     # A chat template writes BOS itself.
@@ -72,7 +71,7 @@ def encode_prompt(
     if ids[:1] != bos:
         ids = bos + ids
     if not ids:
-        raise DataError("the prompt is empty; give at least one word with --prompt")
+        raise DataError("the prompt is empty; give at least one word")
     return ids
 
 

@@ -95,9 +95,8 @@ def _explain(
         nulls: The row's columns without a value.
     """
     columns = [names.get(field, field) for field in missing]
-    problem = f"no {' and no '.join(map(repr, missing))} {describe_columns(values, nulls)}"
-    if set(columns) <= set(nulls):
-        problem = describe_nulls(columns, values)
+    absent = f"no {' and no '.join(map(repr, missing))} {describe_columns(values, nulls)}"
+    problem = describe_nulls(columns, values, nulls) or absent
 
     # Rows of another objective.
     if {"chosen", "rejected"} <= values.keys():

@@ -196,8 +196,19 @@ def describe_columns(columns: Iterable[str], nulls: Collection[str]) -> str:
     return f"(it has {found or 'no other column'}; {empty} {verb} null)"
 
 
-def describe_nulls(fields: Sequence[str], columns: Iterable[str]) -> str:
-    """Return the problem of a row whose columns of needed fields are null."""
+def describe_nulls(fields: Sequence[str], columns: Iterable[str], nulls: Collection[str]) -> str:
+    """Return the problem of a row whose columns of missing fields are null.
+
+    Args:
+        fields: The columns of the missing fields.
+        columns: The row's other columns.
+        nulls: The row's columns without a value.
+
+    Returns:
+        The problem; "" if one of the fields has no column at all.
+    """
+    if not set(fields) <= set(nulls):
+        return ""
     names = " and ".join(f"{name!r:.40}" for name in fields)
     verb = "is" if len(fields) == 1 else "are"
     others = [column for column in columns if not is_template(column)]
@@ -225,9 +236,8 @@ def _explain(
             continue
 
         # The column may be there, but hold no value.
-        empty = [names.get(field, field) for field in missing]
-        if set(empty) <= set(nulls):
-            return describe_nulls(empty, row)
+        if problem := describe_nulls([names.get(each, each) for each in missing], row, nulls):
+            return problem
 
         # The user may have misspelled one of several columns.
         field = missing[0]
@@ -239,9 +249,8 @@ def _explain(
         return f"no {field!r:.40} {found}{misspelled or advise(row, partial)}"
 
     for needed in KINDS.values():
-        empty = [names.get(field, field) for field in needed]
-        if set(empty) <= set(nulls):
-            return describe_nulls(empty, row)
+        if problem := describe_nulls([names.get(each, each) for each in needed], row, nulls):
+            return problem
     return f"no known field {found}{misspelled or advise(row)}"
 
 

@@ -304,7 +304,7 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
 
     # Translate PEFT's tensors to our names.
     found = sort_tensors(read_weights(file), config, file)
-    split_stacked_experts(found.layers, model, config)
+    split_stacked_experts(found, model, config)
     if is_tied(model):
         untie(found, folder)
 

@@ -129,11 +129,13 @@ class StoredAdapter:
         layers: Module → our name → array.
         learned: Name → array, for the modules that were saved in full.
         copies: Module and name → the copy of its base's array that PEFT stored beside the adapter.
+        full_names: Module → its name in PEFT, with the prefixes of multimodal models.
     """
 
     layers: dict[str, dict[str, mx.array]] = field(default_factory=dict)
     learned: dict[str, mx.array] = field(default_factory=dict)
     copies: dict[tuple[str, str], mx.array] = field(default_factory=dict)
+    full_names: dict[str, str] = field(default_factory=dict)
 
 
 def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path) -> StoredAdapter:
@@ -182,8 +184,8 @@ def sort_tensors(tensors: Mapping[str, mx.array], config: PEFTConfig, file: Path
 
         # The scale of stacked experts is applied when they are split.
         array = stored
+        theirs = found.full_names[module] = name.removeprefix(PREFIX).removesuffix(f".{leaf}")
         if ours == "lora_b" and not module.endswith(_STACKED):
-            theirs = name.removeprefix(PREFIX).removesuffix(f".{leaf}")
             array = stored * (config.scale_of(theirs, stored.shape[1]) / config.scale)
 
         match = _EXPERT.fullmatch(module)
@@ -245,15 +247,14 @@ def _stack_experts(group: Mapping[int, mx.array], module: str, file: Path) -> mx
     return mx.stack([group[number] for number in range(len(group))])
 
 
-def split_stacked_experts(
-    layers: dict[str, dict[str, mx.array]], model: nn.Module, config: PEFTConfig
-) -> None:
+def split_stacked_experts(found: StoredAdapter, model: nn.Module, config: PEFTConfig) -> None:
     """Replace the two matrices for all experts of a block by the arrays of our layers, in place.
 
     PEFT stores such matrices for ``target_parameters``: A (E r, in) and B (out, r E), with gate and
     up in one matrix. Matrices that do not fit the model are kept. They are refused later, because
     the model has no layer of that name.
     """
+    layers = found.layers
     alternate = alternates_gate_and_up(str(getattr(model, "model_type", "")))
     expert_layers: dict[str, Any] = {}
     for path, module in model.named_modules():
@@ -270,7 +271,8 @@ def split_stacked_experts(
             continue
 
         gate = expert_layers[paths["gate_proj"]]
-        parts = _split_experts(layers[name], gate, name, config, alternate=alternate)
+        full_name = found.full_names[name]
+        parts = _split_experts(layers[name], gate, full_name, config, alternate=alternate)
         if parts:
             del layers[name]
             layers.update({paths[projection]: arrays for projection, arrays in parts.items()})
@@ -284,7 +286,7 @@ def _split_experts(
     Args:
         arrays: The two matrices in our orientation.
         gate: The block's layer of gate projections.
-        name: PEFT's name of the layer.
+        name: PEFT's full name of the layer.
         config: The adapter's config.
         alternate: Whether the rows of gate and up alternate.
     """

@@ -167,9 +167,9 @@ def check_free(
         refused: What the folder must not hold, even with ``overwrite``.
 
     Raises:
-        OutputError: ``path`` is a file, is named like one, or is a link that leads nowhere; it is
-            or contains the current folder or a path that is read; it holds what is refused; or it
-            is not empty and ``overwrite`` is off.
+        OutputError: ``path`` or the folder around it can't be written; it is a file, is named like
+            one, or is a link that leads nowhere; it is or contains the current folder or a path
+            that is read; it holds what is refused; or it is not empty and ``overwrite`` is off.
     """
     check_writable(path, "save_path")
     if not path.exists():
@@ -189,6 +189,8 @@ def check_free(
             f"{path} is not empty: give another --save-path, or --overwrite to replace the files in"
             " it that have the same names"
         )
+    # The folder is replaced by one that is made beside it.
+    check_writable(path.resolve(), "save_path", is_file=True)
 
 
 def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:

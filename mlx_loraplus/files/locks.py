@@ -20,6 +20,8 @@ _MAX_SIZE = 20  # maximum number of bytes in a process ID
 def locked(folder: Path) -> Generator[str | None]:
     """Lock a folder for this process. The lock is released even if the process is killed.
 
+    The folder is that of a run or a sweep: errors name the setting ``adapter_path``.
+
     Yields:
         The ID of the process that held the lock before, if that process was killed.
 
@@ -30,7 +32,12 @@ def locked(folder: Path) -> Generator[str | None]:
     # The file usually stays after the lock is released, because removing it would race with other
     # processes. It is removed only if nothing else was written, as after a refused setting.
     path = folder / LOCK
-    absent = [each for each in (folder, *folder.parents) if not each.exists()]
+    # Path.exists would raise in a folder that can't be entered.
+    absent = [
+        each
+        for each in (folder, *folder.parents)
+        if not os.path.exists(each)  # noqa: PTH110
+    ]
     before = _names(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -26,9 +26,9 @@ def check_save_path(
     path = path_of(save_path, "save_path", OutputError)
     if path.suffix not in suffixes:
         raise OutputError(f"save_path {path} must end in {', '.join(suffixes)}")
+    check_writable(path, "save_path", is_file=True)
     if path.is_dir():
         raise OutputError(f"save_path {path} is a folder: give a file in it")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
-    check_writable(path, "save_path", is_file=True)
     return path

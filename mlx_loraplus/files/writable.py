@@ -17,7 +17,8 @@ def check_writable(path: Path, name: str, *, is_file: bool = False) -> None:
 
     Permissions do not say so for every file system. Therefore, an empty folder with a temporary
     name is made in the nearest folder that exists, and removed again. The time of that folder's
-    last change is put back, because a command that is refused later must change nothing.
+    last change is put back where the system lets us, because a command that is refused later must
+    change nothing.
 
     Args:
         path: The folder or file; it may not exist.
@@ -25,30 +26,35 @@ def check_writable(path: Path, name: str, *, is_file: bool = False) -> None:
         is_file: Whether the path is that of a file.
 
     Raises:
-        OutputError: A link on the way leads nowhere, a file is in the way, or the nearest folder
-            that exists can't be written.
+        OutputError: A link on the way leads nowhere, a file is in the way, no file can have this
+            name, or the nearest folder that exists can't be entered or written.
     """
     check_links(path, name)
     nearest = path.absolute()
     if is_file:
         nearest = nearest.parent
-    # Path.exists would raise in a folder that can't be read.
+    # Path's methods would raise in a folder that can't be entered.
     while not os.path.exists(nearest):  # noqa: PTH110
         nearest = nearest.parent
-    if not nearest.is_dir():
+    if not os.path.isdir(nearest):  # noqa: PTH112
         where = "" if nearest == path.absolute() else f": {nearest}"
         advice = "another place" if is_file else "a folder"
         raise OutputError(f"{name} {path}{where} is a file: give {advice}")
 
     probe = nearest / temporary_name(path)
-    before = nearest.stat()
     try:
+        # The name of the probe is short, so the path itself is looked up too.
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.lstat()
+        before = nearest.stat()
         probe.mkdir()
         probe.rmdir()
-        with suppress(PermissionError):  # the folder is another user's
-            os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))
     except OSError as error:
         raise unwritable(path, name, nearest, error) from error
+
+    # The folder may be another user's, or on a drive that sets no times.
+    with suppress(OSError):
+        os.utime(nearest, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 def unwritable(path: Path, name: str, place: Path, error: OSError) -> OutputError:

@@ -1,6 +1,5 @@
 """Name the array of a model that explains why it computes no usable logits."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,38 +13,64 @@ from .weight_files import index_tensors
 
 _MAY_BE_ZERO = ("bias", "biases", "lora_b")
 
+_WEIGHTS = (*_MAY_BE_ZERO, "weight", "scales", "lora_a", "m")
+"""The names of learned arrays. Others, such as masks, may hold huge or infinite numbers."""
+
 _HUGE = 1e12
 """No trained weight is larger. The square of a larger product overflows float32."""
+
+_PROBLEMS = (
+    "holds NaN",
+    "holds infinite numbers",
+    f"holds numbers above {_HUGE:g}",
+    "holds only zeros",
+)
 
 
 def describe_damage(model: nn.Module) -> str:
     """Return which array of a model is damaged, and what to do, for an error message.
 
-    Numbers that are not finite come first, then huge ones, then arrays of zeros. If several arrays
-    are damaged alike, the first in the model's order is named, with the number of the others.
+    Numbers that are not finite come first, then huge ones, then matrices of zeros. If several
+    arrays are damaged alike, the first in the model's order is named, with the number of the
+    others.
     """
     advice = "get the model again, or use another one"
-    kinds: tuple[tuple[str, Callable[[mx.array], mx.array]], ...] = (
-        ("holds NaN", lambda array: mx.isnan(array).any()),
-        ("holds infinite numbers", lambda array: mx.isinf(array).any()),
-        (f"holds numbers above {_HUGE:g}", lambda array: mx.abs(array).max() > _HUGE),
-        ("holds only zeros", lambda array: mx.logical_not(array.any())),
-    )
     arrays: Any = tree_flatten(model.parameters())
-    for problem, is_damaged in kinds:
-        names: list[str] = []
-        for name, array in arrays:
-            if not mx.issubdtype(array.dtype, mx.floating) or name.endswith(_MAY_BE_ZERO):
-                continue
-            if array.size and is_damaged(array).item():
-                names.append(name)
+    damaged: dict[str, list[str]] = {problem: [] for problem in _PROBLEMS}
+    for name, array in arrays:
+        if problem := _problem_of(name, array):
+            damaged[problem].append(name)
+
+    for problem, names in damaged.items():
         if names:
-            others = f" (and so do {counted(len(names) - 1, 'other array')})" if names[1:] else ""
+            count, verb = len(names) - 1, "does" if len(names) == 2 else "do"
+            others = f", as {counted(count, 'other array')} {verb}" if count else ""
             return f"its array {_place_of(model, names[0])} {problem}{others}: {advice}"
     return (
         "its weights are damaged, too large for their type, or do not fit its config.json:"
         f" {advice}"
     )
+
+
+def _problem_of(name: str, array: mx.array) -> str:
+    """Return the first of the problems that an array has, or an empty text."""
+    if not array.size or not mx.issubdtype(array.dtype, mx.floating):
+        return ""
+    last = name.rpartition(".")[2]
+    is_weight = last in _WEIGHTS
+    # A vector of zeros may be right, such as the weight of a norm that multiplies by 1 + weight.
+    is_matrix = array.ndim >= 2 and last not in _MAY_BE_ZERO
+
+    found = (
+        mx.isnan(array).any(),
+        mx.isinf(array).any() & is_weight,
+        (mx.abs(array).max() > _HUGE) & is_weight,
+        mx.logical_not(array.any()) & is_matrix,
+    )
+    for problem, is_damaged in zip(_PROBLEMS, found, strict=True):
+        if is_damaged.item():
+            return problem
+    return ""
 
 
 def _place_of(model: nn.Module, name: str) -> str:
@@ -55,8 +80,9 @@ def _place_of(model: nn.Module, name: str) -> str:
         return name
 
     # Below an adapter, the base has one more level.
-    stored = name.replace(".linear.", ".").replace(".embedding.", ".")
+    shortened = name.replace(".linear.", ".").replace(".embedding.", ".")
     with suppress(ModelError, OSError):
         tensors = index_tensors(folder)
+        stored = shortened if name not in tensors and shortened in tensors else name
         return f"{stored} in {tensors.get(stored, folder)}"
-    return stored
+    return name

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _SMALL, _LARGE, _HUGE = 1e-3, 1e5, 1e10  # beyond these, numbers are shortened
+_ALL_DIGITS = 17  # tell any two numbers apart
 
 
 @dataclass(frozen=True)
@@ -96,36 +98,45 @@ def tick_labels(axis: Axis) -> list[str]:
     largest, smallest = max(sizes, default=0.0), min(sizes, default=0.0)
 
     # Small numbers with exponents, unless they are on the way to large ones.
+    digits = _digits_of(axis.ticks)
     if axis.log and smallest < _SMALL and largest <= 0.1:
-        return [scientific(tick) for tick in axis.ticks]
+        return [scientific(tick, digits) for tick in axis.ticks]
     if axis.log or largest < _SMALL or largest >= _HUGE:
-        return [short_number(tick) for tick in axis.ticks]
+        return [short_number(tick, digits) for tick in axis.ticks]
 
-    # Large numbers are in thousands or millions; all have the digits that tell them apart.
+    # Large numbers are in thousands or millions.
     scale, unit = 1.0, ""
     if largest >= _LARGE:
         scale, unit = (1e6, "M") if largest >= 1e6 else (1e3, "k")
-    labels: list[str] = []
-    for digits in (4, 6, 10):
-        labels = [_plain(tick / scale, digits) + unit * bool(tick) for tick in axis.ticks]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
+    return [_plain(tick / scale, digits) + unit * bool(tick) for tick in axis.ticks]
+
+
+def _digits_of(ticks: Sequence[float]) -> int:
+    """Return how many digits tell ticks apart; rounding to them moves no tick visibly."""
+    visible = min((after - before for before, after in pairwise(ticks)), default=math.inf) / 10
+    for digits in (4, 6, 10, 13):
+        if all(abs(float(f"{tick:.{digits}g}") - tick) <= visible for tick in ticks):
+            return digits
+    return _ALL_DIGITS
 
 
 def _plain(value: float, digits: int) -> str:
-    """Return a number without an exponent."""
-    return f"{value:,.{digits}g}" if abs(value) < 1000 else f"{value:,.0f}"
+    """Return a number without an exponent, with all digits before the point."""
+    if abs(value) < 1000:
+        return f"{value:,.{digits}g}"
+    decimals = max(0, digits - len(f"{abs(value):.0f}"))
+    text = f"{value:,.{decimals}f}"
+    return text.rstrip("0").rstrip(".") if decimals else text
 
 
 def short_number(value: float, digits: int = 4) -> str:
     """Return a number as a short label."""
     if value == 0 or _SMALL <= abs(value) < _LARGE:
         return _plain(value, digits)
-    return scientific(value)
+    return scientific(value, digits)
 
 
-def scientific(value: float) -> str:
+def scientific(value: float, digits: int) -> str:
     """Return a number with an exponent, such as 3e-4."""
-    mantissa, _, power = f"{value:.1e}".partition("e")
-    return f"{float(mantissa):g}e{int(power)}"
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    return f"{float(mantissa):.{digits}g}e{int(power)}"

@@ -39,7 +39,8 @@ if (refresh) {
     }
     return age;
   };
-  // A run that was silent for an hour was probably killed. It may also go on: the computer slept.
+  // A run that was silent for an hour was probably killed. Or the computer slept, and the run
+  // continues.
   const often = show() < hour ? 1 : 6;
   setTimeout(() => location.reload(), often * refresh * 1000);
   setInterval(show, 1000);

@@ -272,13 +272,15 @@ def _listen(config: ServeConfig) -> socket.socket:
     try:
         socket.getaddrinfo(config.host, config.port, family)  # its errors have a type of their own
         return socket.create_server((config.host, config.port), family=family)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a..b is not the name of a host
         # An unknown host, or one that is not an address of this machine, or else the port
-        is_host = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        code = getattr(error, "errno", None)
+        is_host = isinstance(error, socket.gaierror | UnicodeError) or code == errno.EADDRNOTAVAIL
         advice = "--port, such as 0 for a free one, or another --host"
         if is_host:
             advice = "--host, such as 127.0.0.1, or 0.0.0.0 for all addresses of this machine"
-        reason = (error.strerror or "").partition(" (while")[0]
+        reason = getattr(error, "strerror", None) or str(error)
+        reason = reason.partition(" (while")[0]
         raise ConfigError(
             f"{config.host} port {config.port} can't be used ({reason}): give another {advice}"
         ) from None

@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.text import Text
 
 from ..adapters.stored_files import check_names_model
+from ..call_checks import shown
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.data_problems import group_problems
@@ -146,8 +147,8 @@ def preview(
     model: Any = settings.get("model", "")
     if not isinstance(model, str | os.PathLike):
         raise ConfigError(
-            f"preview: model is the name of a model, not a {type(model).__name__}: give its name,"
-            " or tokenizer=tokenizer"
+            f"preview: model is the name of a model, not {shown(model)}: give its name, or"
+            " tokenizer=tokenizer"
         )
     given = translate(TrainConfig, dict(settings))
     if data is not None:

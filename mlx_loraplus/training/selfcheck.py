@@ -224,7 +224,7 @@ def refuse_if_wrong(result: CheckResult) -> None:
 
 
 def remedy_for(problems: Sequence[str]) -> str:
-    """Return what to do about wrong results: if only compiled steps are wrong, others do."""
+    """Return what to do; if only compiled steps are wrong, compilation can be switched off."""
     remedy = "update mlx, mlx-lm and mlx_loraplus, or return to the versions that worked"
     if all(", compiled: " in problem for problem in problems):
         remedy = f"train with --compile off, or {remedy}"

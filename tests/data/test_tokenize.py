@@ -213,7 +213,7 @@ def test_a_prompt_without_a_token_is_refused(letters, smollm2):
 
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_an_empty_message_of_a_chat_is_refused(smollm2, gemma, prompt: str):
-    with pytest.raises(DataError, match="the prompt is empty; give at least one word with --prom"):
+    with pytest.raises(DataError, match="the prompt is empty; give at least one word"):
         encode_prompt(prompt, smollm2)
     with pytest.raises(DataError, match="the prompt is empty"):
         encode_prompt(prompt, gemma, form=PromptFormat(form="alpaca"))

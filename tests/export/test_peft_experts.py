@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.utils import _get_classes
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
@@ -146,3 +146,27 @@ def test_gate_and_up_of_single_experts_need_down(tmp_path: Path):
     model = adapted("qwen2_moe", target_modules=("switch_mlp.gate_proj", "switch_mlp.up_proj"))
     with pytest.raises(AdapterError, match="without its down_proj"):
         write_peft(model, "org/base", tmp_path)
+
+
+def test_patterns_match_the_full_names_of_stacked_experts(tmp_path: Path):
+    """PEFT's patterns see the prefixes of multimodal models, as in other layers."""
+    model = adapted("granitemoe")
+    config, tensors = written(model, tmp_path)
+    towered = {
+        name.replace(".model.model.layers.", ".model.model.language_model.layers."): array
+        for name, array in tensors.items()
+    }
+    assert towered.keys().isdisjoint(tensors)
+    save_file(towered, tmp_path / "adapter_model.safetensors")
+
+    # Only the patterns give the layers their rank and alpha.
+    experts = r"^model\.language_model\.layers\.\d+\.block_sparse_moe\.experts\.\w+"
+    others = r"self_attn\.\w+|router\.\w+"
+    config |= {
+        "rank_pattern": dict.fromkeys((experts, others), config["r"]),
+        "alpha_pattern": dict.fromkeys((experts, others), config["lora_alpha"]),
+    }
+    config |= {"r": 1, "lora_alpha": 1.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    back = load_peft(make("granitemoe"), tmp_path)
+    assert mx.abs(back(TOKENS) - model(TOKENS)).max() < 1e-5

@@ -143,3 +143,31 @@ def test_the_numbers_of_an_axis_have_one_form(low: float, high: float, labels: s
 def test_the_numbers_of_a_log_axis_have_one_form(low: float, high: float, labels: str):
     ticks = log_ticks(low, high)
     assert tick_labels(Axis(low, high, 0, 1, ticks, log=True)) == labels.split()
+
+
+@pytest.mark.parametrize(
+    ("ticks", "labels"),
+    [
+        ([999.5, 1000, 1000.5, 1001], "999.5 1,000 1,000.5 1,001"),
+        ([1234.1, 1234.2], "1,234.1 1,234.2"),
+        ([1233, 1233.5], "1,233 1,233.5"),
+        ([1e-4, 1.02e-4, 1.04e-4], "1e-4 1.02e-4 1.04e-4"),
+        ([2e10, 2.01e10, 2.02e10], "2e10 2.01e10 2.02e10"),
+    ],
+)
+def test_ticks_that_are_close_have_more_digits(ticks: list[float], labels: str):
+    assert tick_labels(Axis(ticks[0], ticks[-1], 0, 1, ticks)) == labels.split()
+
+
+@pytest.mark.parametrize("power", range(-12, 16))
+@pytest.mark.parametrize("share", [1e-9, 1e-6, 3e-4, 2e-3, 0.02, 0.4, 7.0])
+@pytest.mark.parametrize("start", [1.0, 1.234, 9.995, -3.7])
+def test_the_label_of_a_tick_is_its_value(power: int, share: float, start: float):
+    low = start * 10.0**power
+    axis = linear_axis(low, low + abs(low) * share, 0, 1)
+    units = {"k": "e3", "M": "e6"}
+    labels = tick_labels(axis)
+    assert len(set(labels)) == len(labels) >= 3
+    for tick, label in zip(axis.ticks, labels, strict=True):
+        number = label.replace(",", "").replace(label[-1], units.get(label[-1], label[-1]))
+        assert abs(float(number) - tick) <= (axis.high - axis.low) / 50

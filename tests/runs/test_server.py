@@ -237,6 +237,8 @@ def test_the_command_says_what_is_wrong(
         ([str(runs), "--port", "70000"], "port"),
         ([str(runs), "--host", "203.0.113.7"], "give another --host, such as 127.0.0.1"),
         ([str(runs), "--host", "999.1.1.1"], "give another --host, such as 127.0.0.1"),
+        ([str(runs), "--host", "a..b"], "give another --host, such as 127.0.0.1"),
+        ([str(runs), "--host", ""], "give another --host, such as 127.0.0.1"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)
