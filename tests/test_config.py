@@ -333,5 +333,5 @@ def test_a_required_setting_that_is_missing_is_told():
     class Needed:
         folder: str
 
-    with pytest.raises(ConfigError, match="^folder must have a value, not "):
+    with pytest.raises(ConfigError, match=r"^folder must have a value, not "):
         configure(Needed, {})
