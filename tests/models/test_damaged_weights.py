@@ -34,7 +34,7 @@ def test_an_array_that_may_be_so_is_not_blamed():
 
 
 def test_the_scales_of_a_quantized_layer_are_blamed():
-    model = Small()
+    model: Any = Small()
     nn.quantize(model, 64, 4)
     model.head.scales = mx.zeros_like(model.head.scales)
     assert describe_damage(model).startswith("its array head.scales holds only zeros: get")
