@@ -4,6 +4,7 @@ import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
 
 import inspect
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def test_a_gpu_that_fails_in_a_sweep_or_an_evaluation_is_one_line(
         raise RuntimeError(HELD_UP)
 
     for module in ("sweep.sweep", "training.evaluate"):
-        monkeypatch.setattr(f"mlx_loraplus.{module}.score", fail)
+        monkeypatch.setattr(import_module(f"mlx_loraplus.{module}"), "score", fail)
     with pytest.raises(ml.DeviceError, match="caffeinate -i"):
         ml.sweep_rates(model, tokenizer, data=data, adapter_path=str(tmp_path / "sweep"))
     with pytest.raises(ml.DeviceError, match="caffeinate -i"):
