@@ -84,7 +84,7 @@ def check_activation(model: nn.Module, config: dict[str, Any]) -> None:
         ModelError: The MLPs compute another activation.
     """
     named, computed = _named(config), _computed(model)
-    if named is None or computed is None or named == computed:
+    if named not in _FUNCTIONS or computed is None or named == computed:
         return
     if {named, computed} <= _GELUS:
         return
@@ -96,8 +96,17 @@ def check_activation(model: nn.Module, config: dict[str, Any]) -> None:
 
 
 def activation_note(model: nn.Module, config: dict[str, Any]) -> str | None:
-    """Return a note for the user if config and model use different versions of GELU, else None."""
+    """Return a note on an activation whose name is unknown, or on another version of GELU, or None.
+
+    A name is only reported if mlx-lm computes a known activation: some families have a name and a
+    function of their own.
+    """
     named, computed = _named(config), _computed(model)
+    if named is not None and named not in _FUNCTIONS and computed is not None:
+        return (
+            f"config.json has the activation {named!r:.40}, a name that is not known here, and"
+            f" mlx-lm computes {computed}; if that is another function, the outputs are wrong"
+        )
     if named == computed or not {named, computed} <= _GELUS:
         return None
     return (
@@ -107,7 +116,7 @@ def activation_note(model: nn.Module, config: dict[str, Any]) -> str | None:
 
 
 def _named(config: dict[str, Any]) -> str | None:
-    """Return the activation that a config names, or None if it is not in ``_FUNCTIONS``."""
+    """Return the activation that a config names, or None; it may not be in ``_FUNCTIONS``."""
     text = text_part(config)
     named = [text[field] for field in _FIELDS if text.get(field) is not None]
     if not named or not isinstance(named[0], str):
@@ -117,7 +126,7 @@ def _named(config: dict[str, Any]) -> str | None:
     # In Gemma's configs "gelu" means the tanh approximation; transformers reads it the same way.
     if name == "gelu" and str(text.get("model_type")).startswith("gemma"):
         name = "gelu_pytorch_tanh"
-    return name if name in _FUNCTIONS else None
+    return name
 
 
 def _computed(model: nn.Module) -> str | None:

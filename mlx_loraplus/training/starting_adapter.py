@@ -116,15 +116,26 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
 
     existing = _find_existing(model, asked.resume_adapter_file)
     theirs = _describe(existing)
+
+    # A selection or a scale that equals the adapters' own is as good as not given.
+    own = settings_of(asked.adapter)
+    for name in (*_SELECTION, *_SCALE):
+        if name in given and _is_equal(own[name], theirs.get(name)):
+            del given[name]
     _check_given(existing, asked.adapter, theirs, given)
 
     # Of settings that express the same thing, all come from the adapters, or none.
     inherited = {name: value for name, value in theirs.items() if name not in given}
     for names in (_SELECTION, _SCALE):
         if not given.keys().isdisjoint(names):
-            own = {name: getattr(asked.adapter, name) for name in names if name not in given}
-            inherited |= own
+            inherited |= {name: own[name] for name in names if name not in given}
     return configure(TrainConfig, inherited | given)
+
+
+def _is_equal(one: Any, other: Any) -> bool:
+    """Return whether two settings are equal; a list equals a tuple."""
+    both = [list(each) if isinstance(each, list | tuple) else each for each in (one, other)]
+    return both[0] == both[1]
 
 
 def continues(model: nn.Module, config: TrainConfig, checkpoint: Checkpoint | None) -> bool:

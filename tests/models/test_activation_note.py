@@ -54,7 +54,6 @@ def test_another_function_is_refused(name: str, activation: str, field: str):
     [
         ("llama", "silu", False),
         ("llama", "swish", False),
-        ("llama", "an activation of its own", False),
         ("gemma", TANH, True),
         ("gemma", "gelu", True),  # a legacy value, which transformers reads as the approximation
         ("gemma2", "gelu", False),
@@ -70,6 +69,15 @@ def test_an_approximation_is_noted(name: str, activation: str, noted: bool):
     note = activation_note(make_skeleton(config), config)
     assert (note is not None) == noted
     assert note is None or "the two differ by less than 0.0005" in note
+
+
+@pytest.mark.parametrize("activation", ["xielu", "laplace", "SiLU"])
+def test_a_name_that_is_not_known_is_noted(activation: str):
+    config = CONFIGS["llama"] | {"hidden_act": activation}
+    note = activation_note(make_skeleton(config), config)
+    assert note is not None
+    assert f"the activation '{activation}', a name that is not known here" in note
+    assert "mlx-lm computes silu" in note
 
 
 def test_the_field_that_transformers_reads_counts():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -67,6 +68,23 @@ def test_settings_default_to_the_adapters_own_and_may_equal_them(place: Place, w
         4,
         ("v_proj", "o_proj"),
     )
+
+
+@pytest.mark.parametrize(
+    ("theirs", "given"),
+    [
+        ({"num_layers": 1, "target_modules": ["q_proj"]}, {"num_layers": 1}),
+        ({"num_layers": 1, "target_modules": ["q_proj"]}, {"target_modules": ["q_proj"]}),
+        ({"rslora": True, "alpha": 8.0}, {"alpha": 8.0}),
+        ({"rslora": True, "alpha": 8.0}, {"rslora": True}),
+    ],
+)
+def test_one_of_several_settings_may_equal_the_adapters_own(
+    place: Place, theirs: dict[str, Any], given: dict[str, Any]
+):
+    first = place.run("first", iters=2, **theirs).config.adapter
+    run = finetune(place, begin_again(place, "file"), **given)
+    assert run.config.adapter == replace(first, dropout=run.config.adapter.dropout)
 
 
 def begin_again(place: Place, where: str) -> tuple[Any, dict[str, Any]]:
