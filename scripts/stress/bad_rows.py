@@ -191,7 +191,7 @@ CASES = [
         "smollm2", "zork", "grue", "⟦xyzzy<|im_end|>⟧"),
     one("query and answer, beside others", [{"id": 7, "date": "2024-01-01", "query": "zork", "answer": "xyzzy"}], "smollm2",
         "zork", "⟦xyzzy<|im_end|>⟧", hides=("2024-01-01",)),
-    one("advice for lists of strings", [{"tags": ["a", "b"], "ids": [1, 2]}], "smollm2", "none of them holds text", code=2),
+    one("advice for lists of strings", [{"tags": ["a", "b"], "ids": [1, 2]}], "smollm2", "none of them looks like text", code=2),
     one("query and answer, named", [{"id": 7, "date": "2024-01-01", "query": "zork", "answer": "xyzzy"}], "smollm2",
         "⟦xyzzy<|im_end|>⟧", options="--fields prompt=query completion=answer"),
     one("some fields named, the others kept", [
