@@ -167,24 +167,9 @@ WITH_CALLS = {
     "ministral3",
     "olmo3",
 }
-CONTENT_WITH_CALL = {
-    "hermes_tools",
-    "opens_thoughts",
-    "thinking_switch",
-    "turn_calls",
-    "llama4_calls",
-    "role_calls",
-    "next_role_ends",
-    "id_calls",
-    "unclosed_thoughts",
-    "calls_first",
-    "gpt_oss",
-    "gemma4",
-    "qwen3_tools",
-    "qwen3_5",
-    "ministral3",
-    "olmo3",
-}
+CONTENT_WITH_CALL = WITH_CALLS - {
+    "bracket_calls", "channels", "inlined_results", "llama3_calls", "merged_turns", "python_calls", "response_markers",
+}  # fmt: skip
 NO_THOUGHTS = {
     "alpaca", "chatml", "llama2", "llama3", "mistral", "hermes_tools", "gemma3", "phi3", "zephyr", "empty_call",
     "bracket_calls", "python_calls", "llama3_calls", "llama4_calls", "role_calls", "plain_roles",
