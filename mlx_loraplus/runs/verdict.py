@@ -7,7 +7,7 @@ reached at step n, and the loss before training f:
 - not better: b ≥ f
 - overfitting: the last loss is more than 1% above b, so the loss has risen since step n
 - still falling: the last validation is the best, and since the one before it the loss fell by more
-  than 5% of the whole fall f - b
+  than 5% of the whole fall f - b, or by more than 1% of it and a tenth of the loss itself
 - levelled off: otherwise
 
 Nothing is called overfitting or levelled off in fewer than 30 steps, or with fewer than 3
@@ -32,6 +32,8 @@ Trend = Literal["diverged", "not better", "overfitting", "still falling", "level
 
 _RISE = 0.01  # share of the best loss by which the last one may exceed it
 _FALL = 0.05  # share of the whole fall
+_SMALL_FALL = 0.01  # the same, if the loss itself also fell by this share:
+_FALL_OF_LOSS = 0.1
 _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # share of the chosen answers' first log-probability by which it may fall
@@ -213,11 +215,20 @@ def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:
     best, last = min(trained), trained[-1]
     if best >= first:
         return "not better"
-    if len(trained) > 1 and last == best and trained[-2] - last > _FALL * (first - last):
+    if len(trained) > 1 and last == best and _is_falling(first, trained[-2], last):
         return "still falling"
     if steps < _FEWEST_STEPS or len(trained) < _FEWEST_VALIDATIONS:
         return None
     return "overfitting" if last > (1 + _RISE) * best else "levelled off"
+
+
+def _is_falling(first: float, previous: float, last: float) -> bool:
+    """Return whether the loss still fell clearly from the previous validation to the last.
+
+    A loss near zero cannot fall by much of the whole fall, so its own size counts too.
+    """
+    fall, whole = previous - last, first - last
+    return fall > _FALL * whole or (fall > _SMALL_FALL * whole and fall > _FALL_OF_LOSS * previous)
 
 
 def rose_since(run: "Run") -> int | None:

@@ -45,6 +45,8 @@ def advised(run: ml.Run) -> str | None:
     [
         ([3.0, 2.0, 1.5, 1.2], "still falling", "still falling: train longer"),
         ([3.0, 2.0, 1.51, 1.5], "levelled off", "more steps would change little"),
+        ([2.0, 0.13, 0.12, 0.05], "still falling", "still falling: train longer"),
+        ([2.0, 0.1, 0.013, 0.001], "levelled off", "more steps would change little"),
         ([3.0, 1.5, 1.0, 1.4], "overfitting", "since step 20, whose adapter is kept"),
         ([3.0, 1.5, 1.0, 1.005], "levelled off", "levelled off"),
         ([1.0, 1.5, 1.2], "not better", "lower --learning-rate, such as 1.3e-04"),
