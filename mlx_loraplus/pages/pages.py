@@ -136,7 +136,7 @@ def render_page(
     return _whole_page(title, body, refresh, wall_time)
 
 
-def render_index(title: str, links: Sequence[PageLink], refresh: int | None) -> bytes:
+def render_index(title: str, links: Sequence[PageLink], refresh: int) -> bytes:
     """Return a page that lists pages; it loads itself again after ``refresh`` seconds."""
     body = _template().render_index(title, links)
     return _whole_page(title, body, refresh, None)

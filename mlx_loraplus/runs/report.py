@@ -38,12 +38,16 @@ def write_report(run: Run, *, live: bool = False) -> None:
     write_atomically(run.folder / REPORT, report_page(run, live=live), durable=not live)
 
 
-def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> bytes:
+def report_page(
+    run: Run, *, live: bool = False, heard: float | None = None, refresh: int | None = None
+) -> bytes:
     """Return a run's report as HTML.
 
     Args:
         run: The run.
-        live: Whether the page loads itself again until the run ends.
+        live: Whether the run is training now, so that the page loads itself again until it ends.
+        refresh: Seconds after which the page loads itself again. Default: ``REFRESH`` if the run is
+            live, and never if not.
         heard: When the run was last heard from, in seconds since 1970. Default: now.
     """
     sections = [
@@ -62,7 +66,7 @@ def report_page(run: Run, *, live: bool = False, heard: float | None = None) -> 
         f"{run.name}: {head.state}",
         head,
         shown,
-        refresh=REFRESH if live else None,
+        refresh=refresh or (REFRESH if live else None),
         wall_time=round(time.time() if heard is None else heard),
     )
 

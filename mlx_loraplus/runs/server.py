@@ -30,6 +30,7 @@ from .report import LIVE_SECONDS, REFRESH, report_page
 from .report_headline import headline
 
 _COOKIE = "mlx_loraplus_token"
+_SLOW_REFRESH = 60  # seconds after which a page loads itself again while no run reports
 _MAX_DEPTH = 4  # levels below the served folder at which a run is still found
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -200,8 +201,11 @@ def _run_page(folder: Path, name: str, now: float) -> tuple[int, str, bytes]:
         return 404, _TEXT, b"there is no such run"
     try:
         run = Run.load(found.path)
-        live = run.outcome == "not ended" and found.is_fresh(now)
-        return 200, _HTML, report_page(run, live=live, heard=found.written)
+        has_ended = run.outcome != "not ended"
+        live = not has_ended and found.is_fresh(now)
+        # A silent run may go on, because the computer slept, or be continued.
+        refresh = None if live or has_ended else _SLOW_REFRESH
+        return 200, _HTML, report_page(run, live=live, heard=found.written, refresh=refresh)
     except _BROKEN as problem:
         return 500, _TEXT, f"this run can't be shown: {problem}".encode()
 
@@ -240,7 +244,8 @@ def _index_page(folder: Path, now: float) -> bytes:
 
 def _render_links(folder: Path, links: list[PageLink]) -> bytes:
     is_live = any(link.head.is_live for link in links)
-    return render_index(f"Runs in {folder.absolute().name}", links, REFRESH if is_live else None)
+    refresh = REFRESH if is_live else _SLOW_REFRESH  # another run may begin
+    return render_index(f"Runs in {folder.absolute().name}", links, refresh)
 
 
 def _read_page(found: _Found) -> SavedPage | None:

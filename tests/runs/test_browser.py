@@ -124,7 +124,7 @@ def test_a_browser_shows_the_list_of_runs_and_a_comparison(
     runs = {name: ml.Run.load(place.folder / name) for name in ("plain", "plus")}
     links = [PageLink(name, f"/runs/{name}", headline(run)) for name, run in runs.items()]
     listed, compared = tmp_path / "index.html", tmp_path / "compared.html"
-    listed.write_bytes(render_index("Runs in sums", links, None))
+    listed.write_bytes(render_index("Runs in sums", links, 60))
     ml.compare_runs(*runs.values()).save(compared)
     assert "a" in check_in_browser(chromium, listed)
     check_in_browser(chromium, compared)

@@ -52,7 +52,7 @@ def test_all_runs_are_listed_and_have_their_pages(runs: Path):
     with client(runs) as http:
         page = http.get("/").text
         assert page.count("<article") == 3
-        assert "data-refresh" in page, "a run is live"
+        assert 'data-refresh="10"' in page, "a run is live"
         assert "lower than that of the base model" in page
         addresses = re.findall(r'href="([^"]+)"', page)
         assert set(addresses) == {"/runs/plus", "/runs/later/a%26b", "/runs/broken"}
@@ -60,19 +60,21 @@ def test_all_runs_are_listed_and_have_their_pages(runs: Path):
 
         assert "data-refresh" not in http.get("/runs/plus").text
         live = http.get("/runs/later/a%26b").text
-        assert "data-refresh" in live
+        assert 'data-refresh="10"' in live
         written = (runs / "later" / "a&b" / "history.jsonl").stat().st_mtime
         assert f'data-written="{round(written)}"' in live
         broken = http.get("/runs/broken")
         assert (broken.status_code, broken.headers["content-type"][:10]) == (500, "text/plain")
 
 
-def test_a_run_that_was_killed_long_ago_is_not_live(runs: Path):
+def test_a_run_that_was_silent_for_long_is_not_live_but_may_continue(runs: Path):
     history = runs / "later" / "a&b" / "history.jsonl"
     app = make_app(runs, None, lambda: history.stat().st_mtime + 7200)
     with testclient.TestClient(app, base_url="http://localhost") as http:
-        assert "data-refresh" not in http.get("/").text
-        assert "not ended" in http.get("/runs/later/a%26b").text
+        assert 'data-refresh="60"' in http.get("/").text
+        page = http.get("/runs/later/a%26b").text
+        assert "not ended" in page
+        assert 'data-refresh="60"' in page
 
 
 def test_new_events_are_shown_at_the_next_request(runs: Path):
