@@ -68,7 +68,7 @@ def shown_answer(
     likeness = ""
     if answer.strip() == expected.strip():
         likeness = "✓ exact"
-    elif answer.split() == expected.split():
+    elif "".join(answer.split()) == "".join(expected.split()):
         likeness = "exact, but for white space"
     return ShownAnswer(label, _compare_parts(parts_of(expected), parts), likeness)
 

@@ -60,3 +60,10 @@ def test_html_in_an_answer_is_no_marker():
     parts = shown_answer("base", "I use HTML old tag", "I use HTML <s>old</s> tag").parts
     assert "missing" in {change for _, pieces in parts for change, _ in pieces}
     assert shown_answer("base", "<s> Yes.</s>", "Yes.").parts == [("text", [("same", "Yes.")])]
+
+
+def test_an_answer_with_other_white_space_says_so():
+    lines = '{\n  "action": "play"\n}'
+    other = shown_answer("base", '{"action": "play"}', lines)
+    assert other.likeness == "exact, but for white space"
+    assert not shown_answer("base", '{"action": "stop"}', lines).likeness
