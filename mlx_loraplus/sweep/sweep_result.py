@@ -147,8 +147,10 @@ class Sweep(RichDisplay):
                 neighbour, edge = tried[-2:]
 
             # The values that were tried are given exactly, so that their trials are used again.
-            values = " ".join([f"{edge**2 / neighbour:.3g}", *map(str, tried)])
-            command += f" --{name.replace('_', '-')}s {values}"
+            beyond = float(f"{edge**2 / neighbour:.3g}")
+            values = sorted([beyond, *tried])
+            words = " ".join(str(value).removesuffix(".0") for value in values)
+            command += f" --{name.replace('_', '-')}s {words}"
         return command if edges else None
 
     def _values_at_an_edge(self) -> dict[str, list[float]]:
