@@ -33,7 +33,7 @@ from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
 from .distributed import World
-from .interrupts import describe_cut
+from .interrupts import describe_cut, interruptible
 from .live_files import LiveFiles
 from .make_batches import make_batches
 from .model_probes import ModelProbes, probe_model, reusable_probes, share_probes
@@ -202,35 +202,38 @@ def _train(model: nn.Module, session: Session) -> None:
     # Search the learning rate if it is auto; otherwise, nothing changes.
     state = choose_rate(session, start.state)
 
-    # Start or resume the history, and write to the folder for the first time.
-    with world.sync_errors(), world.computing():
-        eval_prompts = choose_prompts(model, session)
-        if checkpoint is None:
-            start_history(session, state, trainable, eval_prompts, start.reference)
-        else:
-            resume_history(session, state, checkpoint)
-        if world.is_main:
-            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
-    world.broadcast(model)
+    # From the first write to the folder, Ctrl-C ends the run in order, so that it can be resumed.
+    with interruptible() as stop_requested:
+        # Start or resume the history.
+        with world.sync_errors(), world.computing():
+            eval_prompts = choose_prompts(model, session)
+            if checkpoint is None:
+                start_history(session, state, trainable, eval_prompts, start.reference)
+            else:
+                resume_history(session, state, checkpoint)
+            if world.is_main:
+                start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
+        world.broadcast(model)
 
-    # Train.
-    writer = RunWriter(session, state, with_choices(start.identity, state, run.config))
-    session.show(run.start)
-    session.log(f"report: {run.folder / REPORT} shows the run while it trains")
-    try:
-        outcome = train(
-            state,
-            session.examples["valid"],
-            run.config,
-            report=record_events(session, state, eval_prompts),
-            save=writer.save,
-            world=world,
-        )
-    except DeviceError as error:
-        raise writer.record_failure(error) from error.__cause__
-    except Exception as error:
-        writer.record_error(error)
-        raise
+        # Train.
+        writer = RunWriter(session, state, with_choices(start.identity, state, run.config))
+        session.show(run.start)
+        session.log(f"report: {run.folder / REPORT} shows the run while it trains")
+        try:
+            outcome = train(
+                state,
+                session.examples["valid"],
+                run.config,
+                report=record_events(session, state, eval_prompts),
+                save=writer.save,
+                world=world,
+                stop_requested=stop_requested,
+            )
+        except DeviceError as error:
+            raise writer.record_failure(error) from error.__cause__
+        except Exception as error:
+            writer.record_error(error)
+            raise
 
     # ``ending`` records the end. If the run is complete, put back the adapter of the best
     # validation, and write it. The plot and the report follow.

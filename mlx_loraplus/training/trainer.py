@@ -30,7 +30,7 @@ from ..runs.state import Event, Outcome, Progress, StepStats
 from ..settings import fit_to_length
 from .compiled import CompiledByShape, Traces, should_compile
 from .distributed import ALONE, World
-from .interrupts import explain_failure, interruptible, saved_if_lost, too_many_skipped
+from .interrupts import explain_failure, saved_if_lost, too_many_skipped
 from .kto import KLEstimate
 from .make_step import Sums, make_step
 from .model_probes import ModelProbes
@@ -104,6 +104,7 @@ def train(
     report: Callable[[Event], None],
     save: Callable[[], None],
     world: World = ALONE,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train the adapters of a model in place.
 
@@ -115,11 +116,12 @@ def train(
         report: Called with each event, a flat dictionary ready for JSON.
         save: Called between steps, and before or during validation: at each ``steps_per_save``, at
             each best validation, at the end, and on a GPU at least every ``SAVE_SECONDS``.
-        world: The processes that train together; each calls this function. Default: this process.
+        world: The processes that train together; each calls this function.
+        stop_requested: Returns whether to stop after the step; from ``interruptible``.
 
     Returns:
-        Why the run ended. An interruption or the time limit causes no extra validation or report,
-        so that a resumed run has the same history as an uninterrupted run.
+        Why the run ended. An interruption or the time limit causes no extra validation or report:
+        a resumed run has the history of an uninterrupted one.
 
     Raises:
         LoRAPlusError: Too many steps in a row were not finite.
@@ -134,7 +136,6 @@ def train(
         bounded_memory(),
         memory_efficient(state.model, gated_mlps, state.choices),
         checkpointing,
-        interruptible() as stop_requested,
         explain_failure(loop.step_batches, config, can_checkpoint=state.can_checkpoint),
         world.watch(config.distributed_timeout),
         saved_if_lost(state.progress, save),
@@ -380,7 +381,6 @@ class TrainLoop:
         raise too_many_skipped(self.config, progress.step, reason, batches)
 
     def save_now(self) -> None:
-        """Save the last step."""
         self.save()
         self._saved, self._saved_step = time.perf_counter(), self.progress.step
 

@@ -277,6 +277,18 @@ def test_the_command_says_how_to_resume_and_resumes(
     assert "can't resume with other settings: rank 8 -> 4" in capsys.readouterr().err
 
 
+def test_ctrl_c_before_the_first_step_leaves_a_run_that_resumes(place: Place):
+    def interrupt(_: ml.Run, event: dict[str, Any]) -> None:
+        if "schema" in event:  # the start, when the folder has its first files
+            signal.raise_signal(signal.SIGINT)
+
+    run = place.run("early", callback=interrupt, iters=4)
+    assert (run.outcome, run.progress.step) == ("interrupted", 1)
+    whole = place.run("whole", iters=4)
+    resumed = place.run("early", iters=4, resume=True)
+    assert same(adapter_of(resumed), adapter_of(whole))
+
+
 def test_a_session_that_was_cut_off_is_reported(place: Place):
     place.run(stop_at=2)
     (place.folder / "run" / ".lock").write_text("12345")

@@ -25,6 +25,7 @@ from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
+from mlx_loraplus.training.interrupts import interruptible
 from mlx_loraplus.training.schedule import schedule_of
 from mlx_loraplus.training.trainer import TrainState, train
 from mlx_loraplus.training.validation import score
@@ -255,7 +256,9 @@ def test_a_request_to_stop_ends_after_the_update_and_saves(tiny: TinyModel):
             os.kill(os.getpid(), signal.SIGINT)
 
     handler = signal.getsignal(signal.SIGINT)
-    assert train(*parts, report=report, save=lambda: saves.append(1)) == "interrupted"
+    with interruptible() as requested:
+        ended = train(*parts, report=report, save=lambda: saves.append(1), stop_requested=requested)
+    assert ended == "interrupted"
     assert events[-1]["step"] == 3
     assert saves == [1]
     assert signal.getsignal(signal.SIGINT) is handler
