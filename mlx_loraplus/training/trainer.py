@@ -110,8 +110,7 @@ def train(
 
     Args:
         state: What to train, and where to resume.
-        valid: The validation examples, used before the first step, every ``steps_per_eval`` steps
-            and after the last step. May be empty.
+        valid: Scored at the start, every ``steps_per_eval`` steps and at the end. May be empty.
         config: How often to report, validate and save, whether to compile, and when to stop.
         report: Called with each event, a flat dictionary ready for JSON.
         save: Called between steps, and before or during validation: at each ``steps_per_save``, at
@@ -381,6 +380,7 @@ class TrainLoop:
         raise too_many_skipped(self.config, progress.step, reason, batches)
 
     def save_now(self) -> None:
+        """Save the last step."""
         self.save()
         self._saved, self._saved_step = time.perf_counter(), self.progress.step
 
