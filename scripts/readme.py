@@ -27,6 +27,7 @@ from scripts.readme_results import (
     gguf_table,
     gguf_types_table,
     launches_table,
+    memory_accuracy,
     rivals_tables,
     speed_table,
 )
@@ -180,6 +181,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "speed": (README, speed_table),
     "plan": (README, readme_plan),
     "memory plan": (ROOT / "docs" / "memory.md", memory_plan),
+    "memory accuracy": (ROOT / "docs" / "memory.md", memory_accuracy),
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),

@@ -1,4 +1,4 @@
-"""The tables in docs/rates.md of what ``rate.py`` has measured.
+"""The tables in docs/research.md of what ``rate.py`` has measured.
 
 A rate that only the first seed has tried gets its loss without what this seed adds to the loss at
 the rates that all seeds have tried. The loss at a rate between two rates of the grid is
@@ -27,7 +27,7 @@ from scripts.study.rate_methods import METHODS
 from scripts.study.rate_short_grids import short_grids_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "rates.md"
+PAGE = ROOT / "docs" / "research.md"
 START, END = "<!-- rate-study:start -->", "<!-- rate-study:end -->"
 CANDIDATES = np.geomspace(0.01, 10, 61)
 """The shares of the critical rate that are tried."""
@@ -189,7 +189,7 @@ def rate_of(line: Line, share: float) -> float:
 
 
 def write_tables(tables: str) -> None:
-    """Write the tables into docs/rates.md, if it has a place for them."""
+    """Write the tables into docs/research.md, if it has a place for them."""
     text = PAGE.read_text(encoding="utf-8")
     if START in text:
         before, after = text.split(START)[0], text.split(END)[1]
