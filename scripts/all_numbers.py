@@ -189,7 +189,7 @@ def state_of(part: Part) -> tuple[bool, str]:
 
 def origins_table() -> str:
     """Return the table in docs/benchmarks.md: each part with its command, commit and date."""
-    lines = ["| numbers | command | commit | date |", "|---|---|---|---|"]
+    lines = ["| result | made by | commit | date |", "|---|---|---|---|"]
     for part in PARTS:
         for file in part.results:
             found = origin(ROOT / "scripts" / file)

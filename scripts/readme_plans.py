@@ -43,7 +43,7 @@ def _planned(words: str) -> str:
 def models_table() -> str:
     """Return the size, the memory and the smallest Mac of every size that has a short name."""
     lines = [
-        "| model | parameters | 4 bits, 8 x 512 tokens | smallest Mac | hub repository | |",
+        "| model | parameters | peak memory at 4 bits | smallest Mac | hub repository | note |",
         "|---|--:|--:|--:|---|---|",
     ]
     settings = configure(config.TrainConfig, {})

@@ -16,6 +16,19 @@ SPEED_CASES = {
 }
 
 
+GGUF_LEGEND = """\
+Smaller is better in every column. *Base*, *base + LoRA* and *merged*: the largest difference of a logit between
+llama.cpp and this package, divided by the standard deviation of the logits, for the model alone, with the exported
+adapter, and merged with it. *KL*: how far the probabilities of a file of that type are from those of the full-precision
+file, in nats. *Exact GELU*: the difference where the lookup table of llama.cpp plays no part; only for models with GELU."""
+FUSE_LEGEND = """\
+*Bits*: the width of the fused weights. *Change*: its norm, as a percentage of the norm of the weights. *Stock* rounds
+each weight to the nearest value, as `mlx_lm.fuse` does; *ours* is `mlx_loraplus.fuse`; *dropped* is the base without
+the change. *Cosine*: between the change that was wanted and the one that the fused layer has, of its weights or of its
+outputs; 1 is best. *KL*: how far the next-token probabilities are from those of base + adapter, in nats per token; 0 is
+best. *Elsewhere*: on unrelated prose."""
+
+
 def demo_part() -> str:
     """Return what the demo did, from scripts/demo --publish: its picture, its time and its answers."""
     result = _result("study", "demo")
@@ -43,8 +56,8 @@ def memory_accuracy() -> str:
     ratios = [row["foretold"] / row["peak"] for row in rows]
     near = sum(0.9 <= ratio <= 1.15 for ratio in ratios) / len(ratios)
     return f"""\
-Expect the real peak to be within about 15% of the plan. In {len(rows)} training steps of small models that were not used to make the
-formulas, the predicted peak was {min(ratios):.2f} to {max(ratios):.2f} times the real one, and in {near:.0%} of them 0.90 to 1.15 times.
+Expect the real peak to be within about 15% of the plan. In {len(rows)} training steps of small models that were not used to
+make the formulas, the predicted peak was {min(ratios):.2f} to {max(ratios):.2f} times the real one, and in {near:.0%} of them 0.90 to 1.15 times.
 """
 
 
@@ -57,7 +70,7 @@ def fuse_table() -> str:
 
     lines = [
         "| bits | change | weights' cosine: stock | ours | outputs' cosine: stock | ours | KL: dropped"
-        " | stock | ours | KL elsewhere: stock | ours |",
+        " | KL: stock | ours | KL elsewhere: stock | ours |",
         "|--:" * 11 + "|",
     ]
     for (bits, ratio), methods in sorted(rows.items()):
@@ -73,13 +86,13 @@ def fuse_table() -> str:
         f"{result['machine']['cpu']}; mlx {result['versions']['mlx']}; {result['commit']},"
         f" {result['date']}"
     )
-    return "\n".join([*lines, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
+    return "\n".join([*lines, "", FUSE_LEGEND, "", f"`scripts/study/fuse_rounding`: {source}.\n"])
 
 
 def speed_table() -> str:
     """Return speed and memory beside stock's, a line for each case of scripts/bench/run."""
     lines = [
-        "| | useful tokens a second: stock | ours | | memory above the weights: stock | ours | |",
+        "| model and data | stock, tokens/s | ours, tokens/s | ours / stock | stock, memory | ours, memory | ours / stock |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for case, title in SPEED_CASES.items():
@@ -92,13 +105,17 @@ def speed_table() -> str:
             f" | {speed:.1f}x | {stock['peak_above_weights'] / 1e9:.2f} GB"
             f" | {ours['peak_above_weights'] / 1e9:.2f} GB | {memory:.2f}x |"
         )
-    return "\n".join(lines) + "\n"
+    legend = (
+        "*Tokens/s*: input tokens that are not padding, for each second of training; higher is better. *Memory*: the peak of"
+        " a step\nwithout the weights; lower is better."
+    )
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
 def gguf_table() -> str:
     """Return how llama.cpp judged each architecture, as scripts/judges/check_gguf_families stored it."""
     lines = [
-        "| tiny model | base | base + LoRA | merged | KL of q8_0 | of q5_1 | of q4_1 | exact GELU |",
+        "| tiny model | base | base + LoRA | merged | KL of q8_0 | KL of q5_1 | KL of q4_1 | exact GELU |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     result = _result("judges", "gguf_families")
@@ -110,7 +127,7 @@ def gguf_table() -> str:
 
     versions = result["versions"]
     judge = f"llama.cpp {versions['llama.cpp']} of node-llama-cpp {versions['node-llama-cpp']}"
-    lines += ["", f"The judge was {judge}, on {result['date']}. It has all of these architectures."]
+    lines += ["", GGUF_LEGEND, "", f"The judge was {judge}, on {result['date']}."]
     return "\n".join(lines) + "\n"
 
 
@@ -126,7 +143,12 @@ def gguf_types_table() -> str:
             f"| {title} | {kind} | {found['kl']:.5f} | {found['same']:.1%} | x {found['perplexity']:.3f} |"
             for kind, found in kinds.items()
         ]
-    return "\n".join(lines) + "\n"
+    legend = (
+        "Each is compared with the unquantized model. *KL*: of the next-token probabilities; 0 is best. *Same next token*:"
+        " how\noften the most likely token is the same; 100% is best. *Perplexity*: as a multiple of that of the"
+        " unquantized model; 1 is\nbest."
+    )
+    return "\n".join([*lines, "", legend]) + "\n"
 
 
 def experts_table() -> str:
@@ -139,7 +161,7 @@ def experts_table() -> str:
     }
     rows = _result("study", "experts")["rows"]
     lines = [
-        "| adapters on | trainable | the rule | the facts |",
+        "| adapters on | trainable parameters | correct answers, rule | correct answers, facts |",
         "|---|--:|--:|--:|",
     ]
     for targets, title in titles.items():
@@ -149,14 +171,14 @@ def experts_table() -> str:
             for task in ("rule", "facts")
         ]
         lines.append(f"| {title} | {found[0]['parameters']:,} | {' | '.join(rights)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "A cell has one percentage for each seed; higher is better."]) + "\n"
 
 
 def launches_table() -> str:
     """Return the launches of a step on a GPU, as scripts/bench/launches counts them."""
     result = _result("bench", "launches")
     lines = [
-        "| model | rows | tokens in a row | mlx_lm | ours | |",
+        "| model | rows | tokens per row | launches, mlx_lm | launches, ours | ours / mlx_lm |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     lines += [
@@ -166,7 +188,9 @@ def launches_table() -> str:
     ]
     versions = result["versions"]
     source = f"mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
-    return "\n".join([*lines, "", f"`scripts/bench/launches`: {source}; {result['date']}.\n"])
+    legend = "*Launches*: kernels that the GPU starts for one training step; fewer is better."
+    source = f"`scripts/bench/launches`: {source}; {result['date']}."
+    return "\n".join([*lines, "", legend, source, ""])
 
 
 def rivals_tables() -> str:
@@ -180,7 +204,7 @@ def full_tables() -> str:
     """Return how training all weights compares, as scripts/bench/full measures it."""
     result = _result("bench", "full")
     lines = [
-        "| weights | rows | s/step, mlx_lm | ours | | peak, mlx_lm | ours | | largest difference of a loss |",
+        "| weights | rows | s/step, mlx_lm | ours | ours / mlx_lm | peak, mlx_lm | ours | ours / mlx_lm | largest difference of a loss |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for dtype, both in result["training"].items():
@@ -201,8 +225,13 @@ def full_tables() -> str:
     before = next(iter(rounding.values()))[0]
     lines += [
         "",
-        f"{result['model']}, every weight, {result['steps']} steps at {result['rate']:g}; held-out loss"
-        f" before: {before:.4f}",
+        f"{result['model']}, every weight trained for {result['steps']} steps at η = {result['rate']:g}, by"
+        " `mlx_lm.lora` and here.\n*s/step*: seconds for a step, and *peak*: the highest memory of the run; lower is better."
+        " *Largest difference*: of the\ntraining losses of both, relative to the loss; it should be rounding alone.",
+        "",
+        "The next table shows what is lost if bfloat16 weights are rounded at every step, and how much of it the"
+        " compensation of\nthis package gets back. Lower is better; before training, the held-out loss was"
+        f" {before:.4f} nats per token.",
         "",
         "| the weights are kept in | held-out loss after |",
         "|---|--:|",

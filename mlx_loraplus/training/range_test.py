@@ -18,7 +18,7 @@ from .rate_probe import FORWARD, Probe
 SPAN = 100.0
 """The rates that are tried lie between the default / SPAN and the default · SPAN."""
 _SMOOTHED = 3  # steps
-_DIVERGED = 0.5  # a rise of the loss by this share ends the range test
+_DIVERGED = 0.5  # a rise of the loss by this fraction ends the range test
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,12 @@ class RateMethod:
         name: The name that users see.
         find: find(probe, steps, default): ``steps`` is the work in steps of the run, and
             ``default`` the rate around which rates are tried.
-        share: The run's rate, as a share of the critical rate.
+        factor: The run's rate, divided by the critical rate.
     """
 
     name: str
     find: Callable[[Probe, float, float], Finding]
-    share: float
+    factor: float
 
 
 def range_test(probe: Probe, steps: float, default: float) -> Finding:
@@ -95,8 +95,8 @@ def range_test(probe: Probe, steps: float, default: float) -> Finding:
     return Finding(lowest_rate(inner, smoothed), tuple(tried))
 
 
-RANGE_TEST = RateMethod("range test", range_test, share=0.5)
-"""The share is provisional: a low rate is safer than a high one. ``scripts/study/rate`` fits it."""
+RANGE_TEST = RateMethod("range test", range_test, factor=0.5)
+"""The factor is provisional: a low rate is safer than a high one. ``scripts/study/rate`` fits it."""
 
 
 def lowest_rate(rates: list[float], changes: np.ndarray) -> float | None:

@@ -36,7 +36,7 @@ class RateSearch(RichDisplay):
         rate: The rate eta for the run.
         default: The default rate.
         method: How it was searched.
-        critical: The critical rate, of which ``rate`` is a share; None if none was found.
+        critical: The critical rate, which the method multiplied by its factor; None if none was found.
         tried: The rates that were tried, with the change of the loss.
         steps: The work of the search, in steps of the run.
         seconds: The time that it took.
@@ -134,7 +134,7 @@ def search_rate(
     # Round to three digits, so that the rate that is shown can be given as a setting.
     rate, reason = default, "no rate lowered the loss"
     if found.critical is not None:
-        rate, reason = float(f"{method.share * found.critical:.3g}"), ""
+        rate, reason = float(f"{method.factor * found.critical:.3g}"), ""
     return RateSearch(
         rate=rate,
         default=default,

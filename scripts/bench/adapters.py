@@ -177,6 +177,12 @@ HEADINGS = (
 )
 
 
+LEGEND = """\
+*Trainable*: the number of trained parameters. *s/step*: seconds for a step; *to LoRA+*: divided by those of LoRA+.
+*Peak above weights*: the highest memory, without the weights. *Held-out loss*: after the run, in nats per token. Lower
+is better in all of them. A dash means that time and memory were not measured."""
+
+
 def markdown(result: dict[str, Any]) -> str:
     """Return the table in docs/adapters.md."""
     methods = result["methods"]
@@ -203,7 +209,7 @@ def markdown(result: dict[str, Any]) -> str:
             f"{row['loss_after']:.3f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", LEGEND]) + "\n"
 
 
 def main() -> None:

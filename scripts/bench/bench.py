@@ -260,6 +260,21 @@ HEADINGS = (
     "trainer", "useful tok/s", "to stock", "supervised tok/s", "peak above weights", "to stock", "padding", "shapes",
     "held-out loss", "s/step", "of matmul rate",
 )  # fmt: skip
+LEGEND = """\
+*Stock* is `mlx_lm.lora`; *checkpoint* is with gradient checkpointing, *pack* with packed rows.
+
+| column | meaning | better |
+|---|---|---|
+| useful tok/s | input tokens that are not padding, for each second of training | higher |
+| supervised tok/s | tokens that count for the loss, for each second | higher |
+| peak above weights | the highest memory of the run, without the weights | lower |
+| to stock | the column before it, divided by stock's | |
+| padding | the fraction of computed tokens that are padding | lower |
+| shapes | different batch shapes; each one is compiled | lower |
+| held-out loss | after the run, in nats per token; it should be about the same, and says nothing about speed | |
+| s/step | seconds for a step | lower |
+| of matmul rate | the fraction of the machine's speed in large matrix products that a step reaches | higher |
+"""
 
 
 def cells(trainer: str, row: Result) -> list[str]:
@@ -296,7 +311,7 @@ def phases_line(result: Result) -> str:
     if not phases:
         return ""
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.2f} s" for name, value in phases.items())
-    return f"Our step in parts, each by itself on one batch: {parts}."
+    return f"The parts of our step, each timed alone on one batch: {parts}."
 
 
 def write_tables() -> None:
@@ -348,7 +363,7 @@ def put(part: str, text: str) -> None:
 
 def markdown(results: Sequence[Result]) -> str:
     """Return the table of several cases."""
-    lines, sources = [], {}
+    lines, sources = [LEGEND], {}
     for result in results:
         repeats = 1 + max(run["repeat"] for run in result["runs"])
         lines += [

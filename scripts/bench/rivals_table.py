@@ -6,16 +6,23 @@ from typing import Any
 
 OURS = "mlx_loraplus"
 HEADINGS = (
-    "trainer", "s/update", "to ours", "useful tok/s", "peak above weights", "to ours", "padding", "train loss",
+    "trainer", "s/step", "to ours", "useful tok/s", "peak above weights", "to ours", "padding", "train loss",
     "held-out loss",
 )  # fmt: skip
+
+LEGEND = """\
+*s/step*: seconds for a step; *to ours*: the column before it, divided by ours, so above 1 the other trainer needs more.
+*Useful tok/s*: input tokens that are not padding, for each second; higher is better. *Peak above weights*: the highest
+memory, without the weights. *Padding*: the fraction of computed tokens that are padding. Lower is better for these and
+for the losses (nats per token), which should be about the same.
+"""
 
 Result = dict[str, Any]
 
 
 def markdown(result: Result) -> str:
     """Return the table of each case, what rivals do better, and where the numbers come from."""
-    lines: list[str] = []
+    lines: list[str] = [LEGEND]
     for case in result["cases"].values():
         lines += [
             f"**{case['title']}**, batch {case['batch_size']}, {case['data']} rows, {case['updates']} steps",

@@ -10,6 +10,9 @@ from scripts.provenance import source_line
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "resume.md"
 START, END = "<!-- torture:start -->", "<!-- torture:end -->"
+LEGEND = """\
+Each run is disturbed as often as the second column says, and resumed each time. *Bit-identical*: the runs whose final
+adapter has exactly the bytes of an undisturbed run; it should be all of them."""
 
 
 def table(result: dict[str, Any], kinds: Sequence[str]) -> str:
@@ -32,7 +35,7 @@ def table(result: dict[str, Any], kinds: Sequence[str]) -> str:
         case = Counter(cases[name])
         often = counts.format_map(case) if cases[name] else "not tried here"
         lines.append(f"| {label} | {often} | {case['runs']} | {case['equal']} |")
-    return "\n".join(lines) + f"\n\n{result['minutes']} minutes; {source_line(result)}\n"
+    return "\n".join([*lines, "", LEGEND, "", f"{result['minutes']} minutes; {source_line(result)}", ""])
 
 
 def write_table(result: dict[str, Any], kinds: Sequence[str]) -> None:

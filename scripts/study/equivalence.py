@@ -151,14 +151,19 @@ def random_rows(rows: int, length: int, seed: int) -> list[Example]:
     ]
 
 
+LEGEND = """\
+ΔW is the change of the weights by LoRA+, ΔW' that by LoRA with the λ times larger scale. Values near 0 in the first two
+columns mean that both are the same training; values near 1 or above mean that they differ. Neither is better."""
+
+
 def equivalence_table(result: dict[str, Any]) -> str:
     """Return the differences between the two for each case."""
     lines = [
-        "| update rule, start | ‖ΔW - ΔW'‖ / ‖ΔW‖ | largest difference of a loss | last loss LoRA+"
-        " | LoRA |"
+        "| update rule, start | ‖ΔW - ΔW'‖ / ‖ΔW‖ | largest difference of a loss | last loss, LoRA+"
+        " | last loss, LoRA |"
     ]
     lines.append("|---|--:|--:|--:|--:|")
     for name, case in result["cases"].items():
         losses = f"{case['plus'][1]:.3f} | {case['lora'][1]:.3f}"
         lines.append(f"| {name} | {case['weights']:.1e} | {case['losses']:.1e} | {losses} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])

@@ -20,6 +20,15 @@ Method = tuple[str, float, str]  # start, lambda, update rule
 LORA: Method = ("init1", 1.0, "adam")
 
 
+LEGEND = """\
+Each cell is the mean over the seeds ± their standard deviation. *Validation loss*: at the end, in nats per token; lower
+is better. *Gain over LoRA*: how much lower the loss is than LoRA's with the same seed; above 0, the method is better
+than LoRA. *Steps to LoRA's loss*: the step at which the method reaches the loss that LoRA has at the end; fewer is
+better. *Exact answers*: generated answers that equal the expected ones; higher is better.
+
+The next table shows the search before it: for each method the best η of the grid, and the validation loss there."""
+
+
 def write_findings(lines: Sequence[Line]) -> None:
     """Write the tables in docs/research.md and the picture."""
     names = list(dict.fromkeys(line["pair"] for line in lines))
@@ -30,7 +39,7 @@ def write_findings(lines: Sequence[Line]) -> None:
     text = PAGE.read_text(encoding="utf-8")
     start, end = "<!-- evidence:start -->", "<!-- evidence:end -->"
     if start in text:
-        tables = "\n\n".join([finals_table(compared, lines), search_table(names, lines)])
+        tables = "\n\n".join([finals_table(compared, lines), LEGEND, search_table(names, lines)])
         write_atomically(
             PAGE,
             f"{text.split(start)[0]}{start}\n\n{tables}\n\n{end}{text.split(end)[1]}".encode(),
@@ -60,8 +69,8 @@ def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
     """Return the finals: losses with their spread, updates to LoRA's last loss, exact answers."""
     rows = [
         (
-            "| model, data | method | η | validation loss | below LoRA's | LoRA's last loss after |"
-            " exact | seeds |"
+            "| model, data | method | best η | validation loss | gain over LoRA | steps to LoRA's loss |"
+            " exact answers | seeds |"
         ),
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
@@ -88,7 +97,7 @@ def finals_table(names: Sequence[str], lines: Sequence[Line]) -> str:
 
 def search_table(names: Sequence[str], lines: Sequence[Line]) -> str:
     """Return the search: each method's best rate and its loss there, one seed."""
-    rows = ["| model, data | updates | method: best η, loss (one seed) |", "|---|--:|---|"]
+    rows = ["| model, data | steps | method: best η, loss (one seed) |", "|---|--:|---|"]
     for name in names:
         best = {
             m: min(found, key=lambda line: line["loss"])
@@ -114,7 +123,7 @@ def draw(names: Sequence[str], lines: Sequence[Line]) -> Figure:
                 x, y.mean(0), ".-", label=f"{label(*method)}, η {mine[0]['learning_rate']:.1e}"
             )
             axes.fill_between(x, y.min(0), y.max(0), color=line.get_color(), alpha=0.2, lw=0)
-        axes.set(title=name, xlabel="updates", ylabel="validation loss", yscale="log")
+        axes.set(title=name, xlabel="step", ylabel="validation loss", yscale="log")
         axes.grid(alpha=0.3, which="both")
         if axes.lines:
             axes.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""The tables in docs/preferences.md of what ``preferences.py`` has measured."""
+"""The tables in docs/preferences.md and docs/rate_studies.md of what ``preferences.py`` has measured."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 from mlx_loraplus.files import write_atomically
 from scripts.provenance import source_line
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "preferences.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 WEIGHTS = {
     "dpo": "beta",
     "orpo": "orpo_lambda",
@@ -17,20 +17,26 @@ WEIGHTS = {
     "kto": "beta",
 }
 """Objective → the setting of its strength; the order is that of the table."""
+LEGEND = """\
+*Chosen preferred*: test pairs whose chosen answer is more likely per token than the rejected one. *Right content* and
+*on one line*: generated answers whose JSON has the expected values, and that have the chosen style. Higher is better
+for these three. *Loss of the chosen*: in nats per token of the chosen test answers; lower is better."""
 
 Line = dict[str, Any]
 
 
 def write_tables(lines: Sequence[Line]) -> None:
-    """Write the tables between their markers in docs/preferences.md; one without results is left."""
-    page = PAGE.read_text(encoding="utf-8")
-    for part, write in (("demo", demo_table), ("search", search_table)):
+    """Write the tables between their markers in docs/; one without results is left."""
+    for part, name, write in (
+        ("demo", "preferences.md", demo_table),
+        ("search", "rate_studies.md", search_table),
+    ):
         found = [line for line in lines if line["part"] == part]
         if found:
             start, end = f"<!-- {part}:start -->", f"<!-- {part}:end -->"
-            before, rest = page.split(start)
-            page = f"{before}{start}\n\n{write(found)}\n\n{end}{rest.split(end)[1]}"
-    write_atomically(PAGE, page.encode())
+            before, rest = (DOCS / name).read_text(encoding="utf-8").split(start)
+            text = f"{before}{start}\n\n{write(found)}\n\n{end}{rest.split(end)[1]}"
+            write_atomically(DOCS / name, text.encode())
 
 
 def demo_table(lines: Sequence[Line]) -> str:
@@ -46,11 +52,12 @@ def demo_table(lines: Sequence[Line]) -> str:
         "| model | chosen preferred | right content | on one line | loss of the chosen |",
         "|---|--:|--:|--:|--:|",
     ]
-    rows += [f"| {names[line['model']]} | {shares(line)} |" for line in lines]
-    return "\n".join([*rows, "", f"{lines[0]['pairs']} test pairs. {source_line(lines[-1])}"])
+    rows += [f"| {names[line['model']]} | {scores(line)} |" for line in lines]
+    size = f"{lines[0]['pairs']} test pairs."
+    return "\n".join([*rows, "", LEGEND, "", f"{size} {source_line(lines[-1])}"])
 
 
-def shares(line: Line) -> str:
+def scores(line: Line) -> str:
     """Return a result's cells of a table."""
     parts = [f"{line[name]:.0%}" for name in ("preferred", "right", "one_line")]
     return " | ".join([*parts, f"{line['chosen_loss']:.3f}"])
@@ -80,7 +87,7 @@ def search_table(lines: Sequence[Line]) -> str:
         }
         setting = f"`{WEIGHTS[objective]}` {weight:g}" if weight else "default"
         rows.append(
-            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {shares(means)} |"
+            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {scores(means)} |"
         )
     size = f"{lines[0]['pairs']} test pairs; {lines[0]['steps']} steps of {lines[0]['batch_size']}"
-    return "\n".join([*rows, "", f"{size} pairs. {source_line(lines[-1])}"])
+    return "\n".join([*rows, "", LEGEND, "", f"{size} pairs. {source_line(lines[-1])}"])

@@ -4,7 +4,7 @@
     scripts/study/rate --minutes 120 --data wikisql=FOLDER chat=FOLDER text=FOLDER
     scripts/study/rate --cases 0 1 --minutes 60         these cases only; Ctrl-C at any moment
     scripts/study/rate --cases 4 --searches "range test"   only searches, with the first seed
-    scripts/study/rate --table                          the tables in docs/research.md, from the results
+    scripts/study/rate --table                          the tables in docs/rate_studies.md, from the results
 
 A case is a model, a data set, an adapter with its start, a lambda and a batch size. For each case:
 

@@ -25,7 +25,7 @@ from mlx_loraplus.training.range_test import (
 from mlx_loraplus.training.rate_probe import FORWARD, Probe
 
 _FIRST_STEPS = 4  # tiny steps that show the optimizer's direction
-_TINY = 1e-2  # their rate, as a share of the default
+_TINY = 1e-2  # their rate, divided by the default
 _LINE_RATES = 13
 _TRIAL_RATES = 5
 _TRIAL_SPAN = 30.0
@@ -169,13 +169,13 @@ METHODS: Mapping[str, RateMethod] = {
     method.name: method
     for method in (
         RANGE_TEST,
-        RateMethod("line search", line_search, share=1.0),
-        RateMethod("curvature", curvature, share=1.0),
-        RateMethod("prodigy", prodigy, share=1.0),
-        RateMethod("trials", trials, share=0.5),
+        RateMethod("line search", line_search, factor=1.0),
+        RateMethod("curvature", curvature, factor=1.0),
+        RateMethod("prodigy", prodigy, factor=1.0),
+        RateMethod("trials", trials, factor=0.5),
     )
 }
-"""All methods by name. Their shares are provisional: a low rate is safer than a high one."""
+"""All methods by name. Their factors are provisional: a low rate is safer than a high one."""
 
 
 def _first_direction(probe: Probe, default: float) -> dict[str, mx.array]:

@@ -1,4 +1,4 @@
-"""The tables in docs/research.md of what ``rate.py`` has measured.
+"""The tables in docs/rate_studies.md of what ``rate.py`` has measured.
 
 A rate that only the first seed has tried gets its loss without what this seed adds to the loss at
 the rates that all seeds have tried. The loss at a rate between two rates of the grid is
@@ -8,8 +8,9 @@ is a lower bound, and is marked so.
 Regret is the loss at the chosen rate minus the grid's lowest loss, in standard deviations over the
 seeds. The standard deviation is pooled over the best rate of the grid and its neighbours.
 
-A method's share of its critical rate is fitted to the other cases when a case is judged, so that no
-case judges a share that was fitted to itself. Without other cases it is the package's.
+The factor that a method multiplies its critical rate by is fitted to the other cases when a case is
+judged, so that no case judges a factor that was fitted to itself. Without other cases it is the
+package's.
 """
 
 import math
@@ -27,15 +28,23 @@ from scripts.study.rate_methods import METHODS
 from scripts.study.rate_short_grids import short_grids_table
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "research.md"
+PAGE = ROOT / "docs" / "rate_studies.md"
 START, END = "<!-- rate-study:start -->", "<!-- rate-study:end -->"
 CANDIDATES = np.geomspace(0.01, 10, 61)
-"""The shares of the critical rate that are tried."""
+"""The factors that are tried."""
 WORST = 10.0
-"""Regrets above this count as this when a share is fitted, so that one case does not decide."""
+"""Regrets above this count as this when a factor is fitted, so that one case does not decide."""
 LISTED = 5
 """The most cases without results that are named below the tables."""
 BASELINES = ("default", "mlx-lm", "Unsloth")
+METHODS_LEGEND = """\
+*Factor*: the chosen η is this factor times the critical rate. *Regret*: how much higher the loss is than at the best η
+of the grid, in standard deviations over the seeds; lower is better. *Regret ≤ 1* and *≤ 2*: the percentage of searches
+with at most that regret; higher is better. *Cost*: the work of a search, in training steps. *Ratio between seeds*: how
+far apart the rates of two seeds are; 1 is best. The last rows are fixed rates, without a search."""
+CASES_LEGEND = """\
+A cell is the regret at the chosen η, one for each seed; "≥" marks an η outside the grid, "inf" a run that diverged.
+*Seeds' sd*: the standard deviation of the loss over the seeds."""
 
 Line = dict[str, Any]
 
@@ -112,33 +121,33 @@ class Study:
                 truths[case] = truth
         return cls(truths, searches, baselines)
 
-    def regrets(self, method: str, share_of: Callable[[str], float]) -> dict[str, list[float]]:
-        """Return case → the regret of each search of a method, with the case's share."""
+    def regrets(self, method: str, factor_of: Callable[[str], float]) -> dict[str, list[float]]:
+        """Return case → the regret of each search of a method, with the case's factor."""
         found: dict[str, list[float]] = {}
         for case, truth in self.truths.items():
             lines = self.searches.get(case, {}).get(method, [])
-            rates = [rate_of(line, share_of(case)) for line in lines]
+            rates = [rate_of(line, factor_of(case)) for line in lines]
             if rates:
                 found[case] = [truth.regret(truth.loss_at(rate)) for rate in rates]
         return found
 
-    def share_for(self, method: str, case: str) -> float:
-        """Return the share that judges a case: fitted to the others, or the package's without any."""
+    def factor_for(self, method: str, case: str) -> float:
+        """Return the factor that judges a case: fitted to the others, or the package's without any."""
         others = [other for other in self.truths if other != case]
         if any(self.searches.get(other, {}).get(method) for other in others):
-            return self.fitted_share(method, case)
-        return METHODS[method].share
+            return self.fitted_factor(method, case)
+        return METHODS[method].factor
 
-    def fitted_share(self, method: str, without: str | None = None) -> float:
-        """Return the share of the critical rate with the lowest mean regret over other cases."""
+    def fitted_factor(self, method: str, without: str | None = None) -> float:
+        """Return the factor with the lowest mean regret over other cases."""
         means: list[float] = []
-        for share in CANDIDATES:
-            regrets = self.regrets(method, lambda _, share=share: float(share))
+        for factor in CANDIDATES:
+            regrets = self.regrets(method, lambda _, factor=factor: float(factor))
             others = [values for case, values in regrets.items() if case != without]
             capped = [min(value, WORST) for values in others for value in values]
             means.append(fmean(capped) if capped else 0.0)
 
-        # Where several shares are equally good, take the middle one.
+        # Where several factors are equally good, take the middle one.
         best = np.flatnonzero(np.array(means) <= min(means) + 1e-9)
         return float(CANDIDATES[best[len(best) // 2]])
 
@@ -183,13 +192,13 @@ def truth_of(lines: Sequence[Line]) -> Truth | None:
     return Truth(np.array(rates), means, math.sqrt(fmean(variances)), added)
 
 
-def rate_of(line: Line, share: float) -> float:
-    """Return the rate that a search chooses: a share of the critical rate, or the default."""
-    return line["rate"] if line["critical"] is None else share * line["critical"]
+def rate_of(line: Line, factor: float) -> float:
+    """Return the rate that a search chooses: its critical rate times a factor, or the default."""
+    return line["rate"] if line["critical"] is None else factor * line["critical"]
 
 
 def write_tables(tables: str) -> None:
-    """Write the tables into docs/research.md, if it has a place for them."""
+    """Write the tables into docs/rate_studies.md, if it has a place for them."""
     text = PAGE.read_text(encoding="utf-8")
     if START in text:
         before, after = text.split(START)[0], text.split(END)[1]
@@ -221,7 +230,7 @@ def tables_of(lines: Sequence[Line], cases: Sequence[str]) -> str:
 def methods_table(study: Study) -> str:
     """Return each method's and baseline's regrets, divergences, cost and stability."""
     rows = [
-        "| method | share | regret ≤ 1 | regret ≤ 2 | worst | diverged | cost, steps | factor between seeds |",
+        "| method | factor | regret ≤ 1 | regret ≤ 2 | worst regret | diverged | cost, steps | ratio between seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for method in METHODS:
@@ -233,32 +242,32 @@ def methods_table(study: Study) -> str:
     for name in BASELINES:
         regrets = [value for values in baseline_regrets(study, name).values() for value in values]
         if regrets:
-            rows.append(f"| {name} | | {_shares(regrets)} | 0 | |")
-    return "\n".join(rows)
+            rows.append(f"| {name} | | {_regret_cells(regrets)} | 0 | |")
+    return "\n".join([*rows, "", METHODS_LEGEND])
 
 
 def _method_row(study: Study, method: str, *, shipped: bool) -> str:
-    """Return a method's row, with its provisional share or with a fitted one."""
+    """Return a method's row, with its provisional factor or with a fitted one."""
     if shipped:
-        share_of: Callable[[str], float] = lambda _: METHODS[method].share  # noqa: E731
-        share = f"{METHODS[method].share:.2g} (provisional)"
+        factor_of: Callable[[str], float] = lambda _: METHODS[method].factor  # noqa: E731
+        factor = f"{METHODS[method].factor:.2g} (provisional)"
     elif sum(bool(study.searches.get(case, {}).get(method)) for case in study.truths) < 2:
         return ""
     else:
-        shares = {case: study.share_for(method, case) for case in study.truths}
-        share_of = shares.__getitem__
-        share = f"{study.fitted_share(method):.2g} (fitted to the other cases)"
+        factors = {case: study.factor_for(method, case) for case in study.truths}
+        factor_of = factors.__getitem__
+        factor = f"{study.fitted_factor(method):.2g} (fitted to the other cases)"
 
-    regrets = [v for values in study.regrets(method, share_of).values() for v in values]
+    regrets = [v for values in study.regrets(method, factor_of).values() for v in values]
     if not regrets:
         return ""
     lines = [line for case in study.truths for line in study.searches.get(case, {}).get(method, [])]
     cost = fmean(line["cost"] for line in lines)
-    return f"| {method} | {share} | {_shares(regrets)} | {cost:.1f} | {_spread(study, method)} |"
+    return f"| {method} | {factor} | {_regret_cells(regrets)} | {cost:.1f} | {_spread(study, method)} |"
 
 
-def _shares(regrets: Sequence[float]) -> str:
-    """Return the cells: shares of regrets up to 1 and 2, the worst one, and the divergences."""
+def _regret_cells(regrets: Sequence[float]) -> str:
+    """Return the cells: how many regrets are at most 1 and 2, the worst one, and the divergences."""
     count = len(regrets)
     low, high = (sum(value <= limit for value in regrets) / count for limit in (1, 2))
     finite = [value for value in regrets if math.isfinite(value)]
@@ -271,7 +280,7 @@ def _spread(study: Study, method: str) -> str:
     factors: list[float] = []
     for case in study.truths:
         lines = study.searches.get(case, {}).get(method, [])
-        rates = [rate_of(line, METHODS[method].share) for line in lines]
+        rates = [rate_of(line, METHODS[method].factor) for line in lines]
         if len(rates) > 1:
             factors.append(math.log(max(rates) / min(rates)))
     return f"{math.exp(fmean(factors)):.2f}" if factors else ""
@@ -304,14 +313,14 @@ def cases_table(study: Study, cases: Sequence[str]) -> str:
         best = truth.best
         cells = [f"{truth.rates[best]:.1e}", f"{truth.losses[best]:.4f}", f"{truth.noise:.4f}"]
         for method in methods:
-            share = study.share_for(method, case)
+            factor = study.factor_for(method, case)
             lines = study.searches.get(case, {}).get(method, [])
-            cells.append(_cell(truth, [rate_of(line, share) for line in lines]))
+            cells.append(_cell(truth, [rate_of(line, factor) for line in lines]))
         for name in baselines:
             regrets = baseline_regrets(study, name).get(case, [])
             cells.append(f"{fmean(regrets):.1f}" if regrets else "")
         rows.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join(rows)
+    return "\n".join([*rows, "", CASES_LEGEND])
 
 
 def _cell(truth: Truth, rates: Sequence[float]) -> str:
@@ -341,9 +350,9 @@ def ratios_table(lines: Sequence[Line], study: Study) -> str:
         cells: list[str] = []
         for ratio, case in sorted(by_ratio.items()):
             truth = study.truths[case]
-            share = study.share_for(method, case)
+            factor = study.factor_for(method, case)
             searches = study.searches.get(case, {}).get(method, [])
-            losses = [truth.loss_at(rate_of(line, share)) for line in searches]
+            losses = [truth.loss_at(rate_of(line, factor)) for line in searches]
             auto = f"{fmean(losses):.4f}" if losses else "?"
             cells.append(f"{ratio:g}: {truth.losses[truth.best]:.4f} / {auto}")
         rows.append(f"| {model}, {data}, {init}, batch {batch} | {'; '.join(cells)} |")
@@ -351,11 +360,11 @@ def ratios_table(lines: Sequence[Line], study: Study) -> str:
 
 
 def best_method(study: Study) -> str:
-    """Return the method with the lowest mean regret, with shares fitted to the other cases."""
+    """Return the method with the lowest mean regret, with factors fitted to the other cases."""
 
     def mean_regret(method: str) -> float:
-        shares = {case: study.share_for(method, case) for case in study.truths}
-        regrets = study.regrets(method, shares.__getitem__)
+        factors = {case: study.factor_for(method, case) for case in study.truths}
+        regrets = study.regrets(method, factors.__getitem__)
         capped = [min(value, WORST) for values in regrets.values() for value in values]
         return fmean(capped) if capped else math.inf
 

@@ -100,7 +100,11 @@ def short_grids_table(lines: Sequence[Line], method: str) -> str:
         return ""
     spread, default_spread = factor(ratios), factor(others)
     rows.append(f"| typical factor from the mean | | | {spread:.2f} | {default_spread:.2f} |")
-    return "\n".join(rows)
+    legend = (
+        "The range test beside the best η of short runs. If *critical / best* were the same everywhere, a fixed factor\n"
+        "would find the best η; the last row says by which factor the values differ from their mean (1 is best)."
+    )
+    return "\n".join([*rows, "", legend])
 
 
 def factor(values: Sequence[float]) -> float:

@@ -256,21 +256,30 @@ def write_tables() -> None:
             write_atomically(DOCS / page, text.encode())
 
 
+DELTA_LEGEND = """\
+A cell is the power of n with which the size of that part grows: 0 stays the same at any width, and below 0 it fades.
+*Expected* is what §3 of the paper derives for δ¹, δ² and δ³."""
+WIDTH_LEGEND = """\
+*Loss*: after training, as a fraction of the loss before; lower is better. *Smallest η_B / η_A*: the smallest ratio with
+at most twice the best loss; "below 1" means that B needs no higher rate than A. The last row is the power of n with
+which the ratio grows."""
+
+
 def delta_table(result: dict[str, Any]) -> str:
     """Return the exponents beside those expected."""
-    lines = ["| start, rates of a and b | δ¹ | δ² | δ³ | expected by §3 |", "|---|--:|--:|--:|---|"]
+    lines = ["| start, rates of a and b | δ¹ | δ² | δ³ | expected |", "|---|--:|--:|--:|---|"]
     for name, case in result["cases"].items():
         found = " | ".join(f"{value:.2f}" for value in case["exponents"])
         lines.append(
             f"| {name} | {found} | {', '.join(f'{value:g}' for value in case['expected'])} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", DELTA_LEGEND])
 
 
 def width_table(result: dict[str, Any]) -> str:
     """Return losses with equal and with split rates, and the best ratio, by width."""
     lines = [
-        "| start | n | equal rates: η | loss | split: η_B / η_A at least | loss |",
+        "| start | n | equal rates: best η | loss | separate rates: smallest η_B / η_A | loss |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for init, found in result["inits"].items():
@@ -282,7 +291,7 @@ def width_table(result: dict[str, Any]) -> str:
         ]
         if found["rows"][0]["ratio"] >= 1:
             lines.append(f"| | | | | ~ n^{found['exponents']['ratio']:.2f} | |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", WIDTH_LEGEND])
 
 
 if __name__ == "__main__":

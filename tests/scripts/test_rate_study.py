@@ -183,7 +183,7 @@ def test_a_share_is_fitted_to_the_other_cases():
         searches[case] = {"range test": [{"critical": critical, "rate": critical}]}
     study = Study(truths, searches, {})
 
-    assert study.fitted_share("range test", without="c") == pytest.approx(0.25, rel=0.1)
-    shares = {case: study.fitted_share("range test", case) for case in truths}
-    regrets = study.regrets("range test", shares.__getitem__)
-    assert regrets["c"][0] > 2  # the share of the others does not suit it
+    assert study.fitted_factor("range test", without="c") == pytest.approx(0.25, rel=0.1)
+    factors = {case: study.fitted_factor("range test", case) for case in truths}
+    regrets = study.regrets("range test", factors.__getitem__)
+    assert regrets["c"][0] > 2  # the factor of the others does not suit it
