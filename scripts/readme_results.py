@@ -144,9 +144,9 @@ def gguf_types_table() -> str:
             for kind, found in kinds.items()
         ]
     legend = (
-        "Each is compared with the unquantized model. *KL*: of the next-token probabilities; 0 is best. *Same next token*:"
-        " how\noften the most likely token is the same; 100% is best. *Perplexity*: as a multiple of that of the"
-        " unquantized model; 1 is\nbest."
+        "Each is compared with the unquantized model. *KL*: of the next-token probabilities; 0 is best. *Same next"
+        " token*:\nhow often the most likely token is the same; 100% is best. *Perplexity*: as a multiple of that of"
+        " the unquantized\nmodel; 1 is best."
     )
     return "\n".join([*lines, "", legend]) + "\n"
 
