@@ -97,11 +97,11 @@ KINDS: Mapping[str, KindFacts] = {
 # halving it. PiSSA needs the lowest rate.
 RATES = {"init1": 1e-3, "init2": 4e-4, "loftq": 1e-3, "pissa": 4e-5}
 
-# Default rates of the objectives for preferences, as shares of the rate of sft. In
+# Default rates of the objectives for preferences, as multiples of the rate of sft. In
 # scripts/study/preferences, dpo learned its preference at 0.05 and 0.2, with lambda 1 and 16 alike;
 # published runs on larger models and harder data use 0.005 to 0.05. Most of orpo's loss is that of
 # sft, and it learned the content far better at 2 than at 0.5.
-OBJECTIVE_RATE_SHARES = {"dpo": 0.05, "ipo": 0.05, "orpo": 1.0, "simpo": 0.05, "kto": 0.05}
+OBJECTIVE_RATE_FACTORS = {"dpo": 0.05, "ipo": 0.05, "orpo": 1.0, "simpo": 0.05, "kto": 0.05}
 DIVERGED, DIVERGED_INIT2 = 0.018, 0.002
 """Smallest s * lambda * eta (Init[2]: s * eta) that diverged in scripts/study/evidence (Adam)."""
 

@@ -13,14 +13,14 @@ import psutil
 from .errors import ConfigError
 
 SIMULATED = "MLX_LORAPLUS_MEMORY"  # simulates a Mac of this size, e.g. 16GB; allocations stay real
-_CPU_SHARE = 0.9  # of the memory of a machine without a GPU; the system keeps the rest
-_CUDA_SHARE = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries need the rest
-_WIRED_SHARE = 0.9
-_CACHE_SHARE = 1 / 8  # of the working set, for MLX's cache of freed arrays
-_LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger share
-# The most numbers that an array may have on a GPU. Metal's kernels compute larger arrays wrongly.
+_CPU_FRACTION = 0.9  # of the memory of a machine without a GPU; the system keeps the rest
+_CUDA_FRACTION = 0.9  # of an NVIDIA GPU's memory; CUDA's context and libraries need the rest
+_WIRED_FRACTION = 0.9
+_CACHE_FRACTION = 1 / 8  # of the working set, for MLX's cache of freed arrays
+_LARGE_MAC = 36 * 2**30  # bytes; from this size on, macOS recommends a larger fraction
+# The most elements that an array may have on a GPU. Metal's kernels compute larger arrays wrongly.
 # CUDA was not tried, so the limit holds there too.
-MOST_NUMBERS = 2**31 - 1
+MOST_ELEMENTS = 2**31 - 1
 
 
 Backend = Literal["metal", "cuda", "cpu"]
@@ -44,7 +44,7 @@ class Machine:
 
     backend: Backend
     memory: int  # of the GPU with CUDA, else of the whole machine
-    working_set: int  # the limit for a run: what Metal recommends, or a share of the memory
+    working_set: int  # the limit for a run: what Metal recommends, or a fraction of the memory
     free: int  # not used by other processes now
     name: str = ""  # of the GPU with CUDA
 
@@ -70,7 +70,7 @@ class Machine:
         """
         if not self.has_gpu:
             return 0
-        return max(0, min(int(_CACHE_SHARE * self.working_set), self.budget - peak))
+        return max(0, min(int(_CACHE_FRACTION * self.working_set), self.budget - peak))
 
     def __str__(self) -> str:
         """Return a one-line description."""
@@ -113,14 +113,14 @@ def machine_from(
     """
     if backend == "cuda":
         memory = info["total_memory"]
-        working_set = int(_CUDA_SHARE * memory)
+        working_set = int(_CUDA_FRACTION * memory)
         name = info.get("device_name", "a GPU")
         return Machine(backend, memory, working_set, info["free_memory"] + used, name)
 
     if backend == "metal":
         working_set = info["max_recommended_working_set_size"]
     else:
-        working_set = int(_CPU_SHARE * total)
+        working_set = int(_CPU_FRACTION * total)
     return Machine(backend, total, working_set, available + used)
 
 
@@ -172,7 +172,7 @@ def set_wired_limit() -> int | None:
     if backend() != "metal":
         return None
     recommended: Any = mx.device_info()["max_recommended_working_set_size"]
-    return mx.set_wired_limit(int(_WIRED_SHARE * recommended))
+    return mx.set_wired_limit(int(_WIRED_FRACTION * recommended))
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def bounded_memory() -> Generator[None]:
         return
 
     working_set = machine_from(kind, mx.device_info(), 0, 0, 0).working_set
-    cache = mx.set_cache_limit(int(_CACHE_SHARE * working_set))
+    cache = mx.set_cache_limit(int(_CACHE_FRACTION * working_set))
     memory = mx.set_memory_limit(working_set)
     wired = set_wired_limit()
 

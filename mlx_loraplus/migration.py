@@ -17,8 +17,8 @@ from .settings import current_names, setting_names
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
 _PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
-_NEAR_ZERO = 0.1  # a schedule that ends below this share of its peak counts as ending at zero
-_NEAR_END = 0.15  # a schedule may end this share of the run before or after the last step
+_NEAR_ZERO = 0.1  # a schedule that ends below this fraction of its peak counts as ending at zero
+_NEAR_END = 0.15  # a schedule may end this fraction of the run before or after the last step
 
 _FIELDS = {
     "prompt_feature": "prompt",
@@ -258,7 +258,7 @@ def _translate_field(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
-    """Translate a share of the run to steps, for which the number of steps must be known."""
+    """Translate a fraction of the run to steps, for which the number of steps must be known."""
     iters = work.get("iters", work.foreign.get("max_steps"))
     if not value:
         return
@@ -269,7 +269,7 @@ def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
 
 
 def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
-    """Translate steps or, in Transformers 5, a share of the run."""
+    """Translate steps or, in Transformers 5, a fraction of the run."""
     if isinstance(value, float) and 0 < value < 1:
         _translate_warmup_ratio(work, name, value)
     else:

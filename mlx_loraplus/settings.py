@@ -17,7 +17,7 @@ import yaml
 from .config import (
     KINDS,
     LR_RATIO,
-    OBJECTIVE_RATE_SHARES,
+    OBJECTIVE_RATE_FACTORS,
     OLD_NAMES,
     RATES,
     AdapterConfig,
@@ -195,7 +195,7 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
 def _rate_at_one(config: TrainConfig) -> float:
     """Return a run's default eta at lambda 1."""
     rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
-    return rate * OBJECTIVE_RATE_SHARES.get(config.objective.objective, 1.0)
+    return rate * OBJECTIVE_RATE_FACTORS.get(config.objective.objective, 1.0)
 
 
 def _fill_rates(

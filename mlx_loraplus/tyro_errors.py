@@ -94,7 +94,7 @@ _REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
 def _hint(flag: str, value: str, *, whole: bool) -> str:
     """Return how to write a number that was refused; "" if nothing is known."""
     if flag == "--warmup":
-        return " (it counts steps; --warmup-ratio 0.1 is a share of them)"
+        return " (it counts steps; --warmup-ratio 0.1 is a fraction of them)"
     return number_hint(value, whole=whole)
 
 

@@ -171,7 +171,9 @@ def experts_table() -> str:
             for task in ("rule", "facts")
         ]
         lines.append(f"| {title} | {found[0]['parameters']:,} | {' | '.join(rights)} |")
-    return "\n".join([*lines, "", "A cell has one percentage for each seed; higher is better."]) + "\n"
+    return (
+        "\n".join([*lines, "", "A cell has one percentage for each seed; higher is better."]) + "\n"
+    )
 
 
 def launches_table() -> str:

@@ -156,4 +156,4 @@ def test_the_advice_for_labels_is_right_when_followed(
     assert "--fields prompt=review 'completion={stars}';" in said
 
     cli.main([*line.split(), "--fields", "prompt=review", "completion={stars}", "--dry-run"])
-    assert "kinds: 2 completion" in capsys.readouterr().out
+    assert "formats: 2 completion" in capsys.readouterr().out

@@ -48,7 +48,7 @@ def attach_saved(
         The same model.
 
     Raises:
-        AdapterError: The adapter does not fit the model, is incomplete, or holds numbers that are
+        AdapterError: The adapter does not fit the model, is incomplete, or holds values that are
             not finite. The model is not changed.
     """
     if find_adapters(model):
@@ -80,7 +80,7 @@ def attach_saved(
             f"{source} belongs to another model{_own_model(source)}:"
             f" {join_problems(problems, most=1)}"
         )
-    _check_numbers(source, {**weights, **learned})
+    _check_values(source, {**weights, **learned})
 
     # The weights may differ although all shapes match.
     here = fingerprint_base([modules[path] for path in adapters])
@@ -99,14 +99,14 @@ def attach_saved(
     return model
 
 
-def _check_numbers(source: Path, arrays: Mapping[str, mx.array]) -> None:
-    """Raise ``AdapterError`` if an array holds NaN or infinite numbers, or whole numbers."""
+def _check_values(source: Path, arrays: Mapping[str, mx.array]) -> None:
+    """Raise ``AdapterError`` if an array holds NaN, infinite values or integers."""
     for name, array in arrays.items():
         if not name.endswith(PACKED):
             check_floating(source, name, array)
         if not mx.isfinite(array).all().item():
             raise AdapterError(
-                f"{source} is damaged: {name} holds numbers that are not finite; use an earlier"
+                f"{source} is damaged: {name} holds values that are not finite; use an earlier"
                 " checkpoint, or train again with a lower learning rate"
             )
 

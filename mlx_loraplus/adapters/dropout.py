@@ -35,12 +35,12 @@ class Dropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def __call__(self, x: mx.array, share: tuple[int, int] = (0, 1)) -> mx.array:
+    def __call__(self, x: mx.array, shard: tuple[int, int] = (0, 1)) -> mx.array:
         """Return y, with the shape and type of x.
 
         Args:
             x: The input, (..., columns).
-            share: (rank of this process, number of processes), if the processes divide the last
+            shard: (rank of this process, number of processes), if the processes divide the last
                 axis of x.
         """
         if self.p == 0 or not self.training:
@@ -52,7 +52,7 @@ class Dropout(nn.Module):
             _shared_keys[-1], key = mx.random.split(_shared_keys[-1])
 
         # Every process draws the whole mask, so that the masks are the same as in a single process.
-        rank, processes = share
+        rank, processes = shard
         columns = x.shape[-1]
         shape = (*x.shape[:-1], processes * columns)
         mask = mx.random.bernoulli(1 - self.p, shape, key=key)

@@ -30,7 +30,7 @@ DEFAULT_MODEL = "gemma-3"
 """The model of commands that are given neither a model nor an adapter."""
 
 _TYPES = {"F32", "F16", "BF16", "BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64"}
-"""The types of numbers in safetensors that MLX reads as they are."""
+"""The dtypes in safetensors that MLX reads as they are."""
 
 _Config = TypeVar("_Config", bound=pydantic.BaseModel)
 
@@ -189,7 +189,7 @@ def read_weights(path: Path) -> dict[str, mx.array]:
 
 
 def _check_type(path: Path, name: str, dtype: str) -> None:
-    """Raise ``AdapterError`` if MLX has no numbers of the type that a tensor is stored in."""
+    """Raise ``AdapterError`` if MLX does not have the dtype that a tensor is stored in."""
     if dtype not in _TYPES:
         raise AdapterError(
             f"{path}: {name[:200]} is stored in the type {dtype}, which MLX can't read; store it in"
@@ -198,10 +198,10 @@ def _check_type(path: Path, name: str, dtype: str) -> None:
 
 
 def check_floating(path: Path, name: str, array: mx.array) -> None:
-    """Raise ``AdapterError`` if a tensor of an adapter holds whole numbers."""
+    """Raise ``AdapterError`` if a tensor of an adapter holds integers."""
     if not mx.issubdtype(array.dtype, mx.floating):
         raise AdapterError(
-            f"{path}: {name[:200]} holds {str(array.dtype).removeprefix('mlx.core.')} numbers,"
+            f"{path}: {name[:200]} holds {str(array.dtype).removeprefix('mlx.core.')} values,"
             " which are no weights of an adapter; store it in float32, float16 or bfloat16"
         )
 

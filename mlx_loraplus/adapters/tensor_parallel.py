@@ -82,7 +82,7 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
         has_changed = _shapes(module) != before.get(path)
         if has_changed and not isinstance(module, SHARDED):
             raise ModelError(
-                f"models of the kind {kind} can't be sharded: mlx-lm divides {path} in a way that"
+                f"models of type {kind} can't be sharded: mlx-lm divides {path} in a way that"
                 " adapters do not support; use parallel data"
             )
     return model
@@ -116,9 +116,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def gradient_shares(model: nn.Module, gradients: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Return this process's shares of a sharded model's gradients.
+    """Return this process's parts of a sharded model's gradients.
 
-    The sum of all processes' shares is the whole gradient.
+    The sum of all processes' parts is the whole gradient.
 
     Args:
         model: The sharded model.
@@ -132,10 +132,10 @@ def gradient_shares(model: nn.Module, gradients: dict[str, Any], processes: int)
 
     # Every process has the whole gradient of the other adapters (on embeddings and the head), so
     # each process contributes gradient / processes.
-    def share(name: str, gradient: mx.array) -> mx.array:
+    def part(name: str, gradient: mx.array) -> mx.array:
         return gradient if name in divided else gradient / processes
 
-    return tree_map_with_path(share, gradients)
+    return tree_map_with_path(part, gradients)
 
 
 def _check_divisible(model: nn.Module, kind: str, processes: int) -> None:
@@ -146,7 +146,7 @@ def _check_divisible(model: nn.Module, kind: str, processes: int) -> None:
     """
     if not hasattr(model, "shard") and kind not in _GEMMAS:
         raise ModelError(
-            f"models of the kind {kind} can't be sharded: mlx-lm does not divide them; use parallel"
+            f"models of type {kind} can't be sharded: mlx-lm does not divide them; use parallel"
             " data"
         )
 
@@ -201,7 +201,7 @@ def _shard_gemma(model: nn.Module, group: mx.distributed.Group) -> None:
                 if name in part:
                     part[name] = shard_linear(part[name], sharding, group=group)
 
-        # Each process computes its share of the heads.
+        # Each process computes its part of the heads.
         block.self_attn.n_heads //= group.size()
         block.self_attn.n_kv_heads //= group.size()
 

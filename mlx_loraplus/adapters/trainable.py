@@ -39,12 +39,10 @@ class TrainableParams:
 
     def __str__(self) -> str:
         # The number of trainable parameters, and their groups.
-        share = 100 * self.trainable / self.total
         counts = sorted(Counter(self.groups.values()).items())
         sizes = ", ".join(f"{count} in {name}" for name, count in counts)
-        text = (
-            f"{self.trainable:,} of {self.total:,} parameters train ({share:.2f}%); arrays: {sizes}"
-        )
+        trained = f"{self.trainable:,} of {self.total:,} parameters train"
+        text = f"{trained} ({self.trainable / self.total:.2%}); arrays: {sizes}"
 
         # The mean quantization error.
         if self.residuals:

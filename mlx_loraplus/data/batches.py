@@ -62,18 +62,18 @@ class Batches:
         examples: The examples to train on.
         batch_size: Rows in a batch; at most all examples.
         seed: Seed of the order.
-        shares: Number of processes that share the rows of a batch. Each process collates its
-            share of the rows.
+        processes: Number of processes that divide the rows of a batch. Each process collates its
+            part of the rows.
 
     Attributes:
         per_epoch: Batches in an epoch.
         epoch_size: Examples in an epoch.
-        most_rows: Maximum number of rows in one share of a batch.
+        most_rows: Maximum number of rows of a batch that one process has.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, shares: int = 1):
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, processes: int = 1):
         self.examples = examples
-        self.shares = shares
+        self.processes = processes
         self.seed = seed
         self.lengths = lengths_of(examples)
         self.target_counts = target_counts_of(examples)
@@ -85,7 +85,7 @@ class Batches:
 
         # If there are fewer examples than batch_size, a batch has one row for each.
         self.batch_size = max(1, min(batch_size, self.epoch_size))
-        self.most_rows = math.ceil(self.batch_size / shares)
+        self.most_rows = math.ceil(self.batch_size / processes)
         self.per_epoch = math.ceil(self.epoch_size / self.batch_size)
 
         self._epoch = -1
@@ -126,17 +126,17 @@ class Batches:
         return self._ladder
 
     def _fit_ladder(self) -> ShapeLadder:
-        """Fit the ladder to the run's first batches, or to one process's shares of them."""
+        """Fit the ladder to the run's first batches, or to one process's parts of them."""
         epochs = min(LADDER_EPOCHS, math.ceil(LADDER_BATCHES / self.per_epoch))
         sizes: list[np.ndarray] = []
         for epoch in range(epochs):
             examples, _ = self._shuffle(epoch)
             lengths, targets = self.lengths[examples], self.target_counts[examples]
-            sizes.append(batch_sizes(lengths, targets, self.batch_size, self.shares))
+            sizes.append(batch_sizes(lengths, targets, self.batch_size, self.processes))
         return ShapeLadder.fit(*np.concatenate(sizes, axis=1), longest=int(self.lengths.max()))
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of the largest batch, or of one share of it."""
+        """Return the (rows, length) of the largest batch, or of one process's part of it."""
         return self.most_rows, multiple_of_8(int(self.lengths.max()))
 
     def _rows(self, number: int) -> list[np.ndarray]:
@@ -168,24 +168,24 @@ class Batches:
 
 
 def in_order(
-    examples: Sequence[Example], batch_size: int, share: slice = slice(None)
+    examples: Sequence[Example], batch_size: int, row_slice: slice = slice(None)
 ) -> Iterator[Batch]:
-    """Yield batches for evaluation: all examples, or a share of them, once, the longest first.
+    """Yield batches for evaluation: all examples, or a part of them, once, the longest first.
 
     Batches are padded to few shapes as in training, the last one with empty rows.
     """
-    for members, length, count in ordered_rows(examples, batch_size, share):
+    for members, length, count in ordered_rows(examples, batch_size, row_slice):
         filled = [[examples[int(i)]] for i in members]
         empty: list[list[Example]] = [[]] * (batch_size - len(members))
         yield lay_out(filled + empty, length, count)
 
 
 def ordered_rows(
-    examples: Sequence[Example], batch_size: int, share: slice = slice(None)
+    examples: Sequence[Example], batch_size: int, row_slice: slice = slice(None)
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yield the examples of each batch, the longest first, with the batch's length and targets."""
     lengths, targets = lengths_of(examples), target_counts_of(examples)
-    rows = np.argsort(-lengths, kind="stable")[share]
+    rows = np.argsort(-lengths, kind="stable")[row_slice]
     if not len(rows):
         return
 

@@ -11,7 +11,7 @@ from .dataset import Examples
 from .sources import Source
 from .split_report import SplitReport
 
-# Without validation rows, this share of the training examples is held out
+# Without validation rows, this fraction of the training examples is held out
 _HELD_OUT = 0.1
 # With fewer training examples, none are held out
 _FEWEST = 10
@@ -43,10 +43,10 @@ def hold_out(
 
     Without ``valid_split``, data with few examples is not divided.
     """
-    share = config.data.valid_split
+    fraction = config.data.valid_split
     conversations = group_conversations(train)
-    if share is not None:
-        return split_holdout(train, conversations, share, config.seed)
+    if fraction is not None:
+        return split_holdout(train, conversations, fraction, config.seed)
 
     if len(train) < _FEWEST or len(np.unique(conversations)) < 2:
         return train, train.take(np.arange(0))
@@ -77,7 +77,7 @@ def group_conversations(examples: Examples) -> np.ndarray:
 
 
 def split_holdout(
-    examples: Examples, conversations: np.ndarray, share: float, seed: int
+    examples: Examples, conversations: np.ndarray, fraction: float, seed: int
 ) -> tuple[Examples, Examples]:
     """Divide examples at random into training and validation examples.
 
@@ -87,7 +87,7 @@ def split_holdout(
     Args:
         examples: The examples to divide.
         conversations: From ``group_conversations``.
-        share: Share of validation examples, in (0, 1).
+        fraction: Fraction of validation examples, in (0, 1).
         seed: Seed of the choice.
 
     Raises:
@@ -96,14 +96,14 @@ def split_holdout(
     _, groups, sizes = np.unique(conversations, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {share} needs rows with at least two different prompts, but there is only"
-            " one (rows that begin with the same messages or text count as one): provide a"
+            f"valid_split {fraction} needs rows with at least two different prompts, but there is"
+            " only one (rows that begin with the same messages or text count as one): provide a"
             " validation file instead"
         )
 
     # Take groups in random order until there are enough examples, but leave one for training
     order = np.random.default_rng([seed, _VALID_STREAM]).permutation(len(sizes))
-    wanted = max(1, round(share * len(examples)), int(sizes.min()))
+    wanted = max(1, round(fraction * len(examples)), int(sizes.min()))
     order = order[sizes[order] <= wanted]
     enough = int(np.searchsorted(np.cumsum(sizes[order]), wanted)) + 1
     chosen = order[: min(enough, len(sizes) - 1)]

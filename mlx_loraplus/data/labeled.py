@@ -152,7 +152,9 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
     undesirable = count - desirable
     if desirable in (0, count):
         missing = "undesirable" if desirable else "desirable"
-        notes.append(f"warning: no answer is labeled {missing}; kto needs both kinds of answers")
+        notes.append(
+            f"warning: no answer is labeled {missing}; kto needs desirable and undesirable answers"
+        )
         return notes
 
     good, bad = objective.kto_weights
@@ -227,8 +229,8 @@ class LabeledBatches(Batches):
         labeled: The examples.
     """
 
-    def __init__(self, examples: LabeledExamples, batch_size: int, seed: int, shares: int = 1):
-        super().__init__(examples, batch_size, seed, shares)
+    def __init__(self, examples: LabeledExamples, batch_size: int, seed: int, processes: int = 1):
+        super().__init__(examples, batch_size, seed, processes)
         self.labeled = examples
         self.lengths = np.maximum(examples.lengths, examples.mismatched.lengths)
         self.target_counts = np.maximum(examples.target_counts, examples.mismatched.target_counts)

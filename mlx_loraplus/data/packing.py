@@ -27,7 +27,7 @@ class PackedBatches(Batches):
     """``Batches`` of packed rows, all of one shape; the last batch of an epoch has empty rows.
 
     Args:
-        examples, batch_size, seed, shares: As for ``Batches``.
+        examples, batch_size, seed, processes: As for ``Batches``.
         max_length: Maximum length of an example, in tokens; rows may be longer by rounding.
 
     Attributes:
@@ -41,9 +41,9 @@ class PackedBatches(Batches):
         batch_size: int,
         seed: int,
         max_length: int,
-        shares: int = 1,
+        processes: int = 1,
     ):
-        super().__init__(examples, batch_size, seed, shares)
+        super().__init__(examples, batch_size, seed, processes)
 
         # For each position in an epoch, the maximum length of an example at this position
         self._bounds = self.lengths
@@ -71,7 +71,7 @@ class PackedBatches(Batches):
         )
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of every batch, or of one share of it."""
+        """Return the (rows, length) of every batch, or of one process's part of it."""
         return self.most_rows, self.row_length
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:

@@ -123,8 +123,8 @@ class PairBatches(Batches):
         pairs: The pairs.
     """
 
-    def __init__(self, pairs: Pairs, batch_size: int, seed: int, shares: int = 1):
-        super().__init__(pairs, batch_size, seed, shares)
+    def __init__(self, pairs: Pairs, batch_size: int, seed: int, processes: int = 1):
+        super().__init__(pairs, batch_size, seed, processes)
         self.pairs = pairs
 
     def shape_of(self, rows: Sequence[np.ndarray]) -> tuple[int, int, int]:
@@ -133,7 +133,7 @@ class PairBatches(Batches):
         return 2 * pairs, length, targets
 
     def largest(self) -> tuple[int, int]:
-        """Return the (rows, length) of the largest batch, or of one share of it."""
+        """Return the (rows, length) of the largest batch, or of one process's part of it."""
         pairs, length = super().largest()
         return 2 * pairs, length
 
@@ -142,9 +142,11 @@ class PairBatches(Batches):
         return lay_out_pairs(self.pairs, np.concatenate(rows), *self.shape_of(rows))
 
 
-def pairs_in_order(pairs: Pairs, batch_size: int, share: slice = slice(None)) -> Iterator[Batch]:
-    """Yield batches for evaluation: all pairs, or a share of them, once, the longest first."""
-    for members, length, targets in ordered_rows(pairs, batch_size, share):
+def pairs_in_order(
+    pairs: Pairs, batch_size: int, row_slice: slice = slice(None)
+) -> Iterator[Batch]:
+    """Yield batches for evaluation: all pairs, or a part of them, once, the longest first."""
+    for members, length, targets in ordered_rows(pairs, batch_size, row_slice):
         yield lay_out_pairs(pairs, members, 2 * batch_size, length, targets)
 
 

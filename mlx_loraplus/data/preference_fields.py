@@ -110,4 +110,4 @@ def _explain(
         return f"{problem}; name the columns, such as --fields {columns}"
     if kind == "completion" and "label" in values:
         return f"{problem}; a row with prompt, completion and label suits --objective kto"
-    return f"{problem}; a row of kind {kind} suits --objective sft"
+    return f"{problem}; a {kind} row suits --objective sft"

@@ -103,8 +103,8 @@ def find_kind(
     if len(kinds) > 1:
         choice = " ".join(f"{field}={columns[field]}" for field in KINDS[kinds[0]])
         raise BadRowError(
-            f"fields of several kinds ({' and '.join(kinds)}): choose the columns, such as --fields"
-            f" {choice}"
+            f"fields of several row formats ({' and '.join(kinds)}): choose the columns, such as"
+            f" --fields {choice}"
         )
     if kinds:
         return FieldColumns(kinds[0], columns, named)

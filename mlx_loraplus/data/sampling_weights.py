@@ -1,7 +1,7 @@
 """Control how often an epoch uses the rows of each source (``data_weights``).
 
 The integer part of a weight is the number of times that an epoch uses every row of the source. The
-fractional part is the share of rows that an epoch uses one additional time. These rows are drawn
+fractional part is the fraction of rows that an epoch uses one additional time. These rows are drawn
 again for each epoch: if the n rows are sorted by length and k of them are drawn, row p is drawn in
 epoch e if (k (e - p) mod n) < k. Every epoch therefore draws exactly k rows, which are spread over
 all lengths. In e epochs, each row is drawn either floor(e k / n) or ceil(e k / n) times. With a
@@ -75,8 +75,8 @@ class WeightedExamples(Examples):
         self._sources: list[_WeightedSource] = []
         for number, weight in enumerate(weights):
             indices = np.flatnonzero(examples.spans["source"] == number)
-            times, share = divmod(weight, 1)
-            drawn = round(share * len(indices))
+            times, fraction = divmod(weight, 1)
+            drawn = round(fraction * len(indices))
             if len(indices) and not times and not drawn:
                 raise DataError(
                     f"data_weights {weight} selects none of {counted(len(indices), 'row')}: raise"

@@ -17,10 +17,10 @@ import numpy as np
 MAX_LENGTHS, MAX_SHAPES = 36, 48
 # If few lengths are enough, as in data sets of short answers, few shapes are enough too.
 FEW_LENGTHS, FEW_SHAPES = 16, 24
-# No more lengths are added once the lists add less padding than this share of the tokens, and all
-# padding, including that between the rows of a batch, is less than MOST.
+# No more lengths are added once the lists add less padding than this fraction of the tokens, and
+# all padding, including that between the rows of a batch, is less than MOST.
 ENOUGH, MOST = 0.05, 0.07
-# A target count is only added if it reduces the padding by more than this share of the targets.
+# A target count is only added if it reduces the padding by more than this fraction of the targets.
 WORTH = 0.005
 
 
@@ -67,7 +67,7 @@ def multiple_of_8(count: Any) -> Any:
 
 
 def batch_sizes(
-    lengths: np.ndarray, targets: np.ndarray, batch_size: int, shares: int = 1
+    lengths: np.ndarray, targets: np.ndarray, batch_size: int, processes: int = 1
 ) -> np.ndarray:
     """Return the sizes of the batches that rows form in the given order.
 
@@ -75,26 +75,26 @@ def batch_sizes(
         lengths: Length of each row, in tokens: (rows,).
         targets: Supervised tokens of each row: (rows,).
         batch_size: Rows in a batch.
-        shares: Number of processes that share the rows of a batch: each takes every n-th row. The
-            sizes are those of the shares.
+        processes: Number of processes that divide the rows of a batch: each takes every n-th row.
+            The sizes are those of their parts.
 
     Returns:
-        The length of the longest row, the mean length and the number of targets of each share that
-        has rows: (3, shares of all batches).
+        The length of the longest row, the mean length and the number of targets of each part that
+        has rows: (3, parts of all batches).
     """
     # Fill up the last batch, and then every batch, with rows of length 0.
     batches = math.ceil(len(lengths) / batch_size)
-    most_rows = math.ceil(batch_size / shares)
+    most_rows = math.ceil(batch_size / processes)
 
-    def by_share(values: np.ndarray) -> np.ndarray:
+    def by_process(values: np.ndarray) -> np.ndarray:
         filled = np.zeros(batches * batch_size, np.int64)
         filled[: len(values)] = values
-        table = np.zeros((batches, most_rows * shares), np.int64)
+        table = np.zeros((batches, most_rows * processes), np.int64)
         table[:, :batch_size] = filled.reshape(batches, batch_size)
-        return table.reshape(batches, most_rows, shares)
+        return table.reshape(batches, most_rows, processes)
 
-    table = by_share(lengths)
-    longest, counts = table.max(axis=1), by_share(targets).sum(axis=1)
+    table = by_process(lengths)
+    longest, counts = table.max(axis=1), by_process(targets).sum(axis=1)
     means = table.sum(axis=1) // np.maximum(1, (table > 0).sum(axis=1))
     return np.stack([longest, means, counts])[:, longest > 0]
 

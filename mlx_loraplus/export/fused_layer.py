@@ -212,7 +212,7 @@ def _describe(form: Form, dtype: mx.Dtype) -> str:
 
 
 def is_floating(array: mx.array) -> bool:
-    """Return whether an array holds floating-point numbers."""
+    """Return whether an array holds floating-point values."""
     return mx.issubdtype(array.dtype, mx.floating)
 
 

@@ -2,7 +2,7 @@
 
     O = softmax(s Q Kᵀ + mask) V
 
-MLX's own attention keeps (rows, heads, length, length) numbers for the backward pass. Here, both
+MLX's own attention keeps (rows, heads, length, length) elements for the backward pass. Here, both
 passes compute the scores of one chunk, use them, and free them (Dao et al., *FlashAttention*, arXiv
 2205.14135):
 

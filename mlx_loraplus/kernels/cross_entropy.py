@@ -27,7 +27,7 @@ import mlx.nn as nn
 from mlx.nn.utils import checkpoint
 
 from ..adapters.base_layers import full_weight, project
-from ..device import MOST_NUMBERS, on_gpu
+from ..device import MOST_ELEMENTS, on_gpu
 from ..errors import ConfigError, counted
 from .choices import StepChoices, default_choices
 from .elementwise import exp
@@ -37,7 +37,7 @@ from .row_masks import row_caches
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
-_SPREAD = 0.05  # a remainder up to this share of a slice is spread over the other slices
+_SPREAD = 0.05  # a remainder up to this fraction of a slice is spread over the other slices
 
 Loss = Callable[..., mx.array]
 
@@ -109,12 +109,12 @@ def full_logits(model: Any, tokens: mx.array, positions: mx.array, **caches: Any
         ConfigError: There are more logits than an array on a GPU can have.
     """
     logits: mx.array = model(tokens, **caches)
-    if on_gpu() and logits.size > MOST_NUMBERS:
+    if on_gpu() and logits.size > MOST_ELEMENTS:
         rows, length = tokens.shape
         raise ConfigError(
             f"a batch of {counted(rows, 'row')} x {length:,} tokens needs an array of"
-            f" {logits.size:,} logits, and on a GPU an array has at most {MOST_NUMBERS:,} numbers:"
-            " use a smaller --batch-size, with --grad-accumulation-steps, or a smaller"
+            f" {logits.size:,} logits, and on a GPU an array has at most {MOST_ELEMENTS:,}"
+            " elements: use a smaller --batch-size, with --grad-accumulation-steps, or a smaller"
             " --max-seq-length"
         )
     return logits.flatten(0, 1)[positions]

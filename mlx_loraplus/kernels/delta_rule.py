@@ -7,7 +7,7 @@ GPU, MLX's function computes many tokens at a time, in both passes; on a CPU it 
 It is used only where a trial in the model's type gives the results and the gradients of mlx-lm's
 loop.
 
-The loop keeps about three states for each token. A state has heads · value dim · key dim numbers,
+The loop keeps about three states for each token. A state has heads · value dim · key dim elements,
 far more than the token's activations. ``loop_in_pieces`` therefore keeps one state for each 64
 tokens, and computes the others again in the backward pass.
 """
@@ -142,7 +142,7 @@ def equals_loop(
 ) -> bool:
     """Return whether MLX's function gives the loop's results and gradients.
 
-    Both are compared with the loop in float32, on the same numbers.
+    Both are compared with the loop in float32, on the same inputs.
 
     Args:
         key_heads: Heads of q and k.

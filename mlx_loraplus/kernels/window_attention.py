@@ -5,7 +5,7 @@
 A query sees only the keys of its window. The queries are cut into blocks, and each block gets the
 keys of its own block and of the blocks that its window reaches back to, as a strided view. All
 blocks form one batch of matrix products, so that the number of kernels does not depend on the
-length, and the scores take length · (window + 2 blocks) numbers per head instead of length². The
+length, and the scores take length · (window + 2 blocks) elements per head instead of length². The
 backward pass recomputes them:
 
     dV = Pᵀ dO,   dS = P (dO Vᵀ - rowsum(dO O)),   dQ = s dS K,   dK = s dSᵀ Q

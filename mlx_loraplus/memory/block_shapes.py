@@ -178,7 +178,7 @@ def _read_adapters(
     config: AdapterConfig,
     routed: int,
 ) -> tuple[int, int]:
-    """Return the numbers per token saved from the inputs and from the outputs of layers."""
+    """Return the elements per token saved from the inputs and from the outputs of layers."""
     inputs: dict[Any, int] = {}
     outputs = 0
     out = layers.out
@@ -249,7 +249,7 @@ def _read_mixer(module: Any) -> Mixer | None:
 
 
 def _mixer_kept(module: Any, mixer: Mixer) -> int:
-    """Return the numbers per token that a recurrent layer keeps besides its states.
+    """Return the elements per token that a recurrent layer keeps besides its states.
 
     These are the arrays around its convolution, and its normalized or repeated inputs and outputs.
     """

@@ -69,9 +69,9 @@ class BatchShape:
     native_delta: bool = False
     backend: Backend = "cpu"
 
-    def of(self, numbers: float) -> float:
-        """Return the bytes of ``numbers`` values per token: T e numbers."""
-        return self.rows * self.length * self.itemsize * numbers
+    def of(self, elements: float) -> float:
+        """Return the bytes of ``elements`` elements per token: T e elements."""
+        return self.rows * self.length * self.itemsize * elements
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class Mixer:
     """A recurrent layer's sizes: a gated delta rule, or Mamba 2.
 
     Attributes:
-        width: Numbers per token in the widest of its arrays.
+        width: Elements per token in the widest of its arrays.
         piece: Tokens that are computed at a time. One state is kept for each piece.
-        state: Numbers in a recurrent state of a row.
+        state: Elements in a recurrent state of a row.
         states: Arrays of a state for each token of a piece that the backward pass needs.
         adds_up: Whether all pieces except the first need these arrays at the same time, or one
             piece at a time.
@@ -115,12 +115,12 @@ class Mixer:
         piece. It runs on a GPU only, and its memory was not measured.
         """
         pieces, tokens = self._pieces(batch)
-        numbers = _DECAYS * self.decay_heads * tokens**2
+        elements = _DECAYS * self.decay_heads * tokens**2
         is_native = batch.native_delta and not self.decay_heads
         if not is_native:
             times = pieces - 1 if self.adds_up else 1
-            numbers += times * self.states * tokens * self.state
-        arrays, states = batch.of(_MIXER_ARRAYS * self.width), 4 * batch.rows * numbers
+            elements += times * self.states * tokens * self.state
+        arrays, states = batch.of(_MIXER_ARRAYS * self.width), 4 * batch.rows * elements
         return arrays + states if self.decay_heads else max(arrays, states)
 
     def _pieces(self, batch: BatchShape) -> tuple[int, int]:
@@ -130,11 +130,11 @@ class Mixer:
 
 @dataclass(frozen=True)
 class Block:
-    """A transformer block's sizes, in numbers per token unless stated otherwise.
+    """A transformer block's sizes, in elements per token unless stated otherwise.
 
     Attributes:
         hidden: H, the width of the residual stream.
-        norms: Number of normalizations over H numbers. Each saves its input.
+        norms: Number of normalizations over H elements. Each saves its input.
         heads: Query heads.
         queries: Q, heads · head_dim.
         keys: K, key heads · head_dim; the values have the same size.
@@ -149,12 +149,12 @@ class Block:
         experts: F of the experts' gated MLPs times the number of experts per token.
         expert_arrays: Arrays of this size that their activation keeps.
         routed: Number of experts per token.
-        widest: Numbers that the linear layer with the largest output returns, for all experts of a
+        widest: Elements that the linear layer with the largest output returns, for all experts of a
             token.
         products: Multiplications per token in the linear layers, with only the experts that the
             token uses.
-        inputs: Numbers that adapters save from the inputs of layers.
-        outputs: Numbers saved from the outputs of layers, both by adapters and for layers outside
+        inputs: Elements that adapters save from the inputs of layers.
+        outputs: Elements saved from the outputs of layers, both by adapters and for layers outside
             attention and MLPs.
         mixer: The recurrent layer, or None.
     """
@@ -179,7 +179,7 @@ class Block:
     mixer: Mixer | None = None
 
     def mlp_kept(self) -> int:
-        """Return the numbers per token that MLPs save: gate and up, 2F.
+        """Return the elements per token that MLPs save: gate and up, 2F.
 
         Joined MLPs also save the sigmoid and the gate, 2F. Experts save what their activation
         needs, and their sorted inputs and outputs.
@@ -192,20 +192,20 @@ class Block:
     def kept(self, batch: BatchShape) -> int:
         """Return the bytes that the block saves for the backward pass.
 
-        T e (norms H + attention + MLP + adapters' share) + 4 T heads. Attention saves q, k, v and
+        T e (norms H + attention + MLP + adapters' part) + 4 T heads. Attention saves q, k, v and
         out: 2Q + 2K. With ``kept_twice``, it saves q and k again: + Q + K. Where it keeps its
         scores, each array of scores takes e rows heads length², and the 4 T heads are not needed.
         The padding of attention is added.
         """
         attention = (3 if self.kept_twice else 2) * (self.queries + self.keys)
-        numbers = (
+        elements = (
             self.norms * self.hidden + attention + self.mlp_kept() + self.inputs + self.outputs
         )
         scores = 4 * batch.rows * batch.length * self.heads
         if any(self.whole_scores):
             scores = self.whole_scores[0] * self._whole_scores(batch)
         states = self.mixer.saved(batch) if self.mixer else 0
-        return int(batch.of(numbers) + scores + states + self._padding(batch))
+        return int(batch.of(elements) + scores + states + self._padding(batch))
 
     def fused(self, batch: BatchShape) -> int | None:
         """Return the length of MLX's fused attention, with its padding; None if it is not used."""
@@ -279,14 +279,14 @@ class Block:
         return batch.of(_EXPERT_ARRAYS * self.experts + streams)
 
     def largest_array(self, batch: BatchShape) -> int:
-        """Return the numbers in the largest array: T times a width, or the scores of attention."""
+        """Return the elements in the largest array: T times a width, or the scores of attention."""
         width = max(self.hidden, self.widest)
         padded = self.fused(batch) or batch.length
         tokens = max(batch.length * width, padded * self.queries)
         return max(batch.rows * tokens, self._largest_scores(batch))
 
     def _largest_scores(self, batch: BatchShape) -> int:
-        """Return the numbers in the largest array of scores; 0 if MLX's attention keeps none.
+        """Return the elements in the largest array of scores; 0 if MLX's attention keeps none.
 
         Attention in blocks bounds its arrays.
         """
@@ -314,7 +314,7 @@ class Block:
     def backward(self, batch: BatchShape, parts: Coefficients, *, checkpoint: bool) -> int:
         """Return the temporary bytes of a block's backward pass: of its MLP or attention.
 
-            T e h H + max(T e (m + m') F, experts, attention - T e (numbers that the MLP saved))
+            T e h H + max(T e (m + m') F, experts, attention - T e (elements that the MLP saved))
 
         m' applies only with checkpointing. The MLP's activations are freed before the backward pass
         of attention, or of a recurrent layer.

@@ -33,9 +33,9 @@ COEFFICIENTS = "memory.json"
 # Arrays that an update rule keeps per parameter; Adafactor keeps row and column means instead.
 _MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1, "lion": 1, "muon": 1}
 _UPDATE = {"adamw": 2.4, "adam": 2.4, "sgd": 1.6, "lion": 2.2, "adafactor": 1.7, "muon": 2.3}
-"""Measured size of an update's arrays with the gradients, in numbers per trainable parameter."""
+"""Measured size of an update's arrays with the gradients, in elements per trainable parameter."""
 
-# More arrays of an update that joins the small parameters of adapters: numbers per trainable
+# More arrays of an update that joins the small parameters of adapters: elements per trainable
 # parameter, and the most bytes.
 _JOINED = {"adamw": 4.6, "adam": 4.6, "sgd": 1.4, "lion": 1.5, "adafactor": 0, "muon": 0}
 _MOST_JOINED = 64 << 20
@@ -70,8 +70,8 @@ class Sizes:
         sliced: Whether the head is frozen, so that its logits are computed in slices.
         capped: Whether the logits have a soft cap.
         trained: Shapes of the trainable parameters, 4 bytes each.
-        shared: Number of frozen float32 numbers that adapters hold, such as PiSSA's start.
-        adapted: (numbers, bytes) of the base weight of every adapter.
+        shared: Number of frozen float32 values that adapters hold, such as PiSSA's start.
+        adapted: (elements, bytes) of the base weight of every adapter.
         bits: Bits per number of the largest of these weights; 16 if it is not quantized.
         blocks: The transformer blocks.
         learning: Number of blocks, counted from the last, that save activations.
@@ -172,14 +172,14 @@ class Sizes:
         )
 
     def fuse(self) -> int:
-        """Return the peak memory of fusing, if an adapter's base has n numbers in b bytes.
+        """Return the peak memory of fusing, if an adapter's base has n elements in b bytes.
 
         weights + adapters + Σ max(0, 17/16 n - b)      a fused layer may need 8 bits
         + max n (2 e + 48)                              the new layer, and 12 float32 parts
         + 1,024 e Σ (inputs + Q) + 256 e vocabulary     the layers' inputs for 1,024 tokens
         """
-        wider = sum(max(0, 17 * numbers // 16 - size) for numbers, size in self.adapted)
-        largest = max((numbers for numbers, _ in self.adapted), default=0)
+        wider = sum(max(0, 17 * elements // 16 - size) for elements, size in self.adapted)
+        largest = max((elements for elements, _ in self.adapted), default=0)
         given = 1024 * self.itemsize * sum(block.inputs + block.queries for block in self.blocks)
         given += 256 * self.itemsize * self.vocabulary
         return (

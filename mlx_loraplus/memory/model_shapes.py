@@ -55,7 +55,7 @@ def measure(
     except (AttributeError, KeyError, StopIteration, TypeError) as problem:
         kind = getattr(model, "model_type", type(model).__name__)
         raise ModelError(
-            f"no memory can be planned for a model of the kind {kind}: {problem!r:.80}"
+            f"no memory can be planned for a model of type {kind}: {problem!r:.80}"
         ) from None
 
 
@@ -134,7 +134,7 @@ def _find_targets(model: nn.Module, config: AdapterConfig) -> _Targets:
 
 
 def _count_frozen(targets: _Targets, config: AdapterConfig) -> int:
-    """Return how many frozen float32 numbers adapters hold.
+    """Return how many frozen float32 values adapters hold.
 
     These are the frozen extras of each layer, the start of PiSSA, and the shared projections.
     """
@@ -153,9 +153,9 @@ def _count_frozen(targets: _Targets, config: AdapterConfig) -> int:
 
 
 def _base_size(module: Any, itemsize: int | None) -> tuple[int, int]:
-    """Return the numbers in the weight of an adapter's base, and the bytes of the base."""
-    numbers = math.prod((*module.weight.shape[:-2], *base_shape(module)))
-    return numbers, weight_bytes(module, itemsize)
+    """Return the elements of the weight of an adapter's base, and the bytes of the base."""
+    elements = math.prod((*module.weight.shape[:-2], *base_shape(module)))
+    return elements, weight_bytes(module, itemsize)
 
 
 def _bits_of(bases: Sequence[Any]) -> int:
@@ -297,12 +297,12 @@ def stored_itemsize(config: dict[str, Any]) -> int:
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:
     """Return the bytes of a module's parameters.
 
-    Each number takes e bytes. n quantized numbers take n bits / 8 + 2 e n / group: the packed
+    Each element takes e bytes. n quantized elements take n bits / 8 + 2 e n / group: the packed
     codes, and a scale and a bias for each group.
 
     Args:
         module: The module.
-        itemsize: e; by default the present size of the floating-point numbers.
+        itemsize: e; by default the present size of the floating-point elements.
     """
     total = 0
     for array in _arrays(module.parameters()):

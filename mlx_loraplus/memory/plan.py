@@ -11,7 +11,7 @@ from mlx.core.distributed import Group
 from ..adapters.tensor_parallel import divide
 from ..config import AdapterConfig, TrainConfig
 from ..data.batches import round_up
-from ..device import MOST_NUMBERS, Machine, gb, this_machine
+from ..device import MOST_ELEMENTS, Machine, gb, this_machine
 from ..errors import ModelError, counted
 from ..kernels.choices import default_choices
 from ..models.find_model import is_embedded, original_of
@@ -25,7 +25,7 @@ from .trace_memory import all_traces
 # Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
 ROOM = 0.9
-# A measured step lowers the prediction at most to this share.
+# A measured step lowers the prediction at most to this fraction.
 _LEAST_CORRECTION = 0.5
 _MOST_ROWS = 1024
 
@@ -95,12 +95,12 @@ class MemoryPlan:
 
     def fits(self, rows: int, length: int, *, checkpoint: bool | None = None) -> bool:
         """Return whether a batch fits; ``checkpoint`` as for ``memory``."""
-        if self.largest_array(rows, length) > MOST_NUMBERS:
+        if self.largest_array(rows, length) > MOST_ELEMENTS:
             return False
         return self.memory(rows, length, checkpoint=checkpoint).total <= self.budget
 
     def largest_array(self, rows: int, length: int) -> int:
-        """Return the numbers in a batch's largest array; 0 on a CPU, which has no limit for it."""
+        """Return the elements of a batch's largest array; 0 on a CPU, which has no limit for it."""
         if not self.machine.has_gpu:
             return 0
         batch = batch_shape(self.sizes, self.config, rows, length)
@@ -115,11 +115,11 @@ class MemoryPlan:
     def problem(self, rows: int, length: int) -> str:
         """Return why a batch does not fit; "" if it fits."""
         batch = f"{counted(rows, 'row')} x {length:,} tokens"
-        numbers = self.largest_array(rows, length)
-        if numbers > MOST_NUMBERS:
+        elements = self.largest_array(rows, length)
+        if elements > MOST_ELEMENTS:
             return (
-                f"{batch} need an array of {numbers:,} numbers, but on a GPU an array has at"
-                f" most {MOST_NUMBERS:,}"
+                f"{batch} need an array of {elements:,} elements, but on a GPU an array has at"
+                f" most {MOST_ELEMENTS:,}"
             )
 
         needed = self.memory(rows, length).total
@@ -188,11 +188,11 @@ class MemoryPlan:
             found.append(f"{flag}--max-seq-length {shorter}")
 
         # Other adapters and weights with fewer bits do not make the arrays of a batch smaller.
-        if self.largest_array(rows, length) > MOST_NUMBERS:
+        if self.largest_array(rows, length) > MOST_ELEMENTS:
             return [*found, "a smaller model"]
 
         if self.config.adapter.adapter == "full":
-            return [*found, "--adapter lora (trains far fewer numbers)", "a smaller model"]
+            return [*found, "--adapter lora (trains far fewer parameters)", "a smaller model"]
 
         # Adapters on fewer blocks.
         by_blocks = eased.with_fewer_blocks(examples, length, more_than=most)

@@ -8,7 +8,7 @@ from mlx.core.distributed import Group
 
 from ..config import TrainConfig
 from ..data.batches import round_up
-from ..device import MOST_NUMBERS, gb
+from ..device import MOST_ELEMENTS, gb
 from ..errors import ConfigError, ModelError, counted
 from .display_advice import display_advice
 from .measured import MeasuredStep
@@ -140,7 +140,7 @@ def _does_not_fit_again(plan: MemoryPlan, rows: int, length: int) -> str:
     eased = replace(plan, config=replace(plan.config, grad_checkpoint="on"))
     if plan.config.grad_checkpoint == "off" and eased.fits(rows, length):
         advice = "--grad-checkpoint on (a third more time) makes it fit"
-    elif plan.largest_array(rows, length) > MOST_NUMBERS:
+    elif plan.largest_array(rows, length) > MOST_ELEMENTS:
         advice = "resume it on the machine that it was trained on"
     elif plan.machine.budget < plan.machine.working_set:
         advice = "close other programs, or resume it on a machine with more memory"

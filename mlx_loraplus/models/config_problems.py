@@ -53,9 +53,7 @@ def explain_problem(config: dict[str, Any], problem: BaseException) -> str | Non
     """Return why mlx-lm can't make or run the model of a config; None if the reason is unknown."""
     if isinstance(problem, ValueError) and str(problem).endswith("not supported."):
         kind = config["model_type"]
-        return (
-            f"mlx-lm has no models of the kind {kind!r:.60}: use a newer mlx-lm, or another model"
-        )
+        return f"mlx-lm has no models of type {kind!r:.60}: use a newer mlx-lm, or another model"
     explained = _missing_fields(config, problem) or _missing_kinds(config, problem)
     return explained or _wrong_type(config, problem) or _odd_number(config, problem)
 
@@ -88,7 +86,7 @@ def _missing_kinds(config: dict[str, Any], problem: BaseException) -> str | None
     settings = "".join(f", {_described(name, part[name])}" for name in names)
     return (
         f"its config.json has {counted(layers, 'layer')}{settings}, and mlx-lm's"
-        f" {config['model_type']} may need layers of every kind: use a newer mlx-lm, or another"
+        f" {config['model_type']} may need layers of every type: use a newer mlx-lm, or another"
         " model"
     )
 

@@ -14,15 +14,15 @@ from .weight_files import index_tensors
 _MAY_BE_ZERO = ("bias", "biases", "lora_b")
 
 _WEIGHTS = (*_MAY_BE_ZERO, "weight", "scales", "lora_a", "m")
-"""The names of learned arrays. Others, such as masks, may hold huge or infinite numbers."""
+"""The names of learned arrays. Others, such as masks, may hold huge or infinite values."""
 
 _HUGE = 1e12
 """No trained weight is larger. The square of a larger product overflows float32."""
 
 _PROBLEMS = (
     "holds NaN",
-    "holds infinite numbers",
-    f"holds numbers above {_HUGE:g}",
+    "holds infinite values",
+    f"holds values above {_HUGE:g}",
     "holds only zeros",
 )
 
@@ -30,7 +30,7 @@ _PROBLEMS = (
 def describe_damage(model: nn.Module) -> str:
     """Return which array of a model is damaged, and what to do, for an error message.
 
-    Numbers that are not finite come first, then huge ones, then matrices of zeros. If several
+    Values that are not finite come first, then huge ones, then matrices of zeros. If several
     arrays are damaged alike, the first in the model's order is named, with the number of the
     others.
     """

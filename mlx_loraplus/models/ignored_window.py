@@ -66,7 +66,7 @@ def _window_of(config: dict[str, Any], model_type: str) -> int | None:
 
 
 def cache_windows(cache: Any) -> list[Any]:
-    """Return the numbers of tokens that a layer's cache is limited to; empty if it has no limit.
+    """Return the counts of tokens that a layer's cache is limited to; empty if it has no limit.
 
     A cache may contain other caches.
     """

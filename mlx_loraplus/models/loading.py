@@ -230,7 +230,7 @@ def check_quantized(model: nn.Module) -> None:
             dtype = module.weight.dtype
             if not mx.issubdtype(dtype, mx.floating):
                 raise ModelError(
-                    f"its layer {path} holds {dtype} numbers, which are quantized in a way that"
+                    f"its layer {path} holds {dtype} values, which are quantized in a way that"
                     " mlx-lm does not know: use a version of the model in bfloat16, or one that"
                     " mlx-lm has quantized"
                 )
@@ -258,7 +258,7 @@ def _load_unread(path: Path, original: dict[str, Any]) -> tuple[nn.Module, dict[
             " here: use a model of a family that mlx-lm knows"
         )
 
-    # mlx-lm would load weights with an unknown quantization method as plain numbers.
+    # mlx-lm would load weights with an unknown quantization method as unquantized weights.
     config = for_mlx_lm(original)
     quantization = original.get("quantization_config") or {}
     method = quantization.get("quant_method")

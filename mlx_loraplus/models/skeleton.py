@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path} is not JSON: {problem!s:.200}") from None
 
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise ModelError(f"{path} has no model_type, so its kind of model is not known")
+        raise ModelError(f"{path} has no model_type, so its architecture is not known")
     _check_installed(config["model_type"])
     return config
 
@@ -80,7 +80,7 @@ def _check_installed(model_type: str) -> None:
     except SystemExit:
         advice = " ".join(printed.getvalue().split())
         raise ModelError(
-            f"mlx-lm needs a package that is not installed for models of the kind {model_type}:"
+            f"mlx-lm needs a package that is not installed for models of type {model_type}:"
             f" {advice or 'no package is named'}"
         ) from None
     except Exception:  # noqa: BLE001

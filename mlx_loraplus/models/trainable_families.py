@@ -58,7 +58,7 @@ def check_trainable(name: str) -> None:
         )
     if not _is_known(model_type):
         raise ModelError(
-            f"mlx-lm {version('mlx-lm')} has no models of the kind {model_type!r:.60}, so {name}"
+            f"mlx-lm {version('mlx-lm')} has no models of type {model_type!r:.60}, so {name}"
             f" can't be trained: {_relatives(model_type)}"
         )
 

@@ -25,8 +25,8 @@ class Axis:
         low, high = self.low, self.high
         if self.log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
-        share = (value - low) / (high - low)
-        return round(self.start + share * (self.stop - self.start), 1)
+        fraction = (value - low) / (high - low)
+        return round(self.start + fraction * (self.stop - self.start), 1)
 
 
 def fit_y_axis(values: Sequence[float], bottom: float, top: float, *, log: bool) -> Axis:

@@ -134,11 +134,11 @@ def heat_map(
     x_label: str,
     limits: tuple[float, float] | None = None,
 ) -> Chart:
-    """Return a map of numbers, with row 0 at the bottom.
+    """Return a map of values, with row 0 at the bottom.
 
     Args:
         caption: What the map shows.
-        values: The numbers, (rows, columns); cells that are not finite stay empty.
+        values: The values, (rows, columns); cells that are not finite stay empty.
         bands: (label, number of rows) of neighbouring rows, from the bottom.
         columns: (position in columns, label) of each tick on the x axis.
         x_label: The unit of x.
@@ -292,8 +292,8 @@ def _draw_bands(
 def _colours(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Return the colour of each value, (rows, columns, 4) bytes; transparent if not finite."""
     stops = np.array([list(bytes.fromhex(colour)) for colour in _VIRIDIS], float)
-    share = (values - low) / ((high - low) or 1.0)
-    places = np.clip(np.nan_to_num(share), 0, 1) * (len(stops) - 1)
+    fraction = (values - low) / ((high - low) or 1.0)
+    places = np.clip(np.nan_to_num(fraction), 0, 1) * (len(stops) - 1)
 
     channels = [np.interp(places, np.arange(len(stops)), stops[:, each]) for each in range(3)]
     channels.append(np.where(np.isfinite(values), 255.0, 0.0))

@@ -89,8 +89,8 @@ class Headline:
         commands: (label, command) of what can be done next; on a live page, they appear if nothing
             is heard for an hour.
         date: When it began.
-        tiles: The most important numbers.
-        share: Share of the steps that are done, while a run lasts.
+        tiles: The most important results.
+        progress: The fraction of the steps that are done, while a run lasts.
         is_live: Whether the page loads itself again.
     """
 
@@ -102,7 +102,7 @@ class Headline:
     commands: Sequence[tuple[str, str]] = ()
     date: str = ""
     tiles: Sequence[Tile] = ()
-    share: float | None = None
+    progress: float | None = None
     is_live: bool = False
 
 

@@ -117,7 +117,7 @@ _PARTS: tuple[tuple[PartKind, str], ...] = (
 )
 _CALL_HEADER = re.compile(r"(?:<\|channel\|>commentary)?\s*\bto=\Z")  # gpt-oss, before the name
 _WORDS = re.compile(r"\s+|\w+|[^\w\s]")
-_MIN_LIKENESS = 0.5  # share of words that two answers have in common
+_MIN_LIKENESS = 0.5  # fraction of words that two answers have in common
 _MAX_WORDS = 2000  # longer answers are not compared word by word
 
 ChangeKind = Literal["same", "extra", "missing"]

@@ -50,7 +50,7 @@ def _best_loss(run: Run) -> float | None:
     return run.verdict.after
 
 
-def _exact_share(run: Run) -> float | None:
+def _exact_fraction(run: Run) -> float | None:
     exact = run.verdict.exact
     return None if exact is None else exact[1] / exact[2]
 
@@ -71,7 +71,7 @@ def _peak_memory(run: Run) -> float | None:
 # Names of results → the number to compare, and whether a higher one is better
 _NUMBERS: Mapping[str, tuple[Callable[[Run], float | None], bool]] = {
     "validation loss": (_best_loss, False),
-    "exact answers": (_exact_share, True),
+    "exact answers": (_exact_fraction, True),
     "training loss": (_last_loss, False),
     "speed": (_speed, True),
     "peak memory": (_peak_memory, False),
@@ -115,8 +115,8 @@ class Comparison(RichDisplay):
                 continue
             if name in _LOSSES and not same_loss:
                 continue
-            numbers = {index: number_of(run) for index, run in enumerate(self.runs)}
-            known = {index: value for index, value in numbers.items() if value is not None}
+            values = {index: number_of(run) for index, run in enumerate(self.runs)}
+            known = {index: value for index, value in values.items() if value is not None}
             if len(set(known.values())) > 1:
                 wanted = max(known.values()) if is_higher_better else min(known.values())
                 best[name] = {index for index, value in known.items() if value == wanted}
@@ -282,8 +282,8 @@ class Comparison(RichDisplay):
             indices = sorted(best["exact answers"])
             _, after, count = self.runs[indices[0]].verdict.exact or (0, 0, 0)
             names = self._join_names(indices)
-            share = f"{after} of {count}"
-            sentences.append(f"The most exact sample answers, {share}, are those of {names}.")
+            result = f"{after} of {count}"
+            sentences.append(f"The most exact sample answers, {result}, are those of {names}.")
         return " ".join(sentences)
 
     def _join_names(self, indices: Sequence[int]) -> str:

@@ -20,13 +20,13 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
               the run was resumed)
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
-              (share), seconds, tokens_per_second (useful ones), peak_memory_gb, active_memory_gb,
-              cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change: ‖A‖, ‖B‖ and
-              ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
-              rewards_rejected, reward_margin, reward_accuracy (share of pairs with a positive
+              (fraction), seconds, tokens_per_second (useful ones), peak_memory_gb,
+              active_memory_gb, cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change:
+              ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
+              rewards_rejected, reward_margin, reward_accuracy (fraction of pairs with a positive
               margin; with kto, of desirable answers above the KL estimate and of undesirable ones
               below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with
-              pairs preferred (share of pairs whose chosen answer is more likely per token)
+              pairs preferred (fraction of pairs whose chosen answer is more likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt (one that was cut ends with …), and answer_seconds; with
               preferences, those of a report instead of valid_accuracy, with valid_ before their
@@ -206,7 +206,7 @@ class Run:
         return figure
 
     def to_dataframe(self) -> Any:
-        """Return the history's numbers as a pandas table, one row per step.
+        """Return the history's metrics as a pandas table, one row per step.
 
         Raises:
             ConfigError: pandas is not installed.
@@ -216,7 +216,7 @@ class Run:
         for event in self.history:
             if "schema" in event or "outcome" in event:
                 continue
-            rows.setdefault(event["step"], {}).update(numbers(event))
+            rows.setdefault(event["step"], {}).update(metrics(event))
 
         table = _pandas().DataFrame.from_dict(rows, orient="index")
         return table.rename_axis("step")
@@ -260,8 +260,8 @@ def _seconds_in_steps(history: Sequence[Event]) -> float:
     return seconds * last["step"] / reports[-1]["step"]
 
 
-def numbers(event: Event) -> dict[str, float]:
-    """Return an event's numbers by name, without ``step``; norms are averaged over modules."""
+def metrics(event: Event) -> dict[str, float]:
+    """Return an event's metrics by name, without ``step``; norms are averaged over modules."""
     found: dict[str, float] = {}
     for name, value in event.items():
         if name.startswith("norm_"):

@@ -24,7 +24,7 @@ from ..config import TrainConfig
 from ..device import gb
 from ..errors import counted
 from ..rich_display import wrap_words
-from .history import REPORT, Run, encode_event, numbers
+from .history import REPORT, Run, encode_event, metrics
 from .next_steps import closing
 from .state import Event
 
@@ -88,7 +88,7 @@ class Lines(AbstractContextManager[Any]):
         if "loss" in event and event["step"] < run.steps:
             lines[0] += f"  {time_left(run)}"
         if self.verbosity == "verbose":
-            values = [f"{name} {value:.4g}" for name, value in numbers(event).items()]
+            values = [f"{name} {value:.4g}" for name, value in metrics(event).items()]
             lines.append("  " + ", ".join(values))
         return lines
 
@@ -323,7 +323,7 @@ def event_lines(event: Event, steps: int) -> list[str]:
 
 
 def _ranked(event: Event, prefix: str = "") -> str:
-    """Return the share of compared answers that are ranked right; empty without preferences."""
+    """Return how many of the compared answers are ranked right; empty without preferences."""
     if prefix + "preferred" in event:
         return f", ranked right {event[prefix + 'preferred']:.1%}"
     if prefix + "reward_accuracy" in event and not _rewards_are_zero(event, prefix):

@@ -72,7 +72,7 @@ def report_page(
 
 
 def fragment(run: Run) -> str:
-    """Return a run as HTML for a notebook: the loss curves and a few numbers."""
+    """Return a run as HTML for a notebook: the loss curves and a few metrics."""
     # How the run ended, and how to continue it.
     line = f"{run.folder}: {run.outcome}"
     if run.outcome in ("interrupted", "out of time"):
@@ -270,7 +270,8 @@ def _rate_section(run: Run) -> Section | None:
         f" the work of {work}); the default is {found['default']:.3g}."
     )
     if found["critical"]:
-        text += f" The critical rate, of which it is a share, is {found['critical']:.3g}."
+        factor = found["rate"] / found["critical"]
+        text += f" It is {factor:.2g} times the critical rate, {found['critical']:.3g}."
     if found["reason"]:
         text = f"The default, {found['rate']:.3g}, is used, because {found['reason']}."
 
@@ -301,7 +302,7 @@ def _memory_section(run: Run) -> Section | None:
     if not reports:
         return None
 
-    # A history by another version may lack numbers that are only shown.
+    # A history by another version may lack metrics that are only shown.
     last = reports[-1]
     parts = [f"{gb(last['peak_memory_gb'] * 1e9)} at peak"]
     if "tokens_per_second" in last:
@@ -368,11 +369,11 @@ def _settings_section(run: Run) -> Section:
 
 
 def _describe_split(counts: Event) -> str:
-    share = "none"
+    fraction = "none"
     if counts["examples"]:
-        share = f"{counts['supervised'] / max(1, counts['tokens']):.0%}"
+        fraction = f"{counts['supervised'] / max(1, counts['tokens']):.0%}"
     examples, tokens = counted(counts["examples"], "example"), counted(counts["tokens"], "token")
-    return f"{examples}, {tokens}, {share} supervised"
+    return f"{examples}, {tokens}, {fraction} supervised"
 
 
 def _finite_loss(point: tuple[float, float]) -> float:

@@ -26,7 +26,7 @@ from .verdict import (
 )
 
 _LONG_REASON = 160  # characters
-_MIN_EXCESS = 0.01  # share of the planned memory
+_MIN_EXCESS = 0.01  # fraction of the planned memory
 _MAX_RESUMED = 3  # steps that the title names; of more, the last ones
 _ADAPTERS = {"lora": "LoRA", "dora": "DoRA", "vera": "VeRA", "full": "full"}
 
@@ -56,7 +56,7 @@ def headline(run: Run, *, live: bool = False) -> Headline:
         commands=next_commands(run),
         date=_started(run),
         tiles=[tile for tile in tiles if tile is not None] + _cost_tiles(run, found),
-        share=done / max(1, run.steps) if live else None,
+        progress=done / max(1, run.steps) if live else None,
         is_live=live,
     )
 
@@ -232,7 +232,7 @@ def _loss_note(run: Run, shown: str) -> str:
 
 
 def _accuracy_tile(run: Run, found: Verdict) -> Tile | None:
-    """Return the share of right answers or tokens, before and after training."""
+    """Return the fraction of right answers or tokens, before and after training."""
     objective = run.config.objective
     by_step: dict[int, float] = dict(run.losses("valid_accuracy"))
     if objective.has_preferences:

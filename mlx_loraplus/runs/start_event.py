@@ -1,4 +1,4 @@
-"""What the history holds besides the loop's own numbers: the start, and the adapters' norms.
+"""What the history holds besides the loop's own metrics: the start, and the adapters' norms.
 
 The norms are ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ (Frobenius) of each module. The change of W is s L R. The
 matrix L R is never computed: ‖L R‖² = tr((Lᵀ L)(R Rᵀ)), the trace of a product of two (rank, rank)
@@ -88,7 +88,7 @@ def _counts_of(split: Examples) -> dict[str, int]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the packages that determine a run's numbers."""
+    """Return the versions of the packages that determine a run's results."""
     return {name: version(name) for name in ("mlx_loraplus", "mlx", "mlx-lm")}
 
 
@@ -107,10 +107,10 @@ def measure_norms(model: nn.Module) -> Callable[[], Event]:
         found: Any = mx.stack(norms).T  # (3, modules)
         a, b, change = found.tolist()
 
-        shares: list[float] = []
+        ratios: list[float] = []
         for norm, weight in zip(change, weights, strict=True):
-            shares.append(norm / weight if weight else 0.0)
-        return {"norm_a": _rounded(a), "norm_b": _rounded(b), "norm_change": _rounded(shares)}
+            ratios.append(norm / weight if weight else 0.0)
+        return {"norm_a": _rounded(a), "norm_b": _rounded(b), "norm_change": _rounded(ratios)}
 
     return measure
 

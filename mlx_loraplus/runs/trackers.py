@@ -24,14 +24,14 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..files import read_bounded, write_atomically
 from ..settings import settings_of
-from .history import TRACKERS, Run, numbers
+from .history import TRACKERS, Run, metrics
 from .progress import Callback, Log
 from .report import plain
 from .state import Event
 
 PROJECT = "mlx_loraplus"
 _EVENTS = ".mlx_loraplus"  # suffix of the files that we write for TensorBoard
-LogValues = Callable[..., Any]  # called with the numbers by name, and step
+LogValues = Callable[..., Any]  # called with the metrics by name, and step
 _ENVIRONMENT = {  # the libraries read these variables when they are imported
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"},
 }
@@ -71,7 +71,7 @@ def tracking(run: Run, log: Log) -> Generator[list[Callback]]:
 
 
 class _Tracker:
-    """Opens a tracker at the first event and logs the numbers of each event."""
+    """Opens a tracker at the first event and logs the metrics of each event."""
 
     def __init__(self, name: str, log: Log):
         self.name = name
@@ -98,7 +98,7 @@ class _Tracker:
             if "schema" in each or "outcome" in each:
                 continue
             split = "valid" if "valid_loss" in each else "train"
-            values = {f"{split}/{name}": value for name, value in numbers(each).items()}
+            values = {f"{split}/{name}": value for name, value in metrics(each).items()}
             self.log_values(values, step=each["step"])
 
     def _try(self, action: Callable[[], Any]) -> None:
@@ -263,7 +263,7 @@ def _without_known(log_values: LogValues, first_of: Callable[[str], int]) -> Log
     """Return a function that logs only what a continued run does not have yet.
 
     Args:
-        log_values: Logs the numbers of a step.
+        log_values: Logs the metrics of a step.
         first_of: Returns the first step to log of a name.
     """
 

@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 Trend = Literal["diverged", "not better", "overfitting", "still falling", "levelled off"]
 
-_RISE = 0.01  # share of the best loss by which the last one may exceed it
-_FALL = 0.05  # share of the whole fall
-_SMALL_FALL = 0.01  # the same, if the loss itself also fell by this share:
+_RISE = 0.01  # fraction of the best loss by which the last one may exceed it
+_FALL = 0.05  # fraction of the whole fall
+_SMALL_FALL = 0.01  # the same, if the loss itself also fell by this fraction:
 _FALL_OF_LOSS = 0.1
 _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
-_CHOSEN_FALL = 0.02  # share of the chosen answers' first log-probability by which it may fall
+_CHOSEN_FALL = 0.02  # fraction of the chosen answers' first log-probability by which it may fall
 _CHOSEN_FALL_FROM_BEST = 0.1  # the same, for a fall from its best value
-_FEW = 0.5  # share of right answers; with fewer, a lower loss is not enough
-_CHANCE = 0.5  # share of labeled answers that are ranked right by chance
+_FEW = 0.5  # fraction of right answers; with fewer, a lower loss is not enough
+_CHANCE = 0.5  # fraction of labeled answers that are ranked right by chance
 _LOSS_OF_LARGE = 20.0  # nats per token, beyond which a perplexity says nothing
 
 
@@ -57,9 +57,9 @@ class Verdict:
         exact: The numbers of exact sample answers before and after, and of sample answers.
         minutes: The duration of all steps and validations.
         tokens_per_second: Tokens without padding per second of all steps; None without reports.
-        ranked: The shares of validation pairs whose chosen answer is more likely per token, or of
-            labeled answers on the right side of the KL estimate, before and after; None with sft.
-            Where rewards rank nothing yet, the first one is chance (``ranked_by_reward``).
+        ranked: The fractions of validation pairs whose chosen answer is more likely per token, or
+            of labeled answers on the right side of the KL estimate, before and after; None with
+            sft. Where rewards rank nothing yet, the first one is chance (``ranked_by_reward``).
     """
 
     before: float | None
@@ -116,11 +116,11 @@ def perplexity(loss: float) -> str:
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
-def percent(share: float) -> str:
-    """Return a share as text; only 0 and 1 are rounded to 0% and 100%."""
-    if share in (0, 1) or 0.01 <= share <= 0.99:
-        return f"{share:.0%}"
-    return f"{min(max(share, 0.001), 0.999):.1%}"
+def percent(fraction: float) -> str:
+    """Return a fraction as text; only 0 and 1 are rounded to 0% and 100%."""
+    if fraction in (0, 1) or 0.01 <= fraction <= 0.99:
+        return f"{fraction:.0%}"
+    return f"{min(max(fraction, 0.001), 0.999):.1%}"
 
 
 def verdict_of(run: "Run") -> Verdict:
@@ -178,7 +178,7 @@ def divergence(run: "Run") -> str:
 
 
 def ranked_right(run: "Run") -> dict[int, float]:
-    """Return the shares of the validation answers that are ranked right, by step.
+    """Return the fractions of the validation answers that are ranked right, by step.
 
     For pairs they are not the accuracies of the rewards: before training, those of dpo and ipo are
     often all zero, so they rank nothing.
@@ -189,7 +189,7 @@ def ranked_right(run: "Run") -> dict[int, float]:
 
 
 def ranked_by_reward(run: "Run") -> list[tuple[int, float]]:
-    """Return (step, share) of the validation answers that their rewards rank right.
+    """Return (step, fraction) of the validation answers that their rewards rank right.
 
     Rewards compare the model with the reference. If it is the model itself before training, they
     are zero up to rounding, and what rounding ranks right is chance.
@@ -198,16 +198,16 @@ def ranked_by_reward(run: "Run") -> list[tuple[int, float]]:
     is_same = objective.reference == "start" or run.config.resume_adapter_file is None
     points: list[tuple[int, float]] = run.losses("valid_reward_accuracy")
     if objective.has_reference and is_same:
-        return [(step, share if step else _CHANCE) for step, share in points]
+        return [(step, fraction if step else _CHANCE) for step, fraction in points]
     return points
 
 
 def _ranked(run: "Run", best_step: int | None) -> tuple[float, float] | None:
-    """Return the shares that were ranked right before training and after it."""
-    shares = ranked_right(run)
-    if 0 not in shares or best_step not in shares:
+    """Return the fractions that were ranked right before training and after it."""
+    fractions = ranked_right(run)
+    if 0 not in fractions or best_step not in fractions:
         return None
-    return shares[0], shares[best_step]
+    return fractions[0], fractions[best_step]
 
 
 def _trend(first: float, trained: Sequence[float], steps: int) -> Trend | None:

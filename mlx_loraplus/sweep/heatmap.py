@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 _VIRIDIS = matplotlib.colormaps["viridis"].with_extremes(bad="lightgray")
-_DARK_INK_ABOVE = 0.6  # share of the colour scale
+_DARK_INK_ABOVE = 0.6  # fraction of the colour scale
 _MAX_NUMBERS = 60  # a map with more cells shows colours only
 _MAX_UPRIGHT = 8  # more tick labels than this are rotated
 _COLOUR_RANGE = 100  # losses above this multiple of the smallest loss share one colour
@@ -102,9 +102,9 @@ class Heatmap:
         if not np.isfinite(loss):
             return Text(text, "dim")
 
-        share = float(norm(loss))
-        ink = "black" if share > _DARK_INK_ABOVE else "white"
-        return Text(text, f"{ink} on {to_hex(_VIRIDIS(share))}")
+        fraction = float(norm(loss))
+        ink = "black" if fraction > _DARK_INK_ABOVE else "white"
+        return Text(text, f"{ink} on {to_hex(_VIRIDIS(fraction))}")
 
 
 def loss_text(loss: float, digits: int = 4) -> str:

@@ -80,7 +80,7 @@ class Trial:
     steps: int  # planned
     seed: int  # of the initialization and the batches
     loss: float  # of the last validation; infinite if the trial diverged
-    accuracy: float  # share of validation tokens ranked first
+    accuracy: float  # fraction of validation tokens ranked first
     seconds: float
     done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)

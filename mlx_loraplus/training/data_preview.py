@@ -262,9 +262,9 @@ def _describe(split: str, report: SplitReport) -> Iterator[Text]:
     """Yield the lines about a split's rows."""
     yield Text(split, "bold").append(f": {report if report.rows else 'no rows'}", "not bold")
     if report.kinds:
-        share = report.supervised_tokens / max(1, report.tokens)
-        yield Text(f"  kinds: {report.of_kinds()}")
-        yield Text(f"  learned: {share:.1%} of the tokens")
+        fraction = report.supervised_tokens / max(1, report.tokens)
+        yield Text(f"  formats: {report.of_kinds()}")
+        yield Text(f"  learned: {fraction:.1%} of the tokens")
 
     yield from _list_lines("bad", group_problems(report.bad_rows))
     yield from _list_lines("long", report.long_rows, report.long)

@@ -61,7 +61,7 @@ class World:
         is_main: Whether this is the process that writes files and prints.
         data_shards: The number of shards that a batch is divided into.
         shard_index: The index of the shard that this process trains on.
-        share: The rows of that shard, as a slice of a batch.
+        row_slice: The rows of that shard, as a slice of a batch.
         is_tensor_parallel: Whether the weights are divided, so that every forward pass
             communicates.
     """
@@ -76,7 +76,7 @@ class World:
         self.is_main = self.rank == 0
         self.data_shards = self.size if parallel == "data" else 1
         self.shard_index = self.rank % self.data_shards
-        self.share = slice(self.shard_index, None, self.data_shards)
+        self.row_slice = slice(self.shard_index, None, self.data_shards)
         self.is_tensor_parallel = parallel == "tensor" and self.size > 1
         self._waiting: float | None = None  # when the current collective began, for ``watch``
 
@@ -90,7 +90,7 @@ class World:
         return cls(_connect()[0], parallel)
 
     def sum_shards(self, tree: Any) -> Any:
-        """Return a tree's arrays summed over the processes that share rows; see ``sum_all``."""
+        """Return a tree's arrays summed over the processes with different rows; see ``sum_all``."""
         return tree if self.data_shards == 1 else self.sum_all(tree)
 
     def sum_all(self, tree: Any) -> Any:

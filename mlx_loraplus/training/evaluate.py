@@ -1,9 +1,9 @@
 """How well a model predicts data that it was not trained on, before and after training.
 
 loss = mean over supervised tokens of -log p(token)      perplexity = exp(loss)
-accuracy = share of supervised tokens that the model ranks first
-exact = share of short answers that greedy generation reproduces exactly
-preferred = share of pairs whose chosen answer has the higher mean log-probability per token
+accuracy = fraction of supervised tokens that the model ranks first
+exact = fraction of short answers that greedy generation reproduces exactly
+preferred = fraction of pairs whose chosen answer has the higher mean log-probability per token
 
 For pairs of answers, the other metrics are those of the chosen answers.
 """
@@ -43,8 +43,8 @@ from ..migration import translate
 from ..models.moved_run_paths import read_run_settings
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
-from .kto import share_ranked
-from .preferences import share_preferred
+from .kto import fraction_ranked_right
+from .preferences import fraction_preferred
 from .run_checks import with_model_name
 from .self_consistency import check_caches
 from .validation import score
@@ -79,11 +79,11 @@ class Evaluation(RichDisplay):
         examples: The number of examples.
         tokens: The number of supervised tokens.
         loss: The mean loss per supervised token, in nats.
-        accuracy: The share of the supervised tokens that the model ranks first, in [0, 1].
+        accuracy: The fraction of the supervised tokens that the model ranks first, in [0, 1].
         answers: The model's answers to some of the examples whose expected answers are short.
         base: The evaluation of the model that this one is compared with.
-        preferred: The share of pairs whose chosen answer is more likely per token than the rejected
-            one, in [0, 1]; None without pairs.
+        preferred: The fraction of pairs whose chosen answer is more likely per token than the
+            rejected one, in [0, 1]; None without pairs.
     """
 
     split: str
@@ -102,7 +102,7 @@ class Evaluation(RichDisplay):
 
     @property
     def exact(self) -> float | None:
-        """Return the share of exact answers, in [0, 1], or None without answers."""
+        """Return the fraction of exact answers, in [0, 1], or None without answers."""
         if not self.answers:
             return None
         return self.exact_count / len(self.answers)
@@ -154,8 +154,8 @@ class Evaluation(RichDisplay):
             values = [format(getattr(column, attribute), form) for column in columns.values()]
             table.add_row(name, *values)
         if self.preferred is not None:
-            shares = [f"{column.preferred or 0.0:.1%}" for column in columns.values()]
-            table.add_row("chosen answers preferred", *shares)
+            cells = [f"{column.preferred or 0.0:.1%}" for column in columns.values()]
+            table.add_row("chosen answers preferred", *cells)
         if self.answers:
             counts = [
                 f"{column.exact_count} of {len(column.answers)}" for column in columns.values()
@@ -260,10 +260,10 @@ def _score_split(
     learned, preferred = examples, None
     if isinstance(examples, Pairs):
         learned = examples.chosen
-        preferred = share_preferred(model, examples, config.data.batch_size)
+        preferred = fraction_preferred(model, examples, config.data.batch_size)
     elif isinstance(examples, LabeledExamples):
         learned = examples.desirable
-        preferred = share_ranked(model, split_of_model, examples, config.data.batch_size)
+        preferred = fraction_ranked_right(model, split_of_model, examples, config.data.batch_size)
     found = score(model, split_of_model, learned, config.data.batch_size)
 
     # Answer some of them.

@@ -314,12 +314,12 @@ def unchanged(state: TrainState) -> Generator[int]:
             model.train(was_training)
 
 
-def largest_batch(batches: Batches, share: slice) -> Batch:
-    """Return the batch of the first epoch, or a process's share of it, that has the most tokens."""
+def largest_batch(batches: Batches, row_slice: slice) -> Batch:
+    """Return the batch of the first epoch, or a process's part of it, that has the most tokens."""
     best: list[np.ndarray] = []
     most = (0, 0)
     for number in range(min(batches.per_epoch, _SEARCHED)):
-        rows = batches.rows_of(number)[share]
+        rows = batches.rows_of(number)[row_slice]
         if not rows:
             continue
         count, length, targets = batches.shape_of(rows)

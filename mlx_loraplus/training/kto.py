@@ -228,8 +228,8 @@ def score_labeled(
     world: World = ALONE,
     choices: StepChoices | None = None,
 ) -> PreferenceScore:
-    """Score a model on all labeled answers, shared among the processes."""
-    # Each process computes its share. The others' values are 0, so the sum joins the shares.
+    """Score a model on all labeled answers, divided among the processes."""
+    # Each process computes its part. The others' values are 0, so the sum joins the parts.
     columns = [
         answer_log_probs(model, split, answers, batch_size, world, choices)
         for answers in examples.both
@@ -247,10 +247,10 @@ def score_labeled(
     return PreferenceScore(float(np.array(losses.mean())), describe_labeled(stats, len(examples)))
 
 
-def share_ranked(
+def fraction_ranked_right(
     model: nn.Module, split: TrunkAndHead | None, examples: LabeledExamples, batch_size: int
 ) -> float | None:
-    """Return the share of pairs of a desirable and an undesirable answer that are ranked right.
+    """Return the fraction of pairs of a desirable and an undesirable answer that are ranked right.
 
     The desirable one should have the higher mean log-probability per token. Returns None if there
     are no such pairs.

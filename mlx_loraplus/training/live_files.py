@@ -11,7 +11,7 @@ from ..runs.report import write_report
 from ..runs.state import Event
 from .checkpoint import write_history
 
-REPORT_SHARE = 0.01  # of the session's time, for rewriting the page
+REPORT_FRACTION = 0.01  # of the session's time, for rewriting the page
 
 
 class LiveFiles:
@@ -39,7 +39,7 @@ class LiveFiles:
                 self._write_event(run, event)
             if is_start:
                 write_report(run, live=True)
-            elif self._spent < REPORT_SHARE * (time.perf_counter() - self._started):
+            elif self._spent < REPORT_FRACTION * (time.perf_counter() - self._started):
                 self._rewrite_page(run)
         except (OSError, OutputError) as error:
             self._is_complete = False

@@ -20,7 +20,7 @@ def make_batches(
     examples: Examples,
     config: TrainConfig,
     log: Log,
-    shares: int = 1,
+    processes: int = 1,
     *,
     packable: bool = False,
 ) -> Batches:
@@ -31,7 +31,7 @@ def make_batches(
         examples: The training examples.
         config: The run's settings.
         log: Called with a line about packing.
-        shares: The number of processes that share a batch.
+        processes: The number of processes that divide a batch.
         packable: Whether the model is known to work with packed rows; otherwise this is tested.
 
     Raises:
@@ -40,20 +40,22 @@ def make_batches(
     if config.data.pack and not packable:
         check_packing(model)
 
-    batches = plan_batches(examples, config.data, config.seed, shares)
+    batches = plan_batches(examples, config.data, config.seed, processes)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches
 
 
 def plan_batches(
-    examples: Sequence[Example], settings: DataConfig, seed: int, shares: int = 1
+    examples: Sequence[Example], settings: DataConfig, seed: int, processes: int = 1
 ) -> Batches:
     """Return a run's batches, packed if ``settings.pack`` is set."""
     if isinstance(examples, LabeledExamples):
-        return LabeledBatches(examples, settings.batch_size, seed, shares)
+        return LabeledBatches(examples, settings.batch_size, seed, processes)
     if isinstance(examples, Pairs):
-        return PairBatches(examples, settings.batch_size, seed, shares)
+        return PairBatches(examples, settings.batch_size, seed, processes)
     if settings.pack:
-        return PackedBatches(examples, settings.batch_size, seed, settings.max_seq_length, shares)
-    return Batches(examples, settings.batch_size, seed, shares)
+        return PackedBatches(
+            examples, settings.batch_size, seed, settings.max_seq_length, processes
+        )
+    return Batches(examples, settings.batch_size, seed, processes)

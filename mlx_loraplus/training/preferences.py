@@ -184,7 +184,7 @@ def score_pairs(
     loss_of = make_pair_loss(split, objective, choices, learning=False)
     total = mx.zeros(1 + len(PAIR_SUMS))
     size = math.ceil(batch_size / world.data_shards)
-    for batch in pairs_in_order(pairs, size, world.share):
+    for batch in pairs_in_order(pairs, size, world.row_slice):
         loss, sums = loss_of(model, *arrays_of(batch if on_gpu() else trimmed(batch)))
         total = total + mx.concatenate([loss[None], sums])
         world.compute(total)
@@ -200,7 +200,7 @@ def answer_log_probs(
     world: World = ALONE,
     choices: StepChoices | None = None,
 ) -> np.ndarray:
-    """Return log pi(y) of this process's share of the answers, (answers,) float32; others are 0.
+    """Return log pi(y) of this process's part of the answers, (answers,) float32; others are 0.
 
     ``choices`` give the size of the slices; by default that of the device.
     """
@@ -208,7 +208,7 @@ def answer_log_probs(
     log_probs = make_log_probs(split, choices, learning=False)
     found = np.zeros(len(answers), np.float32)
     size = math.ceil(batch_size / world.data_shards)
-    for members, length, targets in ordered_rows(answers, size, world.share):
+    for members, length, targets in ordered_rows(answers, size, world.row_slice):
         filled = [[answers[int(index)]] for index in members]
         empty: list[list[Example]] = [[]] * (size - len(filled))
         batch = lay_out([*filled, *empty], length, targets)
@@ -218,8 +218,8 @@ def answer_log_probs(
     return found
 
 
-def share_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
-    """Return the share of pairs whose chosen answer has the higher mean log-probability.
+def fraction_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float:
+    """Return the fraction of pairs whose chosen answer has the higher mean log-probability.
 
     The mean is that of an answer's supervised tokens.
     """

@@ -96,7 +96,7 @@ def range_test(probe: Probe, steps: float, default: float) -> Finding:
 
 
 RANGE_TEST = RateMethod("range test", range_test, factor=0.5)
-"""The factor is provisional: a low rate is safer than a high one. ``scripts/study/rate`` fits it."""
+"""The factor is provisional; a low rate is safer than a high one. See ``scripts/study/rate``."""
 
 
 def lowest_rate(rates: list[float], changes: np.ndarray) -> float | None:

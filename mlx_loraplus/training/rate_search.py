@@ -36,7 +36,8 @@ class RateSearch(RichDisplay):
         rate: The rate eta for the run.
         default: The default rate.
         method: How it was searched.
-        critical: The critical rate, which the method multiplied by its factor; None if none was found.
+        critical: The critical rate, which the method multiplies by its factor; None if none was
+            found.
         tried: The rates that were tried, with the change of the loss.
         steps: The work of the search, in steps of the run.
         seconds: The time that it took.

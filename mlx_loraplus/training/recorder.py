@@ -211,7 +211,7 @@ def _trained_shapes(session: Session, state: TrainState, *, steps: int) -> set[t
     shapes: set[tuple[int, int]] = set()
     for number in range(steps * session.config.grad_accumulation_steps):
         # An uneven batch leaves some processes without rows.
-        rows = state.batches.rows_of(number)[session.world.share]
+        rows = state.batches.rows_of(number)[session.world.row_slice]
         if rows:
             batch = state.batches.collate(rows)
             row_count, length = (batch if compiled else trimmed(batch)).tokens.shape

@@ -120,7 +120,7 @@ def _log_probs_of(
 ) -> np.ndarray:
     """Return log pi_ref of both answers of all examples, (examples, 2) float32, cached if possible.
 
-    Each process computes its share, unless the main process has them in its cache.
+    Each process computes its part, unless the main process has them in its cache.
     """
     # Look them up in the main process's cache.
     parts = f"{digest} {examples.fingerprint()}"
@@ -128,7 +128,7 @@ def _log_probs_of(
     stored = _read(key, len(examples)) if world.is_main else None
     (is_stored,) = world.any_rank([stored is not None])
 
-    # Compute them. The sum joins the shares, because the other processes' values are 0.
+    # Compute them. The sum joins the parts, because the other processes' values are 0.
     found = np.zeros((len(examples), 2), np.float32) if stored is None else stored
     if not is_stored:
         choices = replace(default_choices(), slice_bytes=SMALLEST_SLICE)

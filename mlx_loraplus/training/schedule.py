@@ -57,7 +57,7 @@ def seed_of(seed: int, step: int, shard_index: int) -> int:
 
 
 def rate_factor(config: OptimizerConfig, step: mx.array, total_steps: int) -> mx.array:
-    """Return f(t), the share of the peak rate at a step: it rises from 0 to 1, and may fall again.
+    """Return f(t), the fraction of the peak rate at a step: it rises from 0 to 1, and may fall.
 
     Args:
         config: The optimizer's settings: ``warmup`` and ``schedule``.

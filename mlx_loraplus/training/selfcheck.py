@@ -266,16 +266,16 @@ def _narrow_windows(front: nn.Module) -> None:
 
 def _too_large(front: nn.Module) -> str:
     """Return why there is not enough memory for the front in float32, or ""."""
-    numbers = 0
+    elements = 0
     for module in front.modules():
         if isinstance(module, QUANTIZED):
             rows, columns = base_shape(module)
             experts: int = module.weight.shape[0] if module.weight.ndim == 3 else 1
-            numbers += experts * rows * columns
+            elements += experts * rows * columns
         else:
-            numbers += sum(array.size for array in module.values() if isinstance(array, mx.array))
+            elements += sum(array.size for array in module.values() if isinstance(array, mx.array))
 
-    needed, room = mx.float32.size * numbers, room_for_copy()
+    needed, room = mx.float32.size * elements, room_for_copy()
     if needed <= room:
         return ""
     return (
@@ -389,9 +389,9 @@ def _deviation(found: tuple[float, Gradients], expected: tuple[float, Gradients]
             part = re.sub(r"^.*\.\d+\.", "", path)
             difference = gradients[path].astype(mx.float32) - gradient
             squares = mx.stack([mx.square(difference).sum(), mx.square(gradient).sum()])
-            numbers: Any = squares.tolist()
-            off[part] = off.get(part, 0.0) + numbers[0]
-            size[part] = size.get(part, 0.0) + numbers[1]
+            values: Any = squares.tolist()
+            off[part] = off.get(part, 0.0) + values[0]
+            size[part] = size.get(part, 0.0) + values[1]
 
     # If a part's gradients are tiny, its distance is relative to 1% of the norm of all gradients.
     least = 1e-4 * sum(size.values())

@@ -168,11 +168,11 @@ def continue_adapters(
     return trainable_summary(model)
 
 
-def _set_dropout(model: nn.Module, share: float) -> None:
+def _set_dropout(model: nn.Module, p: float) -> None:
     """Set the dropout of the adapters of ``model``."""
     for adapter in find_adapters(model).values():
-        if adapter.dropout.p != share:
-            adapter.dropout = Dropout(share)
+        if adapter.dropout.p != p:
+            adapter.dropout = Dropout(p)
 
 
 def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> ExistingAdapters:

@@ -49,7 +49,7 @@ from .trainer import TrainState
 
 FOLDER = "selfcheck"  # in the cache
 _HARDWARE = ("chip", "memory", "device")
-_BUDGET_SHARE = 0.9  # of this machine's budget, for a model that can't be planned
+_BUDGET_FRACTION = 0.9  # of this machine's budget, for a model that can't be planned
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _tune(
 ) -> tuple[StoredCheck, TrainState]:
     """Return the stored or the new timing, and the state with its choices."""
     config, log = session.config, session.log
-    batch = largest_batch(state.batches, session.world.share)
+    batch = largest_batch(state.batches, session.world.row_slice)
     rows, length = batch.tokens.shape
     run = _digest_of_run(config, rows, length)
 
@@ -238,7 +238,7 @@ def _tune(
 
     # Time the ways that the settings leave open.
     plan = _plan_of(config, state.model)
-    budget = int(_BUDGET_SHARE * this_machine().budget) if plan is None else plan.budget
+    budget = int(_BUDGET_FRACTION * this_machine().budget) if plan is None else plan.budget
     start = way_of(state, config)
     freedom = _freedom(session, state, plan, rows, length)
     with _advice_if_lost("timed"):

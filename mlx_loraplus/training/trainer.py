@@ -148,7 +148,7 @@ class TrainLoop:
     """One session of training; the arguments are those of ``train``.
 
     Attributes:
-        step_batches: This process's share of the step that is being made, for an error message.
+        step_batches: This process's batches of the step that is being made, for an error message.
         traces: The compiled functions of the session.
     """
 
@@ -255,13 +255,13 @@ class TrainLoop:
         )
 
     def read_batches(self, number: int) -> None:
-        """Read this process's share of the batches of a step."""
+        """Read this process's rows of the batches of a step."""
         numbers = batches_of_step(number, self.state.schedule)
-        shares = [self.state.batches.rows_of(n)[self.world.share] for n in numbers]
+        parts = [self.state.batches.rows_of(n)[self.world.row_slice] for n in numbers]
 
         # An uneven batch leaves some processes without rows. The list is changed in place, because
         # ``explain_failure`` reads it.
-        self.step_batches[:] = [self.state.batches.collate(share) for share in shares if share]
+        self.step_batches[:] = [self.state.batches.collate(rows) for rows in parts if rows]
         if not self._compiled:
             self.step_batches[:] = map(trimmed, self.step_batches)
         self._shapes.update((each.tokens.shape, each.targets.shape) for each in self.step_batches)

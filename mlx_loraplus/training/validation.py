@@ -52,7 +52,7 @@ def score(
 
     # Sum the loss, the correct tokens and all tokens over this process's batches.
     total, tokens = mx.zeros(2), 0
-    for batch in in_order(examples, size, world.share):
+    for batch in in_order(examples, size, world.row_slice):
         arrays = arrays_of(batch if on_gpu() else trimmed(batch))
         total = total + score_batch(model, *arrays)
         world.compute(total)

@@ -29,9 +29,9 @@ compared with those of mlx-lm's own layers and full logits, with checkpointing, 
 
 On a Mac, `rwkv7` is refused before training, because mlx-lm computes it with a Metal kernel that has no gradient.
 
-- **correct**: every stage gives the numbers that it must;
+- **correct**: every stage gives the right results;
 - **refused**: a stage is refused, and the program says why in one line; if that stage is a fuse, the model trains;
-- **faulty**: a stage named here gives a wrong number or an error.
+- **faulty**: a stage named here gives a wrong result or an error.
 
 {counts}
 

@@ -35,7 +35,9 @@ def table(result: dict[str, Any], kinds: Sequence[str]) -> str:
         case = Counter(cases[name])
         often = counts.format_map(case) if cases[name] else "not tried here"
         lines.append(f"| {label} | {often} | {case['runs']} | {case['equal']} |")
-    return "\n".join([*lines, "", LEGEND, "", f"{result['minutes']} minutes; {source_line(result)}", ""])
+    return "\n".join(
+        [*lines, "", LEGEND, "", f"{result['minutes']} minutes; {source_line(result)}", ""]
+    )
 
 
 def write_table(result: dict[str, Any], kinds: Sequence[str]) -> None:

@@ -236,7 +236,10 @@ def measure(processes: int) -> list[float]:
 def scaling_table(result: dict[str, Any]) -> str:
     """Return the speeds of 2, 4, 8 and 16 Macs, and the number at which each still does half its work."""
     ways = list(result["links"])
-    lines = [f"| what trains | sent per step | {' | '.join(ways)} |", "|---|--:|" + "--:|" * len(ways)]
+    lines = [
+        f"| what trains | sent per step | {' | '.join(ways)} |",
+        "|---|--:|" + "--:|" * len(ways),
+    ]
     for name, case in result["cases"].items():
         sent = case["gradients"] + case["messages"] * case["activations"]
         cells = []

@@ -194,7 +194,7 @@ def test_an_adapter_with_numbers_that_are_not_finite_is_refused(
     mx.eval(weights)
     mx.save_safetensors(str(saved / "adapters.safetensors"), weights)
     model = tiny("llama")
-    with pytest.raises(AdapterError, match=r"is damaged: .* holds numbers that are not finite"):
+    with pytest.raises(AdapterError, match=r"is damaged: .* holds values that are not finite"):
         load_adapter(model, saved)
     assert not find_adapters(model)
 
@@ -223,8 +223,8 @@ def test_an_adapter_that_lost_a_layer_is_incomplete(tiny: TinyModel, saved: Path
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda array: array.astype(np.int32), "holds int32 numbers, which are no weights"),
-        (lambda array: array > 0, "holds bool numbers, which are no weights"),
+        (lambda array: array.astype(np.int32), "holds int32 values, which are no weights"),
+        (lambda array: array > 0, "holds bool values, which are no weights"),
         (lambda array: array.astype(np.float64), "is stored in the type F64, which MLX can't read"),
     ],
 )

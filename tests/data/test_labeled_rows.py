@@ -76,9 +76,9 @@ def test_fields_name_the_columns():
         (PLAIN | {"completion": " "}, "'completion' is empty"),
         (
             PLAIN | {"label": None},
-            "'label' is null .* a row of kind completion suits --objective sft",
+            "'label' is null .* a completion row suits --objective sft",
         ),
-        ({"messages": [USER, GOOD]}, "a row of kind chat suits --objective sft"),
+        ({"messages": [USER, GOOD]}, "a chat row suits --objective sft"),
         (
             {"prompt": "a", "chosen": "b", "rejected": "c"},
             "a row with chosen and rejected suits --objective dpo, ipo, orpo or simpo",

@@ -71,8 +71,8 @@ def test_all_ways_to_train_and_validate_have_few_shapes_and_little_padding(
     # Small sets; each of two processes; packed rows.
     found = {
         "alone": counts_of(Batches(rows, batch_size, 0)),
-        "first of two": counts_of(Batches(rows, batch_size, 0, shares=2), slice(0, None, 2)),
-        "second of two": counts_of(Batches(rows, batch_size, 0, shares=2), slice(1, None, 2)),
+        "first of two": counts_of(Batches(rows, batch_size, 0, processes=2), slice(0, None, 2)),
+        "second of two": counts_of(Batches(rows, batch_size, 0, processes=2), slice(1, None, 2)),
         "packed": counts_of(PackedBatches(rows, batch_size, 0, max_length=2048)),
         "packed, one row": counts_of(PackedBatches(rows, 1, 0, max_length=2048)),
     }

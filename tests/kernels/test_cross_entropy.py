@@ -144,14 +144,14 @@ def test_a_head_in_half_precision_is_found_in_float32(tiny: TinyModel):
 def test_too_many_logits_for_a_gpu_are_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch):
     """Arrays of 2^31 numbers break on Metal; a model whose head is not found has the most."""
     model, arrays = tiny("llama"), arrays_of(BATCH)
-    monkeypatch.setattr(cross_entropy, "MOST_NUMBERS", 2 * 16 * 128)
+    monkeypatch.setattr(cross_entropy, "MOST_ELEMENTS", 2 * 16 * 128)
     functions = (make_loss(None), make_score(None), make_log_probs(None))
     for function in functions:
         function(model, *arrays)
     monkeypatch.setattr(cross_entropy, "on_gpu", lambda: True)
     for function in functions:
         function(model, *arrays)
-    monkeypatch.setattr(cross_entropy, "MOST_NUMBERS", 2 * 16 * 128 - 1)
+    monkeypatch.setattr(cross_entropy, "MOST_ELEMENTS", 2 * 16 * 128 - 1)
     for function in functions:
         with pytest.raises(ConfigError, match="2 rows x 16 tokens needs an array of 4,096 logits"):
             function(model, *arrays)

@@ -55,7 +55,7 @@ def test_an_array_on_a_gpu_has_fewer_than_2_to_31_numbers():
         "llama-3.1-8b does not fit: 64 rows x 4,096 tokens need an array of 3,758,096,384"
         in message
     )
-    assert "3,758,096,384 numbers, but on a GPU an array has at most 2,147,483,647" in message
+    assert "3,758,096,384 elements, but on a GPU an array has at most 2,147,483,647" in message
     assert "--batch-size 32 --grad-accumulation-steps 2 (learns the same)" in message
     assert mac.most_rows(4096) == 36
 

@@ -21,7 +21,7 @@ from tests.models.test_layer_kinds import REMOVED, changed
         (
             "llama",
             {"model_type": "llama9"},
-            "mlx-lm has no models of the kind 'llama9': use a newer",
+            "mlx-lm has no models of type 'llama9': use a newer",
         ),
         ("llama", {"rope_theta": [3]}, r"has rope_theta \[3\], where mlx-lm's llama expects a nu"),
         ("gemma3_text", {"query_pre_attn_scalar": None}, "query_pre_attn_scalar null, where"),

@@ -43,9 +43,9 @@ def test_the_scales_of_a_quantized_layer_are_blamed():
 @pytest.mark.parametrize(
     ("count", "told"),
     [
-        (1, "layers.0.weight holds infinite numbers: get"),
-        (2, "layers.0.weight holds infinite numbers, as 1 other array does: get"),
-        (4, "layers.0.weight holds infinite numbers, as 3 other arrays do: get"),
+        (1, "layers.0.weight holds infinite values: get"),
+        (2, "layers.0.weight holds infinite values, as 1 other array does: get"),
+        (4, "layers.0.weight holds infinite values, as 3 other arrays do: get"),
     ],
 )
 def test_arrays_that_are_damaged_alike_are_counted(count: int, told: str):

@@ -60,7 +60,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "llama",
         {"tokenizer.ggml.model": "bert"},
         {},
-        "tokenizer is of the kind 'bert'; allowed are 'llama', 'gpt2' and 'gemma4'",
+        "tokenizer is of type 'bert'; allowed are 'llama', 'gpt2' and 'gemma4'",
     ),
     ("llama", {"tokenizer.ggml.model": "gpt2"}, {}, r"tokenizer\.ggml\.merges is missing"),
     (

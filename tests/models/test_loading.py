@@ -73,7 +73,7 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         (lambda config: config.pop("model_type"), "has no model_type"),
         (
             lambda config: config.update(model_type="abacus"),
-            "mlx-lm has no models of the kind 'abacus'",
+            "mlx-lm has no models of type 'abacus'",
         ),
         (
             lambda config: config.update(num_hidden_layers=1),

@@ -30,7 +30,7 @@ def test_known_families_that_cannot_be_trained_name_the_nearest(tmp_path: Path):
 
 
 def test_unknown_families_name_their_relatives(tmp_path: Path):
-    with pytest.raises(ml.ModelError, match=r"of the kind 'qwen9', .*: qwen3-0.6b, qwen3-1.7b, "):
+    with pytest.raises(ml.ModelError, match=r"of type 'qwen9', .*: qwen3-0.6b, qwen3-1.7b, "):
         check_trainable(folder_of("qwen9", tmp_path))
     with pytest.raises(ml.ModelError, match="such as gemma-3 or gemma-4"):
         check_trainable(folder_of("whisper", tmp_path))
@@ -39,7 +39,7 @@ def test_unknown_families_name_their_relatives(tmp_path: Path):
 def test_a_package_that_mlx_lm_needs_is_named_before_any_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(ml.ModelError, match=r"kind olmo: To run olmo .*pip install ai2-olmo"):
+    with pytest.raises(ml.ModelError, match=r"type olmo: To run olmo .*pip install ai2-olmo"):
         check_trainable(folder_of("olmo", tmp_path))
     assert capsys.readouterr().out == ""
 
@@ -51,7 +51,7 @@ def test_train_says_so_before_anything_else(
     with pytest.raises(SystemExit) as stop:
         train_main(["--model", folder_of("whisper", tmp_path), "--data", "nowhere"])
     assert stop.value.code == 2
-    assert "no models of the kind 'whisper'" in capsys.readouterr().err
+    assert "no models of type 'whisper'" in capsys.readouterr().err
 
 
 def test_models_that_can_be_trained_pass(tmp_path: Path):

@@ -80,7 +80,7 @@ def test_what_is_found(tmp_path: Path):
             "train: 5 rows, 31 tokens, 21 supervised; 1 row dropped (nothing to train on in their"
             " first 16 tokens); 1 bad"
         ),
-        "kinds: 4 completion, 1 text",
+        "formats: 4 completion, 1 text",
         "learned: 67.7% of the tokens",
         "bad: train.jsonl:7: no known field",
         "long: train.jsonl:5 (22 tokens, dropped)",

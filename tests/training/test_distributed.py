@@ -366,5 +366,5 @@ def test_a_single_process_sends_and_copies_nothing():
     assert alone.sum_shards(tree) is tree
     assert alone.any_rank([True, False]) == [True, False]
     assert alone.gather("x") == ["x"]
-    assert (alone.is_main, alone.share, alone.data_shards) == (True, slice(0, None, 1), 1)
+    assert (alone.is_main, alone.row_slice, alone.data_shards) == (True, slice(0, None, 1), 1)
     assert split_by_size([3, 3, 9, 1, 1], 6) == [(0, 2), (2, 3), (3, 5)]

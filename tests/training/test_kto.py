@@ -250,5 +250,5 @@ def test_the_dry_run_shows_the_labels(place: Place, capsys: pytest.CaptureFixtur
     words = ["--model", str(place.folder / "model"), "--data", str(place.folder / "data")]
     main([*words, "--objective", "kto", "--dry-run", "--adapter-path", str(place.folder / "run")])
     shown = capsys.readouterr().out
-    for text in ("kinds: 12 desirable, 12 undesirable", "steps of 8 examples", "12 undesirable"):
+    for text in ("formats: 12 desirable, 12 undesirable", "steps of 8 examples", "12 undesirable"):
         assert text in shown, shown

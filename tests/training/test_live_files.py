@@ -39,7 +39,7 @@ def test_files_are_current_after_every_event(place: Place):
 
 def test_the_page_has_every_report_and_validation(place: Place, monkeypatch: pytest.MonkeyPatch):
     """It is written again at each, while that takes at most its share of the time."""
-    monkeypatch.setattr(live_files, "REPORT_SHARE", math.inf)
+    monkeypatch.setattr(live_files, "REPORT_FRACTION", math.inf)
     pages: list[bytes] = []
 
     def look(run: ml.Run, event: Event) -> None:

@@ -356,7 +356,7 @@ def test_the_dry_run_shows_pairs(place: Place, capsys: pytest.CaptureFixture[str
     main([*words, "--objective", "dpo", "--dry-run", "--adapter-path", str(place.folder / "run")])
     shown = capsys.readouterr().out
     for text in (
-        "kinds: 24 preference",
+        "formats: 24 preference",
         "steps of 8 pairs",
         "rejected answers",
         "of up to 8 pairs",

@@ -93,8 +93,8 @@ def test_a_model_that_computes_nan_is_refused(tiny: TinyModel):
     ("name", "value", "told"),
     [
         ("model.layers.1.mlp.up_proj", mx.nan, "holds NaN"),
-        ("model.norm", mx.inf, "holds infinite numbers"),
-        ("model.layers.0.self_attn.v_proj", 1e30, r"holds numbers above 1e\+12"),
+        ("model.norm", mx.inf, "holds infinite values"),
+        ("model.layers.0.self_attn.v_proj", 1e30, r"holds values above 1e\+12"),
         ("lm_head", 0.0, "holds only zeros"),
         ("model.embed_tokens", 0.0, "holds only zeros"),
     ],

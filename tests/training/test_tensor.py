@@ -169,7 +169,7 @@ def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict
     ("name", "words"),
     [
         ("one key head", "can't be sharded over 2 processes: it has 1 key head"),
-        ("cohere", "models of the kind cohere can't be sharded"),
+        ("cohere", "models of type cohere can't be sharded"),
         ("experts", "models with experts"),
         ("few groups", "down_proj has 3 groups of 32 inputs"),
         ("dora", "adapter dora does not work with parallel tensor"),

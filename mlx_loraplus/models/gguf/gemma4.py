@@ -98,13 +98,13 @@ def gemma4_settings(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[st
 
 def _rope_parameters(numbers: MetadataNumbers, config: dict[str, Any]) -> dict[str, Any]:
     """Return the rotary settings of both kinds of layers."""
-    # Find the share of a head that is rotated. Its frequencies have a divisor of 1.
+    # Find the fraction of a head that is rotated. Its frequencies have a divisor of 1.
     rotated = 0.0
     if LLAMA3_TENSOR in numbers.file.tensors:
         divisors = numbers.file.read(LLAMA3_TENSOR).reshape(-1)
-        share = float((divisors == 1).mean())
-        if np.array_equal(divisors, proportional_divisors(config["global_head_dim"], share)):
-            rotated = share
+        fraction = float((divisors == 1).mean())
+        if np.array_equal(divisors, proportional_divisors(config["global_head_dim"], fraction)):
+            rotated = fraction
     if not rotated:
         numbers.problems.append(
             f"its RoPE frequencies ({LLAMA3_TENSOR}) are not those of a Gemma 4"

@@ -137,5 +137,5 @@ def _check_heads(numbers: MetadataNumbers, config: dict[str, Any]) -> None:
     has_experts = "expert_count" in architecture.numbers.values()
     if numbers.file.metadata.get(f"{architecture.name}.expert_count") and not has_experts:
         numbers.problems.append(
-            "it is a mixture of experts; only dense models of its kind can be converted"
+            "it is a mixture of experts; only dense models of its architecture can be converted"
         )

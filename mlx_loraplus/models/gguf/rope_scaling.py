@@ -226,7 +226,7 @@ def proportional_divisors(head_dim: int, rotated: float) -> np.ndarray:
 
     Args:
         head_dim: The size of a head.
-        rotated: The share of the head that is rotated; the rest has divisors of 1e30.
+        rotated: The fraction of the head that is rotated; the rest has divisors of 1e30.
     """
     count = int(head_dim * rotated) // 2
     return np.array([1.0] * count + [_NOT_ROTATED] * (head_dim // 2 - count), np.float32)

@@ -66,7 +66,7 @@ def write_tokenizer(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
         tokenizer = _byte_level(metadata, tokens)
     else:
         raise ModelError(
-            f"its tokenizer is of the kind {kind!r:.40}; allowed are 'llama', 'gpt2' and 'gemma4'"
+            f"its tokenizer is of type {kind!r:.40}; allowed are 'llama', 'gpt2' and 'gemma4'"
         )
 
     # Add the tokens that are matched whole, and the tokens around each text.

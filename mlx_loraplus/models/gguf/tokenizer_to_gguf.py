@@ -38,7 +38,7 @@ def add_tokenizer(writer: GGUFWriter, tokenizer: TokenizerWrapper, size: int) ->
     model = backend["model"]
     if model["type"] != "BPE":
         raise ModelError(
-            f"its tokenizer is of the kind {model['type']}, which can't be written to GGUF here;"
+            f"its tokenizer is of type {model['type']}, which can't be written to GGUF here;"
             " allowed is BPE"
         )
 
