@@ -21,8 +21,8 @@ start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions;
 report        loss (mean since the last report), grad_norm (the largest, before clipping), rate_a,
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (fraction), seconds, tokens_per_second (useful ones), peak_memory_gb,
-              active_memory_gb, cache_memory_gb, shapes (traced so far); norm_a, norm_b, norm_change:
-              ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
+              active_memory_gb, cache_memory_gb, shapes (traced so far); norm_a, norm_b,
+              norm_change: ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
               rewards_rejected, reward_margin, reward_accuracy (fraction of pairs with a positive
               margin; with kto, of desirable answers above the KL estimate and of undesirable ones
               below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with

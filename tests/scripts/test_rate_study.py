@@ -165,7 +165,9 @@ def test_a_search_is_shown_beside_the_short_grid_of_its_case():
     }
     table = short_grids_table([line, line | {"setup": setup | {"init": "pissa"}}], "range test")
     row = table.splitlines()[2].split("|")
-    assert len(table.splitlines()) == 4  # there is no short grid for PiSSA
+    assert (
+        sum(line.startswith("|") for line in table.splitlines()) == 4
+    )  # there is no short grid for PiSSA
     best, critical, ratio, default = map(float, row[2:6])
     assert 2.15e-4 < best < 1e-3
     assert ratio == pytest.approx(critical / best, rel=0.05)
