@@ -22,11 +22,12 @@ report        loss (mean since the last report), grad_norm (the largest, before 
               rate_b and the rates of other groups, supervised_tokens, useful_tokens, padding
               (fraction), seconds, tokens_per_second (useful ones), peak_memory_gb,
               active_memory_gb, cache_memory_gb, shapes (traced so far); norm_a, norm_b,
-              norm_change: ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ of each module; with preferences also rewards_chosen,
-              rewards_rejected, reward_margin, reward_accuracy (fraction of pairs with a positive
-              margin; with kto, of desirable answers above the KL estimate and of undesirable ones
-              below it), logp_chosen and logp_rejected (means), with kto kl (the estimate), and with
-              pairs preferred (fraction of pairs whose chosen answer is more likely per token)
+              norm_change: ‖A‖, ‖B‖ and ‖s B A‖ / ‖W‖ of each module; with preferences also
+              rewards_chosen, rewards_rejected, reward_margin, reward_accuracy (fraction of pairs
+              with a positive margin; with kto, of desirable answers above the KL estimate and of
+              undesirable ones below it), logp_chosen and logp_rejected (means), with kto kl (the
+              estimate), and with pairs preferred (fraction of pairs whose chosen answer is more
+              likely per token)
 validation    valid_loss (null if it is not finite), valid_accuracy, valid_seconds; answers, one
               for each prompt (one that was cut ends with …), and answer_seconds; with
               preferences, those of a report instead of valid_accuracy, with valid_ before their
