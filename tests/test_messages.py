@@ -55,7 +55,7 @@ NOUNS = (
     "|minutes|scores|heads|embeddings|dimensions|pairs|experts|seeds|checkpoints|files|processes"
     "|lines|names|modules|chats|arrays|weights|parameters|strings"
 )
-NUMBER_BEFORE = re.compile(rf"^ (?:(?!in |of |needs )\w+ )?(?:{NOUNS})\b")
+NUMBER_BEFORE = re.compile(rf"^ (?:(?!in |of |needs |holds )\w+ )?(?:{NOUNS})\b")
 NOT_NUMBERS = {"role", "split", "folder", "row.kind", "form.form", "message['role']"}
 """Expressions whose values are words, as in "train rows"."""
 AT_LEAST_TWO = {

@@ -200,9 +200,10 @@ def _check_type(path: Path, name: str, dtype: str) -> None:
 def check_floating(path: Path, name: str, array: mx.array) -> None:
     """Raise ``AdapterError`` if a tensor of an adapter holds integers."""
     if not mx.issubdtype(array.dtype, mx.floating):
+        dtype = str(array.dtype).removeprefix("mlx.core.")
         raise AdapterError(
-            f"{path}: {name[:200]} holds {str(array.dtype).removeprefix('mlx.core.')} values,"
-            " which are no weights of an adapter; store it in float32, float16 or bfloat16"
+            f"{path}: {name[:200]} holds values of type {dtype}, which are no weights of an adapter;"
+            " store it in float32, float16 or bfloat16"
         )
 
 

@@ -99,7 +99,7 @@ def _assumptions(plan: "Plan") -> list[tuple[str, str]]:
             f"{gb(memory_plan.budget)}: nine tenths of what the machine has for a run, because the"
             " prediction may be off by a tenth",
         ),
-        ("adapter", f"{kind}: {memory_plan.sizes.trainable:,} parameters are trained"),
+        ("adapter", f"{kind}: {counted(memory_plan.sizes.trainable, 'trainable parameter')}"),
         ("optimizer", config.optimizer.optimizer),
         ("batch", f"{counted(plan.rows, 'row')} x {plan.length:,} tokens"),
         ("gradient checkpointing", "on" if is_checkpointed else "off"),

@@ -223,8 +223,8 @@ def test_an_adapter_that_lost_a_layer_is_incomplete(tiny: TinyModel, saved: Path
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda array: array.astype(np.int32), "holds int32 values, which are no weights"),
-        (lambda array: array > 0, "holds bool values, which are no weights"),
+        (lambda array: array.astype(np.int32), "holds values of type int32, which are no weights"),
+        (lambda array: array > 0, "holds values of type bool, which are no weights"),
         (lambda array: array.astype(np.float64), "is stored in the type F64, which MLX can't read"),
     ],
 )
