@@ -202,8 +202,8 @@ def check_floating(path: Path, name: str, array: mx.array) -> None:
     if not mx.issubdtype(array.dtype, mx.floating):
         dtype = str(array.dtype).removeprefix("mlx.core.")
         raise AdapterError(
-            f"{path}: {name[:200]} holds values of type {dtype}, which are no weights of an adapter;"
-            " store it in float32, float16 or bfloat16"
+            f"{path}: {name[:200]} holds values of type {dtype}, which are no weights of an"
+            " adapter; store it in float32, float16 or bfloat16"
         )
 
 
