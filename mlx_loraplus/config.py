@@ -134,7 +134,7 @@ class AdapterConfig:
     rslora: bool = False
     """Use s = alpha / sqrt(rank), so that large ranks learn as fast as small ones."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the adapter's inputs set to zero during training, in [0, 1)."""
+    """Fraction of the adapter's inputs set to zero during training, in [0, 1)."""
     target_modules: Annotated[Words, Field(min_length=1)] = ("all-linear",)
     """Modules that get an adapter: name suffixes (q_proj), full paths, or all-linear (the linear
     layers of all blocks)."""
@@ -217,7 +217,7 @@ class ObjectiveConfig:
     """Weight of the log-probabilities in the loss. Default: 0.1 for dpo, ipo and kto, 2 for
     simpo."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Share of dpo's pairs whose answers are assumed to be swapped, in [0, 0.5)."""
+    """Fraction of dpo's pairs whose answers are assumed to be swapped, in [0, 0.5)."""
     simpo_gamma: NotNegative | None = None
     """Margin of simpo between the rewards of the two answers. Default: 1."""
     orpo_lambda: Positive | None = None
@@ -273,7 +273,7 @@ class DataConfig:
     """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
     'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""
     valid_split: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Share of the training rows to validate on; --seed chooses them. Default: 0.1 if there is no
+    """Fraction of the training rows to validate on; --seed chooses them. Default: 0.1 if there is no
     valid file; 0 trains on all rows."""
     on_bad: Literal["error", "drop"] = "error"
     """Rows that can't be used: report them and stop (error), or drop and count them (drop)."""

@@ -32,7 +32,7 @@ class PackedBatches(Batches):
 
     Attributes:
         row_length: Tokens in a row, from ``choose_length``.
-        fill: Share of an epoch's tokens that are not padding.
+        fill: Fraction of an epoch's tokens that are not padding.
     """
 
     def __init__(

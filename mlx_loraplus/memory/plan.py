@@ -22,7 +22,7 @@ from .measured import MeasuredStep
 from .model_shapes import measure, stored_itemsize, weight_bytes
 from .trace_memory import all_traces
 
-# Share of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
+# Fraction of the budget that a plan uses. The prediction may be off by 10%, and MLX keeps freed
 # memory.
 ROOM = 0.9
 # A measured step lowers the prediction at most to this fraction.

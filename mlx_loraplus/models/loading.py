@@ -231,8 +231,8 @@ def check_quantized(model: nn.Module) -> None:
             if not mx.issubdtype(dtype, mx.floating):
                 raise ModelError(
                     f"its layer {path} holds values of type {dtype}, which are quantized in a way"
-                    " that mlx-lm does not know: use a version of the model in bfloat16, or one that"
-                    " mlx-lm has quantized"
+                    " that mlx-lm does not know: use a version of the model in bfloat16, or one"
+                    " that mlx-lm has quantized"
                 )
 
 

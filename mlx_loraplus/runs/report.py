@@ -152,7 +152,7 @@ _PREFERENCE_SERIES = (
         },
     ),
     _Series(
-        "Share of the validation data that is ranked right",
+        "Fraction of the validation data that is ranked right",
         {
             "valid_preferred": "chosen is more likely per token",
             "valid_reward_accuracy": "by reward",
@@ -188,7 +188,7 @@ def _finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _learning_section(run: Run) -> Section | None:
     """Answer whether the model is learning."""
-    series = [_Series("Share of next tokens predicted right", {"valid_accuracy": "accuracy"})]
+    series = [_Series("Fraction of next tokens predicted right", {"valid_accuracy": "accuracy"})]
     if run.config.objective.has_preferences:
         series = list(_PREFERENCE_SERIES)
     charts = _charts(run, series)
@@ -296,7 +296,7 @@ def _memory_section(run: Run) -> Section | None:
     series = [
         _Series("Memory, GB", memory),
         _Series("Speed, useful tokens a second", {"tokens_per_second": "tokens/s"}),
-        _Series("Share of tokens that are padding", {"padding": "padding"}),
+        _Series("Fraction of tokens that are padding", {"padding": "padding"}),
     ]
     reports = [event for event in run.history if "loss" in event]
     if not reports:

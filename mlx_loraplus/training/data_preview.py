@@ -64,7 +64,7 @@ class Epoch:
     Attributes:
         batches: Number of batches.
         shapes: Number of different (rows, length, targets) among them.
-        padding: Share of their tokens that is padding.
+        padding: Fraction of their tokens that is padding.
         useful_tokens: Number of their tokens, without padding.
     """
 

@@ -27,7 +27,7 @@ class EvalResult:
 
     Attributes:
         loss: Mean per token, in nats.
-        accuracy: Share of the tokens that the model ranks first.
+        accuracy: Fraction of the tokens that the model ranks first.
     """
 
     loss: float
