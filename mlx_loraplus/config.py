@@ -273,8 +273,8 @@ class DataConfig:
     """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
     'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""
     valid_split: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """Fraction of the training rows to validate on; --seed chooses them. Default: 0.1 if there is no
-    valid file; 0 trains on all rows."""
+    """Fraction of the training rows to validate on; --seed chooses them. Default: 0.1 if there is
+    no valid file; 0 trains on all rows."""
     on_bad: Literal["error", "drop"] = "error"
     """Rows that can't be used: report them and stop (error), or drop and count them (drop)."""
     on_long: Literal["truncate", "drop", "split", "error"] = "truncate"

@@ -6,7 +6,7 @@ from itertools import chain
 
 from ..errors import ConfigError, counted, join_problems, nearest
 from .field_templates import is_template, parse_template
-from .row_kinds import EXTRAS, KINDS
+from .row_kinds import OPTIONAL, REQUIRED
 
 # Fields that no template can write
 _NOT_TEXT = ("messages", "conversations", "tools", "label")
@@ -24,7 +24,7 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
         ConfigError: A pair has the wrong form, names an unknown field, or has a wrong template.
     """
     # List a field of several kinds only once.
-    known = list(dict.fromkeys(chain(*KINDS.values(), *EXTRAS.values())))
+    known = list(dict.fromkeys(chain(*REQUIRED.values(), *OPTIONAL.values())))
     known += ["chosen", "rejected", "label"]
 
     names: dict[str, str] = {}

@@ -12,7 +12,7 @@ from .messages import (
     parse_json,
     read_chat,
 )
-from .row_kinds import KINDS, Kind
+from .row_kinds import REQUIRED, Kind
 
 
 def find_chat(kind: Kind, fields: Mapping[str, Any]) -> Chat | None:
@@ -22,9 +22,9 @@ def find_chat(kind: Kind, fields: Mapping[str, Any]) -> Chat | None:
         BadRowError: The messages are not valid, or none of them can be trained on.
     """
     if kind in ("chat", "sharegpt"):
-        name = KINDS[kind][0]
+        name = REQUIRED[kind][0]
         chat = read_chat(fields[name], name)
-    elif kind == "completion" and any(_holds_messages(fields[name]) for name in KINDS[kind]):
+    elif kind == "completion" and any(_holds_messages(fields[name]) for name in REQUIRED[kind]):
         chat = _join_completion(fields)
     else:
         return None

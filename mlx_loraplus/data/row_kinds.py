@@ -28,7 +28,7 @@ Kind = Literal[
     "undesirable",
 ]
 
-KINDS: Mapping[Kind, tuple[str, ...]] = {
+REQUIRED: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("messages",),
     "sharegpt": ("conversations",),
     "completion": ("prompt", "completion"),
@@ -42,7 +42,7 @@ Rows of kind preference hold two answers; see ``preference_rows``. Rows of kind 
 undesirable hold an answer and its label; see ``labeled_rows``.
 """
 
-EXTRAS: Mapping[Kind, tuple[str, ...]] = {
+OPTIONAL: Mapping[Kind, tuple[str, ...]] = {
     "chat": ("tools", "system"),
     "sharegpt": ("tools", "system"),
     "completion": ("system",),
@@ -52,7 +52,9 @@ EXTRAS: Mapping[Kind, tuple[str, ...]] = {
 }
 """The fields that a row of each kind may have."""
 
-FORMATS = ", ".join(" + ".join(needed) for needed in KINDS.values()).replace(", text", ", or text")
+FORMATS = ", ".join(" + ".join(needed) for needed in REQUIRED.values()).replace(
+    ", text", ", or text"
+)
 """The fields of all kinds, for error messages."""
 
 PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
@@ -61,7 +63,7 @@ PAIR_FORMAT = "prompt + chosen + rejected, or chosen + rejected as chats"
 LABELED_FORMAT = "prompt + completion + label"
 """The fields of rows with an answer and its label, for error messages."""
 
-_NEEDED_FIELDS = frozenset(chain.from_iterable(KINDS.values()))
+_ALL_REQUIRED = frozenset(chain.from_iterable(REQUIRED.values()))
 _SHOWN_COLUMNS = 6  # maximum number of column names in an error message
 
 
@@ -92,16 +94,16 @@ def find_kind(
     chosen = _present(names, row)
     named = bool(chosen)
     columns = _present(_map_columns(row, names if named else {}), row)
-    kinds: list[Kind] = [kind for kind, needed in KINDS.items() if columns.keys() >= set(needed)]
+    kinds: list[Kind] = [kind for kind, needed in REQUIRED.items() if columns.keys() >= set(needed)]
 
     # If several kinds match, the fields that the user names decide.
-    matches = {kind: len(chosen.keys() & set(needed)) for kind, needed in KINDS.items()}
+    matches = {kind: len(chosen.keys() & set(needed)) for kind, needed in REQUIRED.items()}
     most = max(matches.values())
     if most:
         kinds = [kind for kind in kinds if matches[kind] == most]
 
     if len(kinds) > 1:
-        choice = " ".join(f"{field}={columns[field]}" for field in KINDS[kinds[0]])
+        choice = " ".join(f"{field}={columns[field]}" for field in REQUIRED[kinds[0]])
         raise BadRowError(
             f"fields of several row formats ({' and '.join(kinds)}): choose the columns, such as"
             f" --fields {choice}"
@@ -143,12 +145,12 @@ class KnownColumns:
     @property
     def needed(self) -> list[str]:
         """The columns that a row must have."""
-        return [self.columns[field] for field in KINDS[self.kind]]
+        return [self.columns[field] for field in REQUIRED[self.kind]]
 
     def fits(self, row: Mapping[str, Any]) -> bool:
         """Return whether a row has the required columns with suitable content."""
         # A row is ambiguous if it has a column that is a field of another kind.
-        if not row.keys().isdisjoint(_NEEDED_FIELDS.difference(self.needed)):
+        if not row.keys().isdisjoint(_ALL_REQUIRED.difference(self.needed)):
             return False
         is_right = is_chat if self.kind == "chat" else _is_string
         return all(is_right(row.get(column)) for column in self.needed)
@@ -229,7 +231,7 @@ def _explain(
 
     # Assume that the first kind with a field in the row is the intended one. Kinds with fields that
     # the user names come first.
-    by_chosen = sorted(KINDS.values(), key=lambda needed: -len(chosen.keys() & set(needed)))
+    by_chosen = sorted(REQUIRED.values(), key=lambda needed: -len(chosen.keys() & set(needed)))
     for needed in by_chosen:
         missing = [field for field in needed if field not in columns]
         if len(missing) == len(needed):
@@ -248,7 +250,7 @@ def _explain(
         partial = {name: columns.get(name, "") for name in needed}
         return f"no {field!r:.40} {found}{misspelled or advise(row, partial)}"
 
-    for needed in KINDS.values():
+    for needed in REQUIRED.values():
         if problem := describe_nulls([names.get(each, each) for each in needed], row, nulls):
             return problem
     return f"no known field {found}{misspelled or advise(row)}"

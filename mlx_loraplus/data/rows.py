@@ -26,7 +26,7 @@ from .field_templates import read_columns
 from .find_chat import chat_fields, find_chat
 from .ineffective_columns import check_switches
 from .messages import BadRowError, MissingFieldsError, check_type, is_chat, type_name
-from .row_kinds import EXTRAS, KINDS, Kind, find_kind
+from .row_kinds import OPTIONAL, REQUIRED, Kind, find_kind
 from .row_problems import RowProblems
 
 
@@ -120,7 +120,7 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     # The row's other columns are reported as unused. The fields that a row needs are those of the
     # kind that was found. The optional ones are those of its final kind: a completion may have
     # become a chat.
-    used = {found.columns.get(name) for name in (*KINDS[found.kind], *EXTRAS[kind])}
+    used = {found.columns.get(name) for name in (*REQUIRED[found.kind], *OPTIONAL[kind])}
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
     # A row with the weight 0 is refused, and columns such as input_ids are noted.
@@ -157,17 +157,17 @@ def _check_characters(fields: Mapping[str, Any]) -> None:
 def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """Return the common form of a row whose fields are plain strings."""
     texts: dict[str, str] = {}
-    for name in (*KINDS[kind], *EXTRAS[kind]):
+    for name in (*REQUIRED[kind], *OPTIONAL[kind]):
         texts[name] = check_type(fields.get(name, ""), str, repr(name))
 
-    answer_name = KINDS[kind][-1]
+    answer_name = REQUIRED[kind][-1]
     if not texts[answer_name].strip():
         raise BadRowError(f"{answer_name!r} is empty")
     if kind == "text":
         return texts
 
     # Alpaca's input follows the instruction, as in Alpaca's original prompt.
-    prompt = texts[KINDS[kind][0]]
+    prompt = texts[REQUIRED[kind][0]]
     alpaca_input = texts.get("input", "")
     if alpaca_input.strip():
         prompt = f"{prompt}\n\n{alpaca_input}" if prompt.strip() else alpaca_input

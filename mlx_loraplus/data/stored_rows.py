@@ -12,10 +12,10 @@ import numpy as np
 from .prefix_digests import LONGEST, text_digests
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
-from .row_kinds import KINDS
+from .row_kinds import REQUIRED
 from .rows import Row
 
-KIND_NAMES = (*KINDS, "preference", "desirable", "undesirable")
+KIND_NAMES = (*REQUIRED, "preference", "desirable", "undesirable")
 
 
 class StoredRow(NamedTuple):
