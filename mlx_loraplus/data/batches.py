@@ -56,7 +56,7 @@ class Batches:
     """The endless, seeded sequence of a run's batches; ``batches[n]`` is batch n of the run.
 
     The only state between batches is the order of the current epoch. To resume, a checkpoint
-    only needs n. On several machines, each machine can read its own rows of ``rows_of(n)``.
+    only needs n. Each process reads only its part of ``rows_of(n)``.
 
     Args:
         examples: The examples to train on.

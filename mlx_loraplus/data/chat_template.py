@@ -235,7 +235,7 @@ class ChatTemplate:
                 " before it that could serve as a prompt; remove that turn"
             )
 
-        # A prompt that opens a block has a place for thoughts: other forms of the chat use it.
+        # If the prompt opens a block of thoughts, they belong in it; another form puts them there.
         if thoughts and find_open_tags(prompt) is not None:
             raise UnsupervisableError("the prompt opens a block of thoughts")
 

@@ -24,7 +24,7 @@ class EncodingSettings:
         train_on: Which tokens are supervised.
         names: The column of each field, from the setting ``fields``.
         log: Called regularly with a line about the progress.
-        make: Makes the rows. The two examples of a row with two answers are adjacent.
+        make: Makes a ``Row`` of each raw row, such as ``rows.make_row``.
     """
 
     tokenizer: TokenizerWrapper

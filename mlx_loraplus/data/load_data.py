@@ -1,8 +1,8 @@
 """Load a run's data: the examples of each split, and reports on their rows.
 
-``sources`` finds the files, and ``readers`` reads their rows. ``rows`` and ``tokenize`` convert the
-rows to tokens, which ``dataset`` stores and ``long_rows`` limits in length. ``batches`` puts the
-examples together.
+``sources`` finds the files, and ``readers`` reads their rows. ``rows`` brings them into a common
+form, ``chat_writer`` renders chats, and ``tokenize`` encodes them. ``dataset`` stores the tokens,
+and ``long_rows`` limits their number. ``training/make_batches`` puts the examples together later.
 """
 
 from collections.abc import Callable, Sequence

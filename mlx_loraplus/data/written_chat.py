@@ -1,4 +1,4 @@
-"""A chat to write, and what the chat template makes of it."""
+"""Rows as text with the characters to train on, and chats before and after rendering."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

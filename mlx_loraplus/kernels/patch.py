@@ -3,7 +3,7 @@
 mlx-lm's models have no hook for this. Their attention is a module-level function of MLX, their
 gated delta rule one of mlx-lm, and the call of a block or an MLP is a method of its class.
 Therefore the contexts in this file replace these functions and give modules a subclass of their
-class. Besides, only ``inference/generate.py`` replaces a function of mlx-lm.
+class. Apart from this file, only ``inference/generate.py`` replaces a function of mlx-lm.
 
 Attention uses ``attention.py``, ``window_attention.py`` or MLX's own function, the gated delta rule
 uses ``delta_rule.py``, and gated MLPs use ``elementwise.py``. MLPs are not recognized by name

@@ -117,7 +117,7 @@ class RunWriter:
     def ending(self, outcome: Outcome) -> Generator[None]:
         """Record how the run ended, and write the plot and the report after the block.
 
-        Only a run that is complete is ``finished`` inside the block.
+        Inside the block, ``run.finished`` is already true if the run is complete.
 
         Raises:
             LoRAPlusError: On all processes, if no step took effect.

@@ -1,4 +1,4 @@
-"""The data that the phases of a run share."""
+"""What the phases of a run share: the run, its examples, its checkpoint, processes and outputs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -119,8 +119,8 @@ def train(
         stop_requested: Returns whether to stop after the step; from ``interruptible``.
 
     Returns:
-        Why the run ended. An interruption or the time limit causes no extra validation or report:
-        a resumed run has the history of an uninterrupted one.
+        Why the run ended. An interruption or the time limit causes no extra validation or report,
+        so that a resumed run gets the same history as an uninterrupted one.
 
     Raises:
         LoRAPlusError: Too many steps in a row were not finite.
