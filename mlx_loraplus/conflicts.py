@@ -51,8 +51,10 @@ def find_conflicts(
     if config.optimizer.optimizer == "muon" and only_vectors:
         problems.append("vera trains only vectors, which muon steps as adamw does: use adamw")
 
-    # Adapter, objective and data.
-    problems += adapter_conflicts(config.adapter, settings, defaults)
+    # Adapter, objective and data. The settings of an adapter that the run starts from are known
+    # once it is loaded, and ``resolve_config`` checks them then.
+    if config.resume_adapter_file is None or config.adapter.adapter == "full":
+        problems += adapter_conflicts(config.adapter, settings, defaults)
     problems += _objective_conflicts(config)
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):

@@ -17,6 +17,7 @@ from .excluded_layers import find_unusable, has_no_effect
 from .full import check_full, unfreeze_weights
 from .init import initialize
 from .lora import Adapter, LoRA, Projections
+from .made_with import record
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded
@@ -96,6 +97,7 @@ def attach_adapters(
 
     # Put them on the model. The summary gives each trainable parameter its LoRA+ group.
     put_adapters(model, adapters, trained)
+    record(model, config)
     return replace(trainable_summary(model, residuals), skipped=skipped)
 
 

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..config import AdapterConfig
 from .base_layers import EMBEDDINGS, EXPERTS, LINEARS, WHOLE, base_shape
 from .dropout import Dropout
 
@@ -72,6 +73,9 @@ class Adapter(nn.Module):
 
         # Whether the base belongs to the adapter and is saved with it, as after LoftQ.
         self.owns_base = False
+
+        # The settings that the adapter was made with; None if they are unknown.
+        self.made_with: AdapterConfig | None = None
 
     @classmethod
     def shapes(cls, base: Any, rank: int) -> dict[str, tuple[int, ...]]:

@@ -16,8 +16,10 @@ their shapes give the rank. Everything else comes from the config.
 - ``model`` names the base by a short name, a hub id or an absolute path, so that the user need not
   name it again.
 - ``base`` identifies the weights that the adapter was trained on. It is checked only against a
-  model with the same quantization; the same model quantized differently is accepted. Stock mlx-lm
-  ignores both keys.
+  model with the same quantization; the same model quantized differently is accepted.
+- ``made_with`` holds the settings that the adapter was made with; see ``made_with.py``.
+
+Stock mlx-lm ignores the last three keys.
 """
 
 import json
@@ -40,6 +42,7 @@ from .attach_saved import attach_saved
 from .base_layers import blocks_of, quantization
 from .full import trains_weights
 from .lora import Adapter, LoRA
+from .made_with import read_record, record, recorded_settings
 from .stored_files import (
     CONFIG,
     MODULES,
@@ -153,6 +156,9 @@ def _config_of(
     if name:
         config["model"] = lasting_name(name)
     config[PROMPT_FORMAT] = format_of(model).stored()
+    made_with = recorded_settings(first)
+    if made_with:
+        config["made_with"] = made_with
     return config
 
 
@@ -216,7 +222,9 @@ def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Modu
     check_is_adapter(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)
     learned = read_weights(folder / MODULES) if config.train_modules else {}
-    return attach_saved(model, config, read_weights(folder / weights), learned, folder)
+    attach_saved(model, config, read_weights(folder / weights), learned, folder)
+    record(model, read_record(config, folder))
+    return model
 
 
 def adapter_folder(path: str | Path) -> Path:

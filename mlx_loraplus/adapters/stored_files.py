@@ -82,6 +82,7 @@ class StoredConfig(pydantic.BaseModel):
     model: str | None = None
     train_modules: list[str] = []
     prompt_format: dict[str, Any] = {}
+    made_with: dict[str, Any] | None = None
 
 
 def adapter_files(path: Path) -> tuple[Path, str]:

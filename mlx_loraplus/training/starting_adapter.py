@@ -8,7 +8,8 @@ setting must equal the adapters' own setting; only dropout may be changed.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,21 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from ..adapters.dropout import Dropout
+from ..adapters.excluded_layers import find_unusable
 from ..adapters.lora import Adapter, LoRA
-from ..adapters.storage import adapter_folder, load_adapter
-from ..adapters.target_modules import find_targets, find_trained
+from ..adapters.made_with import (
+    SCALE,
+    SELECTION,
+    START,
+    possible_inits,
+    record,
+    recorded_settings,
+    recorded_start,
+    shown_start,
+)
+from ..adapters.storage import load_adapter
+from ..adapters.target_modules import choose_targets, find_trained
+from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import (
     TrainableParams,
     find_adapters,
@@ -26,6 +39,7 @@ from ..adapters.trainable import (
     trainable_summary,
 )
 from ..config import AdapterConfig, TrainConfig
+from ..conflicts import adapter_conflicts
 from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
 from ..runs.history import SETTINGS
@@ -33,10 +47,6 @@ from ..runs.progress import Log
 from ..settings import configure, read_settings, settings_of
 from .checkpoint import Checkpoint
 from .run_checks import check_fresh
-
-_SELECTION = ("target_modules", "num_layers")
-_SCALE = ("alpha", "rslora")
-_START = ("init", "quantize", "quantize_group_size", "loftq_iters", "svd")
 
 Settings = Mapping[str, Any]
 
@@ -48,12 +58,10 @@ class ExistingAdapters:
     Attributes:
         tuned: The model with the adapters.
         base: The model without them.
-        recorded: The adapter settings of the run that trained them; empty if they are unknown.
     """
 
     tuned: nn.Module
     base: nn.Module
-    recorded: dict[str, Any]
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -62,27 +70,50 @@ class ExistingAdapters:
 
     @property
     def first(self) -> Adapter:
-        """One of the adapters; all have the same kind, rank and scale."""
+        """One of the adapters; all have the same kind, start and scale."""
         return next(iter(self.adapters.values()))
 
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of the adapters, each once; adapters of other programs may have several."""
+        return sorted({_rank_of(adapter) for adapter in self.adapters.values()})
+
     def recorded_among(self, names: tuple[str, ...]) -> dict[str, Any]:
-        """Return the recorded settings among ``names``."""
-        return {name: self.recorded[name] for name in names if name in self.recorded}
+        """Return the settings among ``names`` that the adapters were made with, if recorded."""
+        recorded = recorded_settings(self.first)
+        return {name: recorded[name] for name in names if name in recorded}
 
     def selected_by(self, config: AdapterConfig) -> bool:
         """Return whether a config's targets select the adapted modules, and no others."""
         try:
-            targets = find_targets(self.base, config.target_modules, config.num_layers)
+            targets, _ = choose_targets(
+                self.base, config.target_modules, config.num_layers, self.ranks[-1], self.unusable
+            )
         except ConfigError:
             return False
         return targets.keys() == self.adapters.keys()
+
+    @cached_property
+    def unusable(self) -> Mapping[str, str]:
+        """Path → reason for the layers of the base that no adapter can replace."""
+        return {} if is_sharded(self.base) else find_unusable(self.base)
+
+    def trains(self, config: AdapterConfig) -> bool:
+        """Return whether a config's ``train_modules`` are the modules that train in full."""
+        named: Mapping[str, Any] = {}
+        if config.train_modules:
+            try:
+                named = find_trained(self.base, config.train_modules, config.num_layers)
+            except ConfigError:
+                return False
+        return named.keys() == find_fully_trained(self.tuned).keys()
 
     def scaled_by(self, config: AdapterConfig) -> bool:
         """Return whether a config's alpha and rslora give the adapters' scale s.
 
         s = alpha / rank, or alpha / √rank with rslora.
         """
-        rank = _rank_of(self.first)
+        rank = self.ranks[-1]
         divisor = math.sqrt(rank) if config.rslora else rank
         return math.isclose(config.alpha / divisor, self.first.scale, rel_tol=1e-6)
 
@@ -108,10 +139,11 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
     check_fresh(model, asked)
 
     # A resumed run takes its adapters from its own folder, even if it started from other adapters.
+    starts_from_existing = asked.resume_adapter_file is not None or bool(find_adapters(model))
     if asked.resume:
-        recorded = _recorded_settings(asked.adapter_path) if asked.resume_adapter_file else {}
+        recorded = _recorded_settings(asked.adapter_path) if starts_from_existing else {}
         return configure(TrainConfig, recorded | given)
-    if asked.resume_adapter_file is None and not find_adapters(model):
+    if not starts_from_existing:
         return configure(TrainConfig, given)
 
     existing = _find_existing(model, asked.resume_adapter_file)
@@ -119,17 +151,23 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
 
     # A selection or a scale that equals the adapters' own is as good as not given.
     own = settings_of(asked.adapter)
-    for name in (*_SELECTION, *_SCALE):
+    for name in (*SELECTION, *SCALE, "train_modules"):
         if name in given and _is_equal(own[name], theirs.get(name)):
             del given[name]
     _check_given(existing, asked.adapter, theirs, given)
 
     # Of settings that express the same thing, all come from the adapters, or none.
     inherited = {name: value for name, value in theirs.items() if name not in given}
-    for names in (_SELECTION, _SCALE):
+    for names in (SELECTION, SCALE):
         if not given.keys().isdisjoint(names):
             inherited |= {name: own[name] for name in names if name not in given}
-    return configure(TrainConfig, inherited | given)
+    if not given.keys().isdisjoint(SELECTION):
+        inherited["train_modules"] = list(find_fully_trained(existing.tuned))
+    config = configure(TrainConfig, inherited | given)
+    problems = adapter_conflicts(config.adapter, settings_of(config), settings_of(TrainConfig()))
+    if problems:
+        raise ConfigError(join_problems(problems))
+    return config
 
 
 def _is_equal(one: Any, other: Any) -> bool:
@@ -165,6 +203,7 @@ def continue_adapters(
     if saved is not None:
         load_adapter(model, saved)
     _set_dropout(model, config.adapter.dropout)
+    record(model, config.adapter)
     return trainable_summary(model)
 
 
@@ -180,13 +219,12 @@ def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> Existin
     if resume_adapter_file is not None:
         tuned = shared_copy(model)
         load_adapter(tuned, resume_adapter_file)
-        recorded = _recorded_settings(adapter_folder(resume_adapter_file))
-        return ExistingAdapters(tuned, model, recorded)
+        return ExistingAdapters(tuned, model)
 
     base = shared_copy(model)
     plain = [(path, adapter.base) for path, adapter in find_adapters(base).items()]
     base.update_modules(tree_unflatten(plain))
-    return ExistingAdapters(shared_copy(model), base, {})
+    return ExistingAdapters(shared_copy(model), base)
 
 
 def _recorded_settings(folder: str | Path) -> dict[str, Any]:
@@ -208,36 +246,32 @@ def _describe(existing: ExistingAdapters) -> dict[str, Any]:
     first = existing.first
     found: dict[str, Any] = {
         "adapter": first.kind,
-        "rank": _rank_of(first),
+        "rank": existing.ranks[-1],
         "dropout": first.dropout.p,
     }
 
     # How the adapters were initialized.
-    found |= existing.recorded_among(_START)
-    if isinstance(first, LoRA) and first.has_start:
-        found["init"] = "pissa"
-    elif first.owns_base and found.get("init") is None:
-        found["init"] = "loftq"
+    found |= recorded_start(first) or shown_start(first)
 
     # The scale.
-    scale = existing.recorded_among(_SCALE)
+    scale = existing.recorded_among(SCALE)
     if first.projections is None and not existing.scaled_by(AdapterConfig(**scale)):
-        scale = {"alpha": first.scale * _rank_of(first), "rslora": False}
+        scale = {"alpha": first.scale * existing.ranks[-1], "rslora": False}
     found |= scale
 
     # The adapted modules: the recorded selection or the default if it fits, else a list of paths.
     selection: dict[str, Any] = {"target_modules": list(existing.adapters), "num_layers": -1}
-    for candidate in (existing.recorded_among(_SELECTION), {}):
+    for candidate in (existing.recorded_among(SELECTION), {}):
         if existing.selected_by(AdapterConfig(**candidate)):
             selection = candidate
             break
     found |= selection
 
-    # The modules that are trained in full.
-    trained = list(find_fully_trained(existing.tuned))
-    if trained:
-        found["train_modules"] = trained
-    return found
+    # The modules that are trained in full: as recorded if that fits, else a list of paths.
+    recorded = existing.recorded_among(("train_modules",))
+    if not existing.trains(AdapterConfig(**selection | recorded)):
+        recorded = {"train_modules": list(find_fully_trained(existing.tuned))}
+    return found | recorded
 
 
 def _check_given(
@@ -249,31 +283,39 @@ def _check_given(
         ConfigError: Some differ; the message lists them all.
     """
     # Settings that are compared by their value.
-    defaults = settings_of(AdapterConfig())
-    names = [name for name in ("adapter", "rank", *_START) if name in given]
-    own = {name: theirs.get(name, defaults[name]) for name in names}
-    different = [name for name in names if getattr(asked, name) != own[name]]
+    different: list[str] = []
+    if "adapter" in given and asked.adapter != theirs["adapter"]:
+        different.append("adapter")
+    if "rank" in given and existing.ranks != [asked.rank]:
+        different.append("rank")
+    different += _find_different_start(existing, asked, theirs, given)
 
     # Scale and selection are compared by their effect. Projections have no scale.
-    scale = [name for name in _SCALE if name in given]
+    scale = [name for name in SCALE if name in given]
     has_scale = existing.first.projections is None
     if scale and has_scale and not existing.scaled_by(asked):
         different += scale
 
-    selection = [name for name in _SELECTION if name in given]
+    selection = [name for name in SELECTION if name in given]
     if selection and not existing.selected_by(asked):
         different += selection
 
-    if "train_modules" in given and not _trains_same(existing, asked):
+    num_layers = asked.num_layers if selection else theirs.get("num_layers", -1)
+    trained = replace(asked, num_layers=num_layers)
+    if "train_modules" in given and not existing.trains(trained):
         different.append("train_modules")
 
     # Report all that differ.
     if not different:
         return
+    defaults = settings_of(AdapterConfig())
     problems: list[str] = []
     for name in different:
         value = theirs.get(name, defaults[name])
-        problems.append(f"{name} {getattr(asked, name)} (theirs: {value!s:.80})")
+        if name == "rank":
+            value = " and ".join(map(str, existing.ranks))
+        shown = "none" if value is None else f"{value!s:.80}"
+        problems.append(f"{name} {getattr(asked, name)} (theirs: {shown})")
     raise ConfigError(
         "the run starts from adapters with other settings:"
         f" {join_problems(problems)}; leave these settings out to train the adapters further, or"
@@ -281,12 +323,29 @@ def _check_given(
     )
 
 
-def _trains_same(existing: ExistingAdapters, asked: AdapterConfig) -> bool:
-    """Return whether ``train_modules`` names the modules that are trained in full."""
-    wanted: Mapping[str, Any] = {}
-    if asked.train_modules:
-        wanted = find_trained(existing.base, asked.train_modules, asked.num_layers)
-    return wanted.keys() == find_fully_trained(existing.tuned).keys()
+def _find_different_start(
+    existing: ExistingAdapters, asked: AdapterConfig, theirs: Settings, given: Settings
+) -> list[str]:
+    """Return the given settings of the initialization that the adapters do not have.
+
+    If their own initialization is not recorded, any that their arrays allow is accepted. Settings
+    that the adapters' init does not use are left to ``adapter_conflicts``.
+    """
+    own = AdapterConfig(**{name: theirs[name] for name in START if name in theirs})
+    wanted = replace(own, **{name: getattr(asked, name) for name in START if name in given})
+    is_recorded = bool(recorded_start(existing.first))
+
+    different: list[str] = []
+    if wanted.init not in ([own.init] if is_recorded else possible_inits(existing.first)):
+        different.append("init")
+    if wanted.quantization != own.quantization:
+        names = ("quantize", "quantize_group_size")
+        different += [name for name in names if getattr(wanted, name) != getattr(own, name)]
+    if is_recorded and own.init == "loftq" and wanted.loftq_iters != own.loftq_iters:
+        different.append("loftq_iters")
+    if is_recorded and own.init in ("pissa", "loftq") and wanted.svd != own.svd:
+        different.append("svd")
+    return different
 
 
 def _rank_of(adapter: Adapter) -> int:
