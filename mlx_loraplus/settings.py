@@ -16,11 +16,11 @@ import yaml
 
 from .config import (
     KINDS,
-    LR_RATIO,
     OBJECTIVE_RATE_FACTORS,
     OLD_NAMES,
     RATES,
     AdapterConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
@@ -109,14 +109,14 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         return config
     adapter = _fill_rank(config.adapter)
     config = dataclasses.replace(config, adapter=adapter)
-    optimizer = _fill_rates(config.optimizer, _rate_at_one(config), KINDS[adapter.adapter].lr_ratio)
+    optimizer = fill_rates(config.optimizer, adapter, config.objective)
     return dataclasses.replace(config, optimizer=optimizer)
 
 
 def default_rate(config: TrainConfig) -> float:
     """Return the default eta for a run's adapter, objective and lambda."""
-    ratio = config.optimizer.lr_ratio or KINDS[config.adapter.adapter].lr_ratio
-    return _rounded(_rate_at_one(config) / math.sqrt(ratio))
+    unset = dataclasses.replace(config.optimizer, learning_rate=None)
+    return fill_rates(unset, config.adapter, config.objective).learning_rate
 
 
 def replace_auto_rate(config: TrainConfig) -> TrainConfig:
@@ -161,7 +161,7 @@ def checked(config: Part) -> Part:
     """
     part = _validated(type(config), dataclasses.asdict(config), [])
     if isinstance(part, OptimizerConfig):
-        return _fill_rates(part, RATES["init1"], LR_RATIO)
+        return fill_rates(part, AdapterConfig())
 
     problems = adapter_conflicts(part, settings_of(part), settings_of(TrainConfig()))
     if problems:
@@ -192,17 +192,17 @@ def _fill_rank(config: AdapterConfig) -> AdapterConfig:
     return dataclasses.replace(config, rank=KINDS[config.adapter].rank)
 
 
-def _rate_at_one(config: TrainConfig) -> float:
-    """Return a run's default eta at lambda 1."""
-    rate = KINDS[config.adapter.adapter].rate or RATES[config.adapter.init]
-    return rate * OBJECTIVE_RATE_FACTORS.get(config.objective.objective, 1.0)
-
-
-def _fill_rates(
-    config: OptimizerConfig, rate_at_one: float, default_ratio: float
+def fill_rates(
+    config: OptimizerConfig,
+    adapter: AdapterConfig,
+    objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  it is frozen
 ) -> OptimizerConfig:
-    """Fill in lambda and eta; ``rate_at_one`` is the default eta at lambda 1."""
-    ratio = config.lr_ratio or default_ratio
+    """Fill in lambda and eta, whose defaults depend on the adapter and the objective."""
+    kind = KINDS[adapter.adapter]
+    rate_at_one = kind.rate or RATES[adapter.init]  # the default eta at lambda 1
+    rate_at_one *= OBJECTIVE_RATE_FACTORS.get(objective.objective, 1.0)
+
+    ratio = config.lr_ratio or kind.lr_ratio
     rate = config.learning_rate or _rounded(rate_at_one / math.sqrt(ratio))
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
 

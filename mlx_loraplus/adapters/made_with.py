@@ -14,6 +14,7 @@ from ..errors import ConfigError
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure, settings_of
 from .base_layers import quantization
+from .full import trains_weights
 from .lora import Adapter, LoRA
 from .stored_files import RUN_SETTINGS, StoredConfig
 from .trainable import find_adapters
@@ -89,6 +90,17 @@ def shown_start(adapter: Adapter) -> dict[str, Any]:
     if packing["mode"] != "affine":
         return start | {"quantize": packing["mode"]}
     return start | {"quantize": str(packing["bits"]), "quantize_group_size": packing["group_size"]}
+
+
+def trained_with(model: nn.Module) -> AdapterConfig:
+    """Return the adapter's kind and start that decide the default rates of a model."""
+    if trains_weights(model):
+        return AdapterConfig(adapter="full")
+    first = next(iter(find_adapters(model).values()), None)
+    if first is None:
+        return AdapterConfig()
+    kind: Any = first.kind
+    return AdapterConfig(adapter=kind, **(recorded_start(first) or shown_start(first)))
 
 
 def _packing(adapter: Adapter) -> dict[str, Any] | None:

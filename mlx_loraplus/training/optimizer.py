@@ -35,10 +35,11 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from ..adapters.made_with import trained_with
 from ..call_checks import types_checked
 from ..config import OptimizerConfig
 from ..errors import ConfigError, counted
-from ..settings import checked, fit_warmup
+from ..settings import checked, fill_rates, fit_warmup
 from .compensation import HALF_TYPES, narrowed, widened, zero_compensation
 from .joined_parameters import JoinedParameters
 from .schedule import rate_factor
@@ -64,7 +65,8 @@ class LoRAPlus:
     """Updates A, B and embedding adapters, each at its own rate.
 
     Args:
-        config: Update rule, rates, decay, schedule, clipping.
+        config: Update rule, rates, decay, schedule, clipping. ``init`` fills in the default rates,
+            which depend on the adapters.
         total_steps: Number of steps in the run. A falling schedule ends at this step.
 
     Example:
@@ -77,6 +79,7 @@ class LoRAPlus:
     def __init__(self, config: OptimizerConfig, total_steps: int):
         if total_steps < 1:
             raise ConfigError(f"total_steps is {total_steps}; allowed are 1 or more")
+        self._given = config
         self.config = fit_warmup(checked(config), total_steps)
         if self.config.learning_rate == "auto":
             raise ConfigError("learning_rate auto is found by finetune: give LoRAPlus a number")
@@ -105,6 +108,7 @@ class LoRAPlus:
         """
         parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
         _check_groups(parameters, groups)
+        self._fill_default_rates(model)
         if self.config.optimizer == "muon":
             _check_no_experts(parameters)
 
@@ -135,6 +139,18 @@ class LoRAPlus:
                 self._add(group, group, others, self.config.optimizer)
             if vectors:
                 self._add(f"{group}_vectors", group, vectors, rule_of_vectors)
+
+    def _fill_default_rates(self, model: nn.Module) -> None:
+        """Fill in the rates that were not given, as the adapters on the model need them."""
+        before = mx.array(self.config.learning_rate, mx.float32).item()
+        rates = fill_rates(self._given, trained_with(model))
+        self.config = replace(
+            self.config, learning_rate=rates.learning_rate, lr_ratio=rates.lr_ratio
+        )
+
+        # Keep a rate that was set after the optimizer was made.
+        if self.learning_rate == before:
+            self.learning_rate = rates.learning_rate
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_loraplus.config import OptimizerConfig
+from mlx_loraplus.adapters.attach import attach_adapters
+from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_loraplus.errors import ConfigError
+from mlx_loraplus.settings import configure
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.training.tiny_models import (
     OPTIMIZERS,
@@ -347,3 +349,30 @@ def test_every_setting_is_tried():
     assert {case[0] for case in marks[0].args[1]} == {
         field.name for field in dataclasses.fields(OptimizerConfig)
     }
+
+
+# --- default rates
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"init": "init2"}, {"init": "pissa"}, {"adapter": "dora"}, {"adapter": "vera"}, {"adapter": "full"}],
+)  # fmt: skip
+def test_default_rates_are_those_of_a_run_with_these_adapters(settings: dict[str, Any]):
+    model = tiny_llama(layers=1)
+    groups = attach_adapters(model, AdapterConfig(**settings)).groups
+    for given in ({}, {"lr_ratio": 1.0}, {"learning_rate": 3e-3}):
+        expected = configure(TrainConfig, settings | given).optimizer
+        optimizer = LoRAPlus(OptimizerConfig(**given), total_steps=STEPS)
+        optimizer.init(model, groups)
+        assert optimizer.learning_rate == pytest.approx(expected.learning_rate)
+        assert optimizer.config == dataclasses.replace(expected, warmup=0)
+
+
+def test_a_rate_that_was_set_before_init_stays():
+    model = tiny_llama(layers=1)
+    groups = attach_adapters(model, AdapterConfig(init="init2")).groups
+    optimizer = LoRAPlus(OptimizerConfig(), total_steps=STEPS)
+    optimizer.learning_rate = 7e-3
+    optimizer.init(model, groups)
+    assert optimizer.learning_rate == pytest.approx(7e-3)
