@@ -15,6 +15,7 @@ from tyro.conf import OmitArgPrefixes
 
 from .setting_types import (
     AdapterKind,
+    Alpha,
     Count,
     Length,
     Names,
@@ -128,7 +129,7 @@ class AdapterConfig:
     the best approximation of what quantizing W loses."""
     rank: Count | None = None
     """Rank r of A and B. Default: 8, or 256 for vera."""
-    alpha: Positive = 16.0
+    alpha: Alpha = 16.0
     """Scale numerator: the adapter's output is multiplied by s = alpha / rank. vera has no
     scale."""
     rslora: bool = False

@@ -18,6 +18,7 @@ _ODD_NUMBER = re.compile(
 )
 _UNITS = {"%": 0.01, "k": 1000}
 
+LARGEST_ALPHA = 1e9  # larger scales overflow float32
 _LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
 
 
@@ -163,6 +164,8 @@ NumLayers = Annotated[int, AfterValidator(_check_layers)]
 Warmup = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Count = Annotated[int, Field(ge=1, lt=_LIMIT)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Alpha = Annotated[float, Field(gt=0, le=LARGEST_ALPHA, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]

@@ -115,8 +115,7 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
 
 def default_rate(config: TrainConfig) -> float:
     """Return the default eta for a run's adapter, objective and lambda."""
-    unset = dataclasses.replace(config.optimizer, learning_rate=None)
-    return fill_rates(unset, config.adapter, config.objective).learning_rate
+    return _default_rate(config.optimizer, config.adapter, config.objective)
 
 
 def replace_auto_rate(config: TrainConfig) -> TrainConfig:
@@ -198,13 +197,19 @@ def fill_rates(
     objective: ObjectiveConfig = ObjectiveConfig(),  # noqa: B008  it is frozen
 ) -> OptimizerConfig:
     """Fill in lambda and eta, whose defaults depend on the adapter and the objective."""
-    kind = KINDS[adapter.adapter]
-    rate_at_one = kind.rate or RATES[adapter.init]  # the default eta at lambda 1
-    rate_at_one *= OBJECTIVE_RATE_FACTORS.get(objective.objective, 1.0)
-
-    ratio = config.lr_ratio or kind.lr_ratio
-    rate = config.learning_rate or _rounded(rate_at_one / math.sqrt(ratio))
+    ratio = config.lr_ratio or KINDS[adapter.adapter].lr_ratio
+    rate = config.learning_rate or _default_rate(config, adapter, objective)
     return dataclasses.replace(config, learning_rate=rate, lr_ratio=ratio)
+
+
+def _default_rate(
+    config: OptimizerConfig, adapter: AdapterConfig, objective: ObjectiveConfig
+) -> float:
+    """Return the default eta, c / sqrt(lambda)."""
+    kind = KINDS[adapter.adapter]
+    rate_at_one = kind.rate or RATES[adapter.init]
+    rate_at_one *= OBJECTIVE_RATE_FACTORS.get(objective.objective, 1.0)
+    return _rounded(rate_at_one / math.sqrt(config.lr_ratio or kind.lr_ratio))
 
 
 def _rounded(rate: float) -> float:

@@ -1,6 +1,5 @@
 """Combine weighted adapters on one base: W + Σ wᵢ (Wᵢ - W), where Wᵢ is W merged with adapter i."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from .storage import load_adapter
 from .trainable import find_adapters, find_fully_trained
 from .unfreeze import end_training, own_arrays
 
+LARGEST_WEIGHT = 1000.0
+
 
 class MergedAdapters(Adapter):
     """Several weighted adapters over one base, for inference and fusing.
@@ -29,6 +30,11 @@ class MergedAdapters(Adapter):
 
         # A tuple, so that MLX does not register the adapters as submodules.
         self._parts = tuple(zip(adapters, weights, strict=True))
+
+    @property
+    def parts(self) -> tuple[tuple[Adapter, float], ...]:
+        """The adapters and their weights."""
+        return self._parts
 
     def _combined(self, y: mx.array, *others: mx.array) -> mx.array:
         """Return y + Σ wᵢ (yᵢ - y)."""
@@ -65,7 +71,7 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
     """Return folder → weight, from words such as ``my_run`` and ``my_run:0.7``.
 
     Raises:
-        ConfigError: A weight is 0 or not finite, or a folder is given twice.
+        ConfigError: A weight is 0 or too large, or a folder is given twice.
     """
     found: dict[str, float] = {}
     places: set[Path] = set()
@@ -81,10 +87,12 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
             folder, weight = word, 1.0
 
         place = Path(folder).resolve()
-        if not math.isfinite(weight) or weight == 0 or place in places:
+        if place in places:
+            raise ConfigError(f"adapter_path {word!r}: give each folder once")
+        if not 0 < abs(weight) <= LARGEST_WEIGHT:
             raise ConfigError(
-                f"adapter_path {word!r}: give each folder once, with a weight other than 0, as"
-                f" {folder}:0.7"
+                f"adapter_path {word!r}: give a weight other than 0, of at most"
+                f" {LARGEST_WEIGHT:g}, as {folder}:0.7"
             )
         found[folder] = weight
         places.add(place)
@@ -117,7 +125,8 @@ def load_adapters(model: nn.Module, weights: dict[str, float]) -> nn.Module:
         adapters = find_adapters(model)
         if any(adapter.owns_base for adapter in adapters.values()):
             raise AdapterError(
-                f"{folder} brings its own quantized base (LoftQ): fuse it alone, without a weight"
+                f"{folder} brings its own quantized base (--quantize): fuse it alone, without a"
+                " weight"
             )
         for path, adapter in adapters.items():
             parts.setdefault(path, []).append((adapter, weight))

@@ -71,7 +71,7 @@ class Adapter(nn.Module):
         self.dropout = Dropout(dropout)
         self._projections: Any = None
 
-        # Whether the base belongs to the adapter and is saved with it, as after LoftQ.
+        # Whether the base belongs to the adapter and is saved with it, as with ``quantize``.
         self.owns_base = False
 
         # The settings that the adapter was made with; None if they are unknown.

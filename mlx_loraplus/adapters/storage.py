@@ -7,7 +7,7 @@ their shapes give the rank. Everything else comes from the config.
 
 - A PiSSA adapter is stored in the form of ``lora_matrices``, a LoRA of rank 2 r on the original
   model. If ``start_rank`` is set, the second half is the start.
-- If the adapter has its own quantized base (LoftQ), the base is stored with the adapter, as
+- If the adapter has its own quantized base (``quantize``), the base is stored with the adapter, as
   ``<path>.linear.weight`` and so on. Stock mlx-lm rejects these tensors. This is intended, because
   A and B are useless without that base.
 - VeRA's ``vera_d`` and ``vera_b`` are stored with the projections that all layers share. Stock

@@ -16,7 +16,7 @@ from ..errors import AdapterError, ConfigError, join_problems
 from ..files import read_bounded
 from ..models.known_models import MODELS
 from ..models.moved_run_paths import present_path, read_run_settings
-from ..setting_types import AdapterKind
+from ..setting_types import AdapterKind, Scale
 from ..userpaths import similar_paths
 
 WEIGHTS = "adapters.safetensors"
@@ -44,7 +44,7 @@ class LoRAParameters(pydantic.BaseModel):
     """
 
     rank: Annotated[int, Field(ge=1)] = 1
-    scale: Annotated[float, Field(allow_inf_nan=False)]
+    scale: Scale
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     keys: list[str] | None = None
 

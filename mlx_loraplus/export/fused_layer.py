@@ -19,6 +19,7 @@ from ..adapters.base_layers import (
     plain_layer,
     quantization,
 )
+from ..adapters.combined_adapters import MergedAdapters
 from ..adapters.lora import Adapter
 from ..errors import AdapterError, ModelError
 from .fuse_quality import LayerChange
@@ -156,8 +157,7 @@ class _LayerFuser:
 
         if not math.isfinite(change.ratio):
             raise AdapterError(
-                f"the change of {self.path} is not finite, because the training diverged: train"
-                " again with a lower learning rate"
+                f"the change of {self.path} is not finite: {_explain_overflow(self.adapter)}"
             )
         whole = {name: mx.concatenate(parts) for name, parts in pieces.items()}
         return _layer(self.base, whole, form), change
@@ -180,6 +180,24 @@ class _LayerFuser:
         if own.dtype == mx.float32:
             arrays = {name: _widened(array) for name, array in arrays.items()}
         return arrays
+
+
+def _explain_overflow(adapter: Adapter) -> str:
+    """Return why an adapter's change is not finite, and what to do."""
+    parts = adapter.parts if isinstance(adapter, MergedAdapters) else ((adapter, 1.0),)
+    arrays = [part[name] for part, _ in parts for name in part.groups]
+    sizes = [float(mx.abs(array).max().item()) for array in arrays]  # pyright: ignore[reportArgumentType]
+    factor = max(abs(weight * part.scale) for part, weight in parts)
+
+    found = "its adapter holds numbers that are not finite"
+    if all(math.isfinite(size) for size in sizes):
+        found = f"its adapter holds numbers up to {max(sizes):.2g}, multiplied by {factor:.2g}"
+        if max(sizes) < factor:
+            return f"{found}; use a smaller scale (alpha) or weight"
+    return (
+        f"{found}, as after a training that diverged; train again with a lower learning rate, or"
+        " use an earlier checkpoint"
+    )
 
 
 def _parts(base: Any, size: int) -> Iterator[slice]:

@@ -19,6 +19,7 @@ from pydantic import Field
 from ..adapters.base_layers import EXPERTS, base_shape
 from ..adapters.stored_files import check_floating
 from ..errors import AdapterError
+from ..setting_types import LARGEST_ALPHA, Scale
 from .transformers_names import EXPERT_NAMES, alternates_gate_and_up
 
 PREFIX = "base_model.model."
@@ -50,12 +51,12 @@ class PEFTConfig(pydantic.BaseModel):
 
     peft_type: Literal["LORA"]
     r: Annotated[int, Field(ge=1, le=1 << 20)]
-    lora_alpha: Annotated[float, Field(gt=1e-9, lt=1e9)]
+    lora_alpha: Annotated[float, Field(gt=1e-9, lt=LARGEST_ALPHA)]
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = None
-    alpha_pattern: dict[str, Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    alpha_pattern: dict[str, Scale] | None = None
     rank_pattern: dict[str, int] | None = None
     init_lora_weights: bool | str | None = True
     bias: Literal["none"] = "none"

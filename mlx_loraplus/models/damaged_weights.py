@@ -11,9 +11,11 @@ from mlx.utils import tree_flatten
 from ..errors import ModelError, counted
 from .weight_files import index_tensors
 
-_MAY_BE_ZERO = ("bias", "biases", "lora_b")
+_OF_ADAPTER = ("lora_a", "lora_b", "vera_d", "vera_b", "m")
 
-_WEIGHTS = (*_MAY_BE_ZERO, "weight", "scales", "lora_a", "m")
+_MAY_BE_ZERO = ("bias", "biases", *_OF_ADAPTER)
+
+_WEIGHTS = (*_MAY_BE_ZERO, "weight", "scales")
 """The names of learned arrays. Others, such as masks, may hold huge or infinite values."""
 
 _HUGE = 1e12
@@ -34,7 +36,6 @@ def describe_damage(model: nn.Module) -> str:
     arrays are damaged alike, the first in the model's order is named, with the number of the
     others.
     """
-    advice = "get the model again, or use another one"
     arrays: Any = tree_flatten(model.parameters())
     damaged: dict[str, list[str]] = {problem: [] for problem in _PROBLEMS}
     for name, array in arrays:
@@ -45,11 +46,23 @@ def describe_damage(model: nn.Module) -> str:
         if names:
             count, verb = len(names) - 1, "does" if len(names) == 2 else "do"
             others = f", as {counted(count, 'other array')} {verb}" if count else ""
-            return f"its array {_place_of(model, names[0])} {problem}{others}: {advice}"
+            found = f"its array {_place_of(model, names[0])} {problem}{others}"
+            if _is_of_adapter(names[0]):
+                return f"{found}: train the adapter again with a lower learning rate"
+            return f"{found}: get the model again, or use another one"
+
+    weights, advice = "its weights", "get the model again, or use another one"
+    if any(_is_of_adapter(name) for name, _ in arrays):
+        weights = "its weights or those of its adapter"
+        advice = "use it without the adapter; if it fails too, get the model again"
     return (
-        "its weights are damaged, too large for their type, or do not fit its config.json:"
-        f" {advice}"
+        f"{weights} are damaged, too large for their type, or do not fit its config.json: {advice}"
     )
+
+
+def _is_of_adapter(name: str) -> bool:
+    """Return whether an array belongs to an adapter, not to its base."""
+    return name.rpartition(".")[2] in _OF_ADAPTER
 
 
 def _problem_of(name: str, array: mx.array) -> str:

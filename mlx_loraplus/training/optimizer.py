@@ -142,15 +142,14 @@ class LoRAPlus:
 
     def _fill_default_rates(self, model: nn.Module) -> None:
         """Fill in the rates that were not given, as the adapters on the model need them."""
-        before = mx.array(self.config.learning_rate, mx.float32).item()
-        rates = fill_rates(self._given, trained_with(model))
-        self.config = replace(
-            self.config, learning_rate=rates.learning_rate, lr_ratio=rates.lr_ratio
-        )
+        before: Any = mx.array(self.config.learning_rate or 0.0, mx.float32)
+        filled = fill_rates(self._given, trained_with(model))
+        rate, ratio = filled.learning_rate, filled.lr_ratio
+        self.config = replace(self.config, learning_rate=rate, lr_ratio=ratio)
 
         # Keep a rate that was set after the optimizer was made.
-        if self.learning_rate == before:
-            self.learning_rate = rates.learning_rate
+        if rate is not None and self.learning_rate == before.item():
+            self.learning_rate = rate
 
     def _add(self, key: str, group: str, parameters: Mapping[str, mx.array], rule: str) -> None:
         """Create the state of some parameters of a group, and store it under ``key``."""

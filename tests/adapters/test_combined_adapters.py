@@ -88,7 +88,7 @@ def test_one_adapter_with_weight_one_is_loaded_unmerged(tiny: TinyModel, tmp_pat
 def test_an_adapter_with_its_own_base_is_refused(tiny: TinyModel, tmp_path: Path):
     write(tiny, "llama", tmp_path / "a", 1)
     write(tiny, "llama", tmp_path / "b", 2, init="loftq", quantize_group_size=32)
-    with pytest.raises(AdapterError, match=r"b brings its own quantized base \(LoftQ\)"):
+    with pytest.raises(AdapterError, match=r"b brings its own quantized base \(--quantize\)"):
         load_adapters(tiny("llama"), {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5})
 
 
@@ -104,8 +104,13 @@ def test_adapters_and_their_weights_are_parsed(tmp_path: Path):
         str(odd): 1,
     }
 
-    for words in (["a:0"], ["a:nan"], ["a", "a:0.5"], ["a:0.5", "./a/:0.5"]):
+    for words in (["a", "a:0.5"], ["a:0.5", "./a/:0.5"]):
         with pytest.raises(ConfigError, match="give each folder once"):
+            parse_adapters(words)
+    for words in (["a:0"], ["a:nan"], ["a:inf"], ["a:1e30"], ["a:-1001"]):
+        with pytest.raises(
+            ConfigError, match=r"give a weight other than 0, of at most 1000, as a:0\.7"
+        ):
             parse_adapters(words)
 
 

@@ -140,6 +140,10 @@ def test_a_truncated_file_raises(
             "lora_parameters.scale Input should be a finite number",
         ),
         (
+            '{"lora_parameters": {"scale": -1e10}}',
+            "lora_parameters.scale Input should be greater than or equal to -1000000000",
+        ),
+        (
             '{"lora_parameters": {"scale": 1, "dropout": 1}}',
             "lora_parameters.dropout Input should be less than 1",
         ),

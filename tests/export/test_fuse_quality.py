@@ -143,11 +143,22 @@ def test_loftq_fuses_over_its_own_base(tiny: TinyModel):
         assert off == pytest.approx(change.error * math.sqrt(change.sums[1]), rel=1e-3)
 
 
-def test_a_change_that_is_not_finite_is_refused(tiny: TinyModel):
+@pytest.mark.parametrize(
+    ("b", "scale", "reason"),
+    [
+        (math.nan, 2.0, "its adapter holds numbers that are not finite, as after a training that diverged"),
+        (1e30, 2.0, r"its adapter holds numbers up to 1e\+30, multiplied by 2, as after a training that diverged"),
+        (1.0, 1e30, r"its adapter holds numbers up to 1, multiplied by 1e\+30; use a smaller scale"),
+    ],
+)  # fmt: skip
+def test_a_change_that_is_not_finite_is_refused(
+    tiny: TinyModel, b: float, scale: float, reason: str
+):
     model = adapted(tiny, "llama", 0.1)
-    adapter = next(iter(find_adapters(model).values()))
-    adapter["lora_b"] = adapter["lora_b"] * math.nan
-    with pytest.raises(AdapterError, match=r"the change of .*_proj is not finite"):
+    for adapter in find_adapters(model).values():
+        adapter["lora_b"] = mx.full(adapter["lora_b"].shape, b)
+        adapter.scale = scale
+    with pytest.raises(AdapterError, match=rf"the change of .*_proj is not finite: {reason}"):
         fuse_adapter(model)
 
 

@@ -40,6 +40,18 @@ def test_the_scales_of_a_quantized_layer_are_blamed():
     assert describe_damage(model).startswith("its array head.scales holds only zeros: get")
 
 
+def test_an_adapter_is_not_blamed_as_the_model():
+    model: Any = Small()
+    model.linear.lora_a = mx.zeros((64, 4))  # as init2 starts
+    model.linear.lora_b = mx.ones((4, 64))
+    assert describe_damage(model).startswith("its weights or those of its adapter are damaged")
+    model.linear.lora_b = mx.full((4, 64), 1e30)
+    assert describe_damage(model) == (
+        "its array linear.lora_b holds numbers above 1e+12: train the adapter again with a lower"
+        " learning rate"
+    )
+
+
 @pytest.mark.parametrize(
     ("count", "told"),
     [
