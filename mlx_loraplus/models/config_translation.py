@@ -12,6 +12,7 @@ from mlx_lm.utils import load_config as mlx_lm_config
 from ..errors import ModelError
 from .activation_note import check_activation
 from .config_numbers import check_numbers
+from .layer_kind_names import check_kind_names
 from .layer_kinds import check_layer_settings, check_windows
 from .rope_magnitude import check_magnitude
 from .rope_parameters import TEXT_PARTS, check_rope, settings_read, text_part, with_older_rope
@@ -86,10 +87,11 @@ def for_mlx_lm(config: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ModelError: Two fields contradict each other, a size is not a positive number, a list has
-            no entry for some layer, or mlx-lm can't express the order of the layers.
+            no entry or an unknown kind for some layer, or mlx-lm can't express the layers' order.
     """
     check_numbers(config)
     check_layer_settings(config)
+    check_kind_names(config)
     made = with_older_rope(config)
     fields = _fields_of(made)
     text = next((made[name] for name in TEXT_PARTS if isinstance(made.get(name), dict)), {})
