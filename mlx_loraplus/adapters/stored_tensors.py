@@ -28,7 +28,7 @@ def group_tensors(
     """Return path → name → array of the adapters, and the shared projections, if any.
 
     Raises:
-        AdapterError: A tensor is missing or unknown.
+        AdapterError: A tensor is unknown, or an A is missing or has a wrong shape.
     """
     kind = config.fine_tune_type
     classes = layer_classes(kind).values()
@@ -52,17 +52,14 @@ def group_tensors(
             path, leaf = match.groups()
             layers.setdefault(path, {})[leaf] = array
 
-    # Each layer needs an A. With a PiSSA start, the rank of A is twice that of the start.
+    if unknown or not layers:
+        reason = f"{unknown[0][:200]} is not known" if unknown else "it is empty"
+        raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
+
+    # Each layer needs an A, which gives its rank.
     if "lora_a" in leaves:
         for path, arrays in layers.items():
-            if not _has_rank(arrays, config.start_rank):
-                unknown.append(f"{path}.lora_a")
-
-    if unknown or not layers:
-        reason = "it is empty"
-        if unknown:
-            reason = f"{unknown[0]} is unknown, missing or of the wrong rank"
-        raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
+            _check_rank(f"{path[:200]}.lora_a", arrays.get("lora_a"), config.start_rank, file)
     return layers, projections
 
 
@@ -80,12 +77,22 @@ def _stored_projections(weights: Mapping[str, mx.array], kind: str, file: Path) 
     return a.astype(mx.float32), b.astype(mx.float32)
 
 
-def _has_rank(arrays: Mapping[str, mx.array], start_rank: int | None) -> bool:
-    """Return whether A exists, and has a rank that matches a start of ``start_rank``."""
-    a = arrays.get("lora_a")
-    if a is None or a.ndim not in (2, 3) or not a.size:
-        return False
-    return start_rank is None or a.shape[1] == 2 * start_rank
+def _check_rank(name: str, a: mx.array | None, start_rank: int | None, file: Path) -> None:
+    """Check that an A exists, and has a rank that matches a start of ``start_rank``.
+
+    Raises:
+        AdapterError: It does not.
+    """
+    if a is None:
+        raise AdapterError(f"{file} is incomplete: {name} {MISSING}")
+    if a.ndim not in (2, 3) or not a.size:
+        raise AdapterError(f"{file} is damaged: {name} has shape {a.shape}, which has no rank")
+    # With a PiSSA start, the rank of A is twice that of the start.
+    if start_rank is not None and a.shape[1] != 2 * start_rank:
+        raise AdapterError(
+            f"{file} is damaged: {name} has rank {a.shape[1]}, but start_rank {start_rank} in"
+            f" adapter_config.json needs {2 * start_rank}"
+        )
 
 
 def stored_shapes(adapter: Adapter, config: StoredConfig) -> dict[str, tuple[int, ...]]:

@@ -146,6 +146,7 @@ def _load(
     from ..models.prompt_format import PROMPT_FORMAT, PromptFormat
     from .gguf_lora import load_gguf_lora
     from .peft import load_peft
+    from .peft_import_checks import find_unknown_settings
 
     source = find_model(name)
     if source.note:
@@ -157,6 +158,8 @@ def _load(
         return _Loaded(model, tokenizer, source, stored)
     attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
     attach(model, Path(config.adapter_path))
+    if config.from_ == "peft" and (note := find_unknown_settings(Path(config.adapter_path))):
+        log(note)
 
     # An adapter names its base, but what is published contains no local path.
     if config.to != "hub" or not Path(source.exact_name).exists():

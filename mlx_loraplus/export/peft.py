@@ -36,7 +36,7 @@ from .peft_experts import (
     names_by_parameter,
     stacked_rank,
 )
-from .peft_import_checks import CONFIG, check_peft_base, read_peft_config
+from .peft_import_checks import CONFIG, check_complete, check_peft_base, read_peft_config
 from .peft_import_tensors import (
     MAGNITUDE,
     PREFIX,
@@ -310,6 +310,7 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
 
     prefix = "language_model." if hasattr(model, "language_model") else ""
     check_peft_base(found, dict(model.named_modules()), prefix, folder)
+    check_complete(found, config, model, folder)
 
     # Attach it like an adapter in our own format.
     weights: dict[str, mx.array] = {}

@@ -8,11 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import pydantic
 
-from ..adapters.base_layers import EMBEDDINGS
+from ..adapters.base_layers import EMBEDDINGS, EXPERTS, LINEARS
 from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
 from ..adapters.stored_files import read_adapter_config
-from ..errors import AdapterError
+from ..adapters.stored_tensors import MISSING
+from ..errors import AdapterError, counted
 from .peft_import_tensors import PEFTConfig, StoredAdapter
+from .transformers_names import hub_path
 
 CONFIG = "adapter_config.json"
 
@@ -31,6 +33,13 @@ _UNREADABLE = (
     "bias", "fan_in_fan_out", "lora_bias", "layer_replication", "use_qalora",
     "trainable_token_indices", "megatron_config", "monteclora_config", "kasa_config",
     "arrow_config", "use_bdlora", "alora_invocation_tokens",
+)  # fmt: skip
+# Settings without an effect on an adapter that is stored, or whose effect the tensors show.
+_NEUTRAL = (
+    "auto_mapping", "base_model_name_or_path", "corda_config", "enable_lora", "ensure_weight_tying",
+    "eva_config", "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config",
+    "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision",
+    "runtime_config", "target_parameters", "task_type",
 )  # fmt: skip
 _NOT_MERGEABLE = ("lora_bias", "megatron_config", "arrow_config", "alora_invocation_tokens")
 _ROUNDING = 0.01  # of the largest weight, for a base that is stored in another type
@@ -113,9 +122,62 @@ def check_peft_base(
             )
 
 
+def check_complete(
+    found: StoredAdapter, config: PEFTConfig, model: nn.Module, folder: Path
+) -> None:
+    """Check that every layer that ``target_modules`` names has an adapter.
+
+    A name that layers of experts have is not checked: PEFT may adapt them alone.
+
+    Raises:
+        AdapterError: A layer has none.
+    """
+    prefix = "language_model." if hasattr(model, "language_model") else ""
+    kind = str(getattr(model, "model_type", ""))
+    plain: dict[str, str] = {}
+    of_experts: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, EXPERTS):
+            of_experts.add(path.rpartition(".")[2])
+        elif isinstance(module, (*LINEARS, *EMBEDDINGS)):
+            plain[path.removeprefix(prefix)] = hub_path(path, kind)
+
+    names = tuple(f".{name}" for name in config.targets if name not in of_experts)
+    for path, theirs in plain.items():
+        is_saved = path in found.layers or f"{path}.weight" in found.learned
+        if f".{theirs}".endswith(names) and not is_saved:
+            raise AdapterError(
+                f"{folder} is incomplete: {path}, which target_modules names, {MISSING}; get the"
+                " adapter again, or name in target_modules only what it adapts"
+            )
+
+
+def find_unknown_settings(path: Path) -> str | None:
+    """Return a note on settings of an adapter that are on and not known here, or None.
+
+    Args:
+        path: The adapter's folder, or the file of its weights.
+    """
+    folder = path.parent if path.is_file() else path
+    stored = read_adapter_config(folder / CONFIG, _PEFTType, _READS).model_extra or {}
+    known = {*PEFTConfig.model_fields, *_NEUTRAL}
+    unknown = {name: value for name, value in stored.items() if name not in known and value}
+    if not unknown:
+        return None
+    shown = ", ".join(f"{name[:40]} {value!r:.40}" for name, value in list(unknown.items())[:3])
+    verb = "is" if len(unknown) == 1 else "are"
+    return (
+        f"note: {folder / CONFIG} has {counted(len(unknown), 'setting')} that {verb} not known here"
+        f" ({shown}); if the adapter's outputs depend on it, {_MERGE}"
+    )
+
+
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise ``AdapterError`` if a setting of a LoRA changes its outputs in a way not known here."""
-    for name in _UNREADABLE:
+    # PEFT's names of variants of LoRA start with use_.
+    fields = PEFTConfig.model_fields
+    variants = [name for name in settings if name.startswith("use_") and name not in fields]
+    for name in (*_UNREADABLE, *variants):
         value = settings.get(name)
         if not value or value == "none":
             continue

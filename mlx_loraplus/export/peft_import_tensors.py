@@ -73,6 +73,19 @@ class PEFTConfig(pydantic.BaseModel):
     use_bdlora: Literal[False] | None = None
     alora_invocation_tokens: None = None  # if set, the adapter acts only after these tokens
 
+    # What was adapted; the tensors show it, so these only show whether some are missing.
+    target_modules: Any = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
+
+    @property
+    def targets(self) -> list[str]:
+        """The names whose modules are all adapted; empty if the choice is not a list of names."""
+        names = self.target_modules
+        if not isinstance(names, list) or self.exclude_modules or self.layers_to_transform:
+            return []
+        return [name for name in names if isinstance(name, str)]
+
     @property
     def scale(self) -> float:
         """The scale s of modules that no pattern matches."""

@@ -153,7 +153,7 @@ def test_a_truncated_file_raises(
         ),
         (
             '{"lora_parameters": {"scale": 1}, "start_rank": 3}',
-            "lora_a is unknown, missing or of the wrong rank",
+            r"is damaged: .*lora_a has rank 4, but start_rank 3 in adapter_config\.json needs 6",
         ),
         (
             '{"lora_parameters": {"scale": 1}, "base_quantization": {"bits": 7}}',
@@ -250,8 +250,22 @@ def test_a_rank_of_zero_is_refused(tiny: TinyModel, saved: Path):
     empty[f"{path}.lora_b"] = weights[f"{path}.lora_b"][:0]
     save_file(weights | empty, saved / "adapters.safetensors")
     with pytest.raises(
-        AdapterError, match=rf"{re.escape(path)}\.lora_a is unknown, missing or of t"
+        AdapterError, match=rf"is damaged: {re.escape(path)}\.lora_a has shape .* no rank"
     ):
+        load_adapter(tiny("llama"), saved)
+
+
+@pytest.mark.parametrize("leaf", ["lora_a", "lora_b"])
+def test_a_file_that_has_lost_a_matrix_is_incomplete(tiny: TinyModel, saved: Path, leaf: str):
+    weights = load_file(saved / "adapters.safetensors")
+    path = next(iter(weights)).rpartition(".")[0]
+    del weights[f"{path}.{leaf}"]
+    save_file(weights, saved / "adapters.safetensors")
+    told = rf"is incomplete: {re.escape(path)}\.{leaf} is missing from the file"
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(tiny("llama"), saved)
+    save_file(weights | {"foo.bar": weights[min(weights)]}, saved / "adapters.safetensors")
+    with pytest.raises(AdapterError, match=r"holds no lora adapter: foo\.bar is not known"):
         load_adapter(tiny("llama"), saved)
 
 

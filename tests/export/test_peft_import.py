@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.export.peft import load_peft
+from mlx_loraplus.export.peft_import_checks import find_unknown_settings
 from tests.conftest import same
 from tests.export.test_peft import LAYER, TOKENS, adapted, changed, make, written
 
@@ -272,6 +273,7 @@ def test_experts_in_two_matrices_are_split(tmp_path: Path):
     tensors = {part: chance.normal(size=size).astype(np.float32) for part, size in sizes.items()}
     weights = {f"{name}.{part}.weight": array for part, array in tensors.items()}
     save_file(weights, tmp_path / "peft" / "adapter_model.safetensors")
+    changed(tmp_path / "peft", target_modules=None)
     adapters = find_adapters(load_peft(make("mixtral"), tmp_path / "peft"))
     changes = {
         path.rpartition(".")[2]: np.array(adapter.delta()) for path, adapter in adapters.items()
@@ -306,3 +308,60 @@ def test_a_tied_head_that_differs_from_its_embeddings_is_refused(tmp_path: Path)
     save_file({name: array for name, array in tensors.items() if "lm_head" not in name}, file)
     with pytest.raises(AdapterError, match="one matrix"):
         load_peft(make("gemma3"), tmp_path / "peft")
+
+
+@pytest.mark.parametrize("parts", ["A", "B", "AB"])
+def test_a_layer_that_the_file_has_lost_is_missing(folder: Path, parts: str):
+    file = folder / "adapter_model.safetensors"
+    name = f"{LAYER}self_attn.q_proj"
+    lost = {f"{name}.lora_{part}.weight" for part in parts}
+    save_file({key: array for key, array in load_file(file).items() if key not in lost}, file)
+    model = make("llama")
+    with pytest.raises(
+        AdapterError, match=r"peft is incomplete: model\.layers\.\d\.self_attn\.q_proj"
+    ):
+        load_peft(model, folder)
+    assert not find_adapters(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": r".*_proj"}, {"target_modules": "all-linear"}, {"target_modules": None},
+        {"target_modules": ["k_proj", "z_proj", "model.layers.7.self_attn.q_proj"]},
+        {"layers_to_transform": [1, 2]}, {"exclude_modules": ["layers.0.self_attn.q_proj"]},
+    ],
+)  # fmt: skip
+def test_a_layer_that_was_not_chosen_is_not_missing(folder: Path, changes: dict):
+    file = folder / "adapter_model.safetensors"
+    tensors = {
+        key: x for key, x in load_file(file).items() if f"{LAYER}self_attn.q_proj" not in key
+    }
+    save_file(tensors, file)
+    changed(folder, **changes)
+    assert find_adapters(load_peft(make("llama"), folder))
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_every_setting_that_peft_writes_is_known(number: int):
+    golden = Path(__file__).parents[1] / "golden" / "peft" / f"theirs{number}"
+    assert find_unknown_settings(golden) is None
+    assert find_unknown_settings(golden / "adapter_config.json") is None
+
+
+def test_an_unknown_variant_is_refused_and_other_unknown_settings_are_noted(folder: Path):
+    assert find_unknown_settings(folder) is None
+    changed(
+        folder, use_xyz=False, xyz_config=None, xyz_size=0, use_qalora=False, qalora_group_size=16
+    )
+    load_peft(make("llama"), folder)
+    assert find_unknown_settings(folder) is None
+
+    changed(folder, xyz_size=3, xyz_config={"a": 1})
+    load_peft(make("llama"), folder)
+    note = find_unknown_settings(folder) or ""
+    assert "has 2 settings that are not known here (xyz_config {'a': 1}, xyz_size 3)" in note
+
+    changed(folder, use_xyz=True)
+    with pytest.raises(AdapterError, match=r"is a LoRA with use_xyz True, .*merge_and_unload"):
+        load_peft(make("llama"), folder)
