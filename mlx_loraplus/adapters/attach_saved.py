@@ -11,7 +11,7 @@ from ..errors import AdapterError, join_problems
 from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
 from .attach import adapt, find_layer_class, put_adapters
-from .base_layers import QUANTIZED, base_shape, packed_layer
+from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
 from .lora import Adapter, LoRA, Projections
 from .stored_files import StoredConfig, check_floating, recorded_model
 from .stored_tensors import (
@@ -70,7 +70,7 @@ def attach_saved(
     trained = _trainable_in_full(modules, config.train_modules, adapters)
     shapes = {name: array.shape for name, array in arrays_by_path(trained).items()}
     problems += find_misfits("", learned, shapes)
-    for path in config.lora_parameters.keys or ():
+    for path in _named_by_keys(model, config):
         if path in modules and path not in layers:
             problems.append(f"{path}, which lora_parameters.keys names, {MISSING}")
     if problems and all(problem.endswith(MISSING) for problem in problems):
@@ -97,6 +97,19 @@ def attach_saved(
     forget_derived(model)
     model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
+
+
+def _named_by_keys(model: nn.Module, config: StoredConfig) -> list[str]:
+    """Return the paths that ``lora_parameters.keys`` may name; some may not exist."""
+    keys = config.lora_parameters.keys or []
+    blocks, count = blocks_of(model), config.num_layers
+    if not keys or not isinstance(count, int):
+        return keys
+
+    # As in mlx-lm, a number below 1 means all blocks.
+    path_of = {id(module): path for path, module in model.named_modules()}
+    chosen = blocks[-max(count, 0) :]
+    return [*keys, *(f"{path_of.get(id(block))}.{key}" for block in chosen for key in keys)]
 
 
 def _check_values(source: Path, arrays: Mapping[str, mx.array]) -> None:

@@ -135,7 +135,7 @@ def _config_of(
         "fine_tune_type": first.kind,
         "num_layers": len(blocks_of(model)),
         "lora_parameters": {
-            "rank": first.lora_matrices()[0].shape[1],
+            "rank": max(adapter.lora_matrices()[0].shape[1] for adapter in adapters.values()),
             "scale": first.scale,
             "dropout": first.dropout.p,
             "keys": list(adapters),

@@ -39,8 +39,8 @@ class LoRAParameters(pydantic.BaseModel):
     """``lora_parameters`` in ``adapter_config.json``.
 
     The names and shapes of the tensors say which modules are adapted, and at which rank. ``keys``
-    only shows whether a module's tensors are missing: mlx-lm writes the ends of names, which may
-    match nothing, and this package writes whole paths.
+    only shows whether a module's tensors are missing: mlx-lm writes names inside the last
+    ``num_layers`` blocks, which may match nothing, and this package writes whole paths.
     """
 
     rank: Annotated[int, Field(ge=1)] = 1
@@ -76,6 +76,7 @@ class StoredConfig(pydantic.BaseModel):
 
     fine_tune_type: AdapterKind = "lora"
     lora_parameters: LoRAParameters
+    num_layers: Any = None
     start_rank: Annotated[int, Field(ge=1)] | None = None
     base_quantization: BaseQuantization | None = None
     base: BaseFingerprint | None = None

@@ -40,6 +40,7 @@ from .peft_import_checks import CONFIG, check_complete, check_peft_base, read_pe
 from .peft_import_tensors import (
     MAGNITUDE,
     PREFIX,
+    pad_to_one_rank,
     sort_tensors,
     split_stacked_experts,
     untie,
@@ -311,6 +312,7 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
     prefix = "language_model." if hasattr(model, "language_model") else ""
     check_peft_base(found, dict(model.named_modules()), prefix, folder)
     check_complete(found, config, model, folder)
+    pad_to_one_rank(found)
 
     # Attach it like an adapter in our own format.
     weights: dict[str, mx.array] = {}

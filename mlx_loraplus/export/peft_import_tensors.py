@@ -337,6 +337,25 @@ def _split_experts(
     return parts
 
 
+def pad_to_one_rank(found: StoredAdapter) -> None:
+    """Pad all matrices with zeros to the largest rank, because stock mlx-lm needs one rank."""
+    complete = [arrays for arrays in found.layers.values() if {"lora_a", "lora_b"} <= arrays.keys()]
+    rank = max((arrays["lora_a"].shape[1] for arrays in complete), default=0)
+    for arrays in complete:
+        a, b = arrays["lora_a"], arrays["lora_b"]
+        missing = (0, rank - a.shape[1])
+        if a.ndim != b.ndim:
+            continue  # it is refused later
+
+        # Of experts, A is (experts, rank, in) and B (experts, out, rank).
+        if a.ndim == 3:
+            arrays["lora_a"] = mx.pad(a, [(0, 0), missing, (0, 0)])
+            arrays["lora_b"] = mx.pad(b, [(0, 0), (0, 0), missing])
+        else:
+            arrays["lora_a"] = mx.pad(a, [(0, 0), missing])
+            arrays["lora_b"] = mx.pad(b, [missing, (0, 0)])
+
+
 def untie(found: StoredAdapter, folder: Path) -> None:
     """Drop the change of a tied head, after checking that it equals that of the embeddings.
 

@@ -75,7 +75,7 @@ class ExistingAdapters:
 
     @property
     def ranks(self) -> list[int]:
-        """The ranks of the adapters, each once; adapters of other programs may have several."""
+        """The ranks of the adapters, each once; a run's ``rank`` is the last, the largest."""
         return sorted({_rank_of(adapter) for adapter in self.adapters.values()})
 
     def recorded_among(self, names: tuple[str, ...]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _check_given(
     different: list[str] = []
     if "adapter" in given and asked.adapter != theirs["adapter"]:
         different.append("adapter")
-    if "rank" in given and existing.ranks != [asked.rank]:
+    if "rank" in given and asked.rank != existing.ranks[-1]:
         different.append("rank")
     different += _find_different_start(existing, asked, theirs, given)
 

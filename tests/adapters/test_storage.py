@@ -269,6 +269,32 @@ def test_a_file_that_has_lost_a_matrix_is_incomplete(tiny: TinyModel, saved: Pat
         load_adapter(tiny("llama"), saved)
 
 
+@pytest.mark.parametrize(("num_layers", "is_lost"), [(-1, True), (2, False), (3, True)])
+def test_a_layer_that_the_keys_of_mlx_lm_name_is_missing(
+    tiny: TinyModel, saved: Path, num_layers: int, is_lost: bool
+):
+    """mlx-lm writes names inside a block, and how many of the last blocks are adapted."""
+    config = json.loads((saved / "adapter_config.json").read_text())
+    config["lora_parameters"]["keys"] = ["self_attn.q_proj", "self_attn.nothing"]
+    (saved / "adapter_config.json").write_text(json.dumps(config | {"num_layers": num_layers}))
+    load_adapter(tiny("llama"), saved)
+
+    lost = "model.layers.0.self_attn.q_proj."
+    tensors = load_file(saved / "adapters.safetensors")
+    left = {name: array for name, array in tensors.items() if not name.startswith(lost)}
+    save_file(left, saved / "adapters.safetensors")
+    config = json.loads((saved / "adapter_config.json").read_text())
+    del config["base"]  # of all layers
+    (saved / "adapter_config.json").write_text(json.dumps(config))
+    if not is_lost:
+        load_adapter(tiny("llama"), saved)
+        return
+    with pytest.raises(
+        AdapterError, match=r"is incomplete: model\.layers\.0\.self_attn\.q_proj, which"
+    ):
+        load_adapter(tiny("llama"), saved)
+
+
 def test_a_folder_without_an_adapter_raises(tiny: TinyModel, tmp_path: Path):
     with pytest.raises(AdapterError, match="holds no adapter"):
         load_adapter(tiny("llama"), tmp_path)

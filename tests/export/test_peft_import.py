@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import load_adapters
 from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import AdapterError, load_adapter, save_adapter
@@ -365,3 +366,25 @@ def test_an_unknown_variant_is_refused_and_other_unknown_settings_are_noted(fold
     changed(folder, use_xyz=True)
     with pytest.raises(AdapterError, match=r"is a LoRA with use_xyz True, .*merge_and_unload"):
         load_peft(make("llama"), folder)
+
+
+def test_layers_of_several_ranks_get_one_rank_that_stock_mlx_lm_loads(folder: Path, tmp_path: Path):
+    file, name = folder / "adapter_model.safetensors", f"{LAYER}self_attn.q_proj"
+    chance, tensors = np.random.default_rng(0), load_file(file)
+    wide = {"lora_A": (8, 64), "lora_B": (64, 8)}
+    for part, shape in wide.items():
+        tensors[f"{name}.{part}.weight"] = chance.normal(size=shape).astype(np.float32)
+    save_file(tensors, file)
+    changed(folder, rank_pattern={f"{name.removeprefix('base_model.model.')}": 8})
+
+    model = load_peft(make("llama"), folder)
+    path = name.removeprefix("base_model.model.")
+    delta = find_adapters(model)[path].delta()
+    product = tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+    np.testing.assert_allclose(np.array(delta), 6 / 8 * product, atol=1e-4)
+    assert {adapter.lora_matrices()[0].shape[1] for adapter in find_adapters(model).values()} == {8}
+
+    save_adapter(model, tmp_path / "ours")
+    stock = load_adapters(make("llama"), str(tmp_path / "ours"))
+    stock.eval()
+    assert mx.allclose(stock(TOKENS), model(TOKENS), atol=1e-4)

@@ -6,13 +6,16 @@ from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 import mlx.nn as nn
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import train
 from mlx_loraplus.config import KINDS, AdapterConfig, TrainConfig
 from mlx_loraplus.settings import checked, configure, setting_names, settings_of
 from mlx_loraplus.training.starting_adapter import resolve_config
-from tests.training.tiny_runs import Place
+from tests.conftest import same
+from tests.training.tiny_runs import Place, adapter_of
 
 STARTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -193,3 +196,23 @@ def test_a_run_of_attached_adapters_resumes_with_their_settings(place: Place):
     run = ml.finetune(model, tokenizer, resume=True, **settings)
     assert (run.outcome, run.config.adapter) == ("finished", first.config.adapter)
     assert (run.config.adapter.init, run.config.adapter.rank) == ("init2", 4)
+
+
+def test_adapters_of_several_ranks_train_and_resume(place: Place):
+    _, base = start_with(place, AdapterConfig(rank=4, alpha=8.0), "file")
+    file = place.folder / "saved" / "adapters.safetensors"
+    weights = load_file(file)
+    path = min(weights).rpartition(".")[0]
+    a, b = (weights[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
+    weights |= {f"{path}.lora_a": np.tile(a, (1, 2)), f"{path}.lora_b": np.tile(b, (2, 1))}
+    save_file(weights, file)
+
+    # The run's rank is the largest one, and the scale stays.
+    settings = {"iters": 3, "dropout": 0.0, **base}
+    one = place.run("one", **settings)
+    assert (one.config.adapter.rank, one.config.adapter.scale) == (8, 2.0)
+    place.run("two", stop_at=1, **settings)
+    assert same(adapter_of(place.run("two", resume=True, **settings)), adapter_of(one))
+    assert place.run("three", **settings, rank=8).config.adapter == one.config.adapter
+    with pytest.raises(ml.ConfigError, match=r"rank 4 \(theirs: 4 and 8\)"):
+        place.run("four", **settings, rank=4)
