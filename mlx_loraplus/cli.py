@@ -92,15 +92,15 @@ class FuseSwitches(Switches):
 def train(arguments: Arguments = None) -> None:
     """Train LoRA+ adapters on a model."""
     words = sys.argv[1:] if arguments is None else arguments
-    with command("mlx_loraplus.train", TrainConfig, words, TrainSwitches) as (config, switches):
+    with command("mlx_loraplus.train", TrainConfig, words, TrainSwitches) as (asked, switches):
         if switches.list_models:
             from .models.find_model import list_models
 
             log(list_models())
             return
         if switches.launch != 1:
-            if config.parallel == "data":
-                check_batch_size(config.data.batch_size, switches.launch)
+            if asked.parallel == "data":
+                check_batch_size(asked.data.batch_size, switches.launch)
             check_processes(switches.launch)
             if not (switches.dry_run or switches.test):  # these need only one process
                 raise SystemExit(launch(switches.launch, [*words, "--launch", "1"]))
@@ -116,6 +116,14 @@ def train(arguments: Arguments = None) -> None:
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
         from .training.run_checks import check_model_name
+        from .training.starting_adapter import with_recorded
+
+        # Settings that were not given may come from the adapter that the run starts from.
+        given = {"model"} | given_names(TrainConfig, words)
+        if not asked.data.data:  # the demo set
+            given.discard("data")
+        settings = {name: value for name, value in settings_of(asked).items() if name in given}
+        config = with_recorded(asked, settings)
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
@@ -141,11 +149,6 @@ def train(arguments: Arguments = None) -> None:
                 view.log(f"loading {config.model}")
                 model, tokenizer = load(config.model, group=group)
 
-            # Settings that were not given may come from the adapter that the run starts from.
-            given = {"model"} | given_names(TrainConfig, words)
-            if not config.data.data:  # the demo set
-                given.discard("data")
-            settings = {name: value for name, value in settings_of(config).items() if name in given}
             callback = with_browser(view, view.log) if switches.open else view
             run = finetune(model, tokenizer, log=view.log, callback=callback, **settings)
         if run.outcome == "interrupted" and world.is_main:

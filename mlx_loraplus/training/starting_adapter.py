@@ -140,11 +140,10 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
 
     # A resumed run takes its adapters from its own folder, even if it started from other adapters.
     starts_from_existing = asked.resume_adapter_file is not None or bool(find_adapters(model))
-    if asked.resume:
-        recorded = _recorded_settings(asked.adapter_path) if starts_from_existing else {}
-        return configure(TrainConfig, recorded | given)
     if not starts_from_existing:
         return configure(TrainConfig, given)
+    if asked.resume:
+        return configure(TrainConfig, _recorded_settings(asked.adapter_path) | given)
 
     existing = _find_existing(model, asked.resume_adapter_file)
     theirs = _describe(existing)
@@ -168,6 +167,20 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
     if problems:
         raise ConfigError(join_problems(problems))
     return config
+
+
+def with_recorded(config: TrainConfig, given: Settings) -> TrainConfig:
+    """Return a config with the adapter's settings of the run that it resumes, as defaults.
+
+    They change nothing unless that run started from another adapter, which had its own settings.
+
+    Args:
+        config: The run's settings.
+        given: Those that were given.
+    """
+    if not config.resume or config.resume_adapter_file is None:
+        return config
+    return configure(TrainConfig, _recorded_settings(config.adapter_path) | given)
 
 
 def _is_equal(one: Any, other: Any) -> bool:

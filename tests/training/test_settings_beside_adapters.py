@@ -216,3 +216,18 @@ def test_adapters_of_several_ranks_train_and_resume(place: Place):
     assert place.run("three", **settings, rank=8).config.adapter == one.config.adapter
     with pytest.raises(ml.ConfigError, match=r"rank 4 \(theirs: 4 and 8\)"):
         place.run("four", **settings, rank=4)
+
+
+def test_the_same_command_resumes_a_run_that_started_from_an_adapter(place: Place):
+    config = AdapterConfig(adapter="dora", init="init2", rank=4)
+    _, base = start_with(place, config, "file")
+    words = [
+        "--model", str(place.folder / "model"), "--data", str(place.folder / "data"), "--iters", "4",
+        "--resume-adapter-file", base["resume_adapter_file"], "--adapter-path", str(place.folder / "run"),
+        "--magnitude-lr-ratio", "4", "--verbosity", "silent",
+    ]  # fmt: skip
+    train.main([*words, "--max-minutes", "0.000001"])
+    assert ml.Run.load(place.folder / "run").outcome == "out of time"
+    train.main([*words, "--resume"])
+    run = ml.Run.load(place.folder / "run")
+    assert (run.outcome, run.config.adapter) == ("finished", checked(config))
