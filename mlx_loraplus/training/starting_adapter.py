@@ -130,11 +130,7 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
             ``check_fresh``.
         AdapterError: ``resume_adapter_file`` holds no adapter, or an adapter that does not fit.
     """
-    # None for rank or quantize is the same as not giving the setting.
-    given = dict(settings)
-    for name in ("rank", "quantize"):
-        if given.get(name, 0) is None:
-            del given[name]
+    given = _without_none(settings)
     asked = configure(TrainConfig, given, whole=False)
     check_fresh(model, asked)
 
@@ -180,7 +176,13 @@ def with_recorded(config: TrainConfig, given: Settings) -> TrainConfig:
     """
     if not config.resume or config.resume_adapter_file is None:
         return config
-    return configure(TrainConfig, _recorded_settings(config.adapter_path) | given)
+    return configure(TrainConfig, _recorded_settings(config.adapter_path) | _without_none(given))
+
+
+def _without_none(settings: Settings) -> dict[str, Any]:
+    """Return settings without a rank or quantize of None, which is the same as not giving it."""
+    is_none = {name for name in ("rank", "quantize") if settings.get(name, 0) is None}
+    return {name: value for name, value in settings.items() if name not in is_none}
 
 
 def _is_equal(one: Any, other: Any) -> bool:

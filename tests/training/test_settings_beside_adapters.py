@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -12,9 +13,11 @@ from safetensors.numpy import load_file, save_file
 
 from mlx_loraplus import train
 from mlx_loraplus.config import KINDS, AdapterConfig, TrainConfig
+from mlx_loraplus.models.loading import load_base
 from mlx_loraplus.settings import checked, configure, setting_names, settings_of
 from mlx_loraplus.training.starting_adapter import resolve_config
 from tests.conftest import same
+from tests.families.walk import write_folder
 from tests.training.tiny_runs import Place, adapter_of
 
 STARTS: dict[str, dict[str, Any]] = {
@@ -231,3 +234,12 @@ def test_the_same_command_resumes_a_run_that_started_from_an_adapter(place: Plac
     train.main([*words, "--resume"])
     run = ml.Run.load(place.folder / "run")
     assert (run.outcome, run.config.adapter) == ("finished", checked(config))
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "mamba", "jamba", "laguna"])
+def test_all_linear_is_accepted_where_some_layers_get_no_adapter(name: str, tmp_path: Path):
+    write_folder(name, tmp_path)
+    model, _ = load_base(tmp_path)
+    assert ml.attach_adapters(model, AdapterConfig()).skipped
+    for given in ({}, {"target_modules": ["all-linear"]}):
+        assert resolve_config(model, given).adapter.target_modules == ("all-linear",)
