@@ -32,6 +32,7 @@ _OWN = {
     "falcon_h1": ("hybrid",),
     "falcon_mamba": _RECURRENT,
     "glm_moe_dsa": _INDEXED,
+    "granite": ("attention",),  # Granite 4 without Mamba layers is computed as Granite
     "granitemoehybrid": _RECURRENT,
     "jamba": _RECURRENT,
     "kimi_k3": _RECURRENT,

@@ -69,6 +69,8 @@ def test_the_kinds_of_all_named_models_are_accepted():
         ("lfm2", "conv", True),
         ("gemma3_text", "chunked_attention", False),
         ("llama4", "chunked_attention", True),
+        ("granite", "attention", True),
+        ("granite", "mamba", False),
         ("granitemoehybrid", "mamba", True),
         ("granitemoehybrid", "linear_attention", True),
         ("gemma4_text", "mamba", False),
