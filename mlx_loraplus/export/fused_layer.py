@@ -189,9 +189,9 @@ def _explain_overflow(adapter: Adapter) -> str:
     sizes = [float(mx.abs(array).max().item()) for array in arrays]  # pyright: ignore[reportArgumentType]
     factor = max(abs(weight * part.scale) for part, weight in parts)
 
-    found = "its adapter holds numbers that are not finite"
+    found = "its adapter holds values that are not finite"
     if all(math.isfinite(size) for size in sizes):
-        found = f"its adapter holds numbers up to {max(sizes):.2g}, multiplied by {factor:.2g}"
+        found = f"its adapter holds values up to {max(sizes):.2g}, multiplied by {factor:.2g}"
         if max(sizes) < factor:
             return f"{found}; use a smaller scale (alpha) or weight"
     return (

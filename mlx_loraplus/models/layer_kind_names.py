@@ -74,7 +74,7 @@ def check_kind_names(config: dict[str, Any]) -> None:
             first = strange[0]
             raise ModelError(
                 f"its config.json has {json.dumps(listed[first]):.60} in layer {first}"
-                f" ({setting}), a kind that mlx-lm's {families[-1]} does not know, so its outputs"
+                f" ({setting}), a type that mlx-lm's {families[-1]} does not know, so its outputs"
                 " would be wrong: correct config.json, or use a newer mlx-lm or another model"
             )
 

@@ -146,9 +146,9 @@ def test_loftq_fuses_over_its_own_base(tiny: TinyModel):
 @pytest.mark.parametrize(
     ("b", "scale", "reason"),
     [
-        (math.nan, 2.0, "its adapter holds numbers that are not finite, as after a training that diverged"),
-        (1e30, 2.0, r"its adapter holds numbers up to 1e\+30, multiplied by 2, as after a training that diverged"),
-        (1.0, 1e30, r"its adapter holds numbers up to 1, multiplied by 1e\+30; use a smaller scale"),
+        (math.nan, 2.0, "its adapter holds values that are not finite, as after a training that diverged"),
+        (1e30, 2.0, r"its adapter holds values up to 1e\+30, multiplied by 2, as after a training that diverged"),
+        (1.0, 1e30, r"its adapter holds values up to 1, multiplied by 1e\+30; use a smaller scale"),
     ],
 )  # fmt: skip
 def test_a_change_that_is_not_finite_is_refused(

@@ -47,7 +47,7 @@ def test_an_adapter_is_not_blamed_as_the_model():
     assert describe_damage(model).startswith("its weights or those of its adapter are damaged")
     model.linear.lora_b = mx.full((4, 64), 1e30)
     assert describe_damage(model) == (
-        "its array linear.lora_b holds numbers above 1e+12: train the adapter again with a lower"
+        "its array linear.lora_b holds values above 1e+12: train the adapter again with a lower"
         " learning rate"
     )
 

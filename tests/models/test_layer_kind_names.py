@@ -39,7 +39,7 @@ def test_every_family_refuses_a_kind_that_it_does_not_know(name: str):
     for setting in ("layer_types", "layers_block_type", "mlp_layer_types"):
         for kind in ("mystery_attention", 3, None, ["full_attention"]):
             with pytest.raises(
-                ModelError, match=rf"in layer 0 \({setting}\), a kind that mlx-lm's"
+                ModelError, match=rf"in layer 0 \({setting}\), a type that mlx-lm's"
             ):
                 check_kind_names(with_list(CONFIGS[name], setting, [kind]))
 

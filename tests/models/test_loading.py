@@ -93,7 +93,7 @@ def test_weights_cut_anywhere_are_told(folder: Path):
         ),
         (
             lambda config: config["layer_types"].append(config["layer_types"].pop() + "s"),
-            r'has "full_attentions" in layer 5 \(layer_types\), a kind that .* llama does not know',
+            r'has "full_attentions" in layer 5 \(layer_types\), a type that .* llama does not know',
         ),
         (
             lambda config: config.update(bos_token_id="first"),
