@@ -188,8 +188,9 @@ def test_memory_and_time_are_bounded_by_the_first_characters():
     line = make_row({"text": "a line\n" * LONGEST}, 1)
     longer = make_row({"text": "word " * LONGEST + "end"}, 1)
     assert text_digests(word).text == text_digests(longer).text
-    assert len(text_digests(word).beginnings) <= 64
-    assert len(text_digests(line).beginnings) <= 1024
+    assert len(text_digests(word).beginnings) <= 1100
+    assert len(text_digests(line).beginnings) <= 2048
+    assert len(text_digests(line).parts) <= 256
 
 
 def test_long_texts_that_begin_alike_belong_together(tmp_path: Path, letters: LetterTokenizer):
