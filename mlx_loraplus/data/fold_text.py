@@ -51,7 +51,7 @@ _ROLES = (
 # A role on a line of its own or before a colon, perhaps as a heading; a heading may follow a text
 _LABELS = re.compile(
     rf"(?m)^[ \t\r]*(?:[#*]+[ \t]*)?(?:{_ROLES})[ \t\r]*(?:\*+[ \t]*)?(?::\**|$)"
-    rf"|###[ \t]*(?:{_ROLES})[ \t]*:"
+    rf"|^[ \t]*[qa][ \t]*:|###[ \t]*(?:{_ROLES})[ \t]*:"
 )
 
 

@@ -116,7 +116,7 @@ def test_a_row_that_continues_or_begins_one_of_train_is_reported(
     valid = [make(number, turns[1]) for number in (9, 2)]
     data = load_rows(letters, tmp_path / "data", form, train=train, valid=valid)
     assert [str(overlap) for overlap in find_overlaps(data.examples) if overlap.count] == [
-        "1 valid row whose conversation or text begins like one in train"
+        "1 valid row whose conversation or text is partly in train"
         " (valid.jsonl:2 = train.jsonl:3)"
     ]
 
@@ -308,7 +308,7 @@ def test_rows_that_are_equal_once_they_are_cut_belong_together(
     folder = write(tmp_path / "files", train=rows[0], valid=f"{rows[1]}\n{rows[2]}")
     overlaps = find_overlaps(load(letters(), folder, **options).examples)
     assert [str(overlap) for overlap in overlaps if overlap.count] == [
-        "1 valid row whose conversation or text begins like one in train"
+        "1 valid row whose conversation or text is partly in train"
         " (valid.jsonl:1 = train.jsonl:1)"
     ]
 
@@ -373,7 +373,7 @@ def test_documents_of_given_files_are_compared(tmp_path: Path, letters: LetterTo
     text = lines(1, 40)
     for name, valid, kind in (
         ("same", text, "row that is in train"),
-        ("begun", lines(1, 10), "row whose conversation or text begins like one in train"),
+        ("begun", lines(1, 10), "row whose conversation or text is partly in train"),
         ("other", lines(2, 10), ""),
     ):
         folder = documents(tmp_path / name, train=text, valid=valid)
