@@ -16,8 +16,9 @@ their shapes give the rank. Everything else comes from the config.
 - ``model`` names the base by a short name, a hub id or an absolute path, so that the user need not
   name it again.
 - ``base`` identifies the weights that the adapter was trained on. It is checked only against a
-  model with the same quantization; the same model quantized differently is accepted. Stock mlx-lm
-  ignores both keys.
+  model with the same quantization; the same model quantized differently is accepted.
+- ``vocabulary`` identifies the ids of the tokens that the adapter was trained with. Stock mlx-lm
+  ignores these three keys.
 """
 
 import json
@@ -35,6 +36,7 @@ from ..files import check_contents, replacing, write_atomically
 from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.save_model_folder import save_model_folder
+from ..models.vocabulary import known_vocabulary
 from ..userpaths import path_of
 from .attach_saved import attach_saved
 from .base_layers import blocks_of, quantization
@@ -149,6 +151,9 @@ def _config_of(
         config["base"] = fingerprint_base(bases).model_dump()
     if trained:
         config["train_modules"] = trained
+    vocabulary = known_vocabulary(model)
+    if vocabulary:
+        config["vocabulary"] = vocabulary
     name = getattr(model, "exact_name", None)
     if name:
         config["model"] = lasting_name(name)

@@ -178,8 +178,11 @@ def _openings(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
     that consist of the greeting and its answer count as one conversation, which joins no others.
     """
     openings, deeper = _of_all(shards, "opening_digest"), _of_all(shards, "deeper_digest")
-    _, numbers = np.unique(openings, return_inverse=True)
     goes_on = deeper > 0
+    if not goes_on.any():
+        return openings, goes_on
+
+    _, numbers = np.unique(openings, return_inverse=True)
     _, seconds = np.unique(deeper[goes_on], return_inverse=True)
     pairs = np.stack([numbers[goes_on], seconds], axis=1)
     greetings, _ = distinct_pairs([pairs], len(openings))

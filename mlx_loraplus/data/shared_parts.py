@@ -32,19 +32,23 @@ def join_shared_parts(
     """
     keys = np.concatenate([shard.rows["part_key"] for shard in shards])
     keys[~is_joinable] = 0
-    known = np.unique(keys[keys > 0])
-    if not len(known):
-        return groups
-
-    # The shortest row of each group that begins with each key, and the longest that contains it
-    lengths = np.concatenate([shard.rows["part_count"] for shard in shards])
-    starts = np.flatnonzero(keys)
-    first = np.stack([np.searchsorted(known, keys[starts]), starts, 0 * starts], axis=1)
-    beginning = _rare(first[np.argsort(lengths[starts], kind="stable")], groups, len(known))
+    known = np.unique(keys)
     found = np.concatenate(list(_contained(shards, known)))
     found = found[is_joinable[found[:, 1]]]
+    if not len(found):
+        return groups
+
+    # The longest row of each group that contains a key
+    lengths = np.concatenate([shard.rows["part_count"] for shard in shards])
     found = found[np.argsort(-lengths[found[:, 1]], kind="stable")]
     containing = _rare(found, groups, len(known))
+
+    # The shortest row of each group that begins with one of these keys
+    wanted = known[np.unique(containing[:, 0])]
+    starts = np.flatnonzero(np.isin(keys, wanted))
+    starts = starts[np.argsort(lengths[starts], kind="stable")]
+    first = np.stack([np.searchsorted(known, keys[starts]), starts, 0 * starts], axis=1)
+    beginning = _rare(first, groups, len(known))
 
     # Compare the texts of the pairs that are not joined yet
     texts = _Texts(shards)
@@ -74,7 +78,8 @@ def _contained(shards: Sequence[Shard], known: np.ndarray) -> Iterator[np.ndarra
             rows = np.repeat(np.arange(len(counts[block])), counts[block])
             places = np.arange(len(parts)) - (stops[block] - counts[block] - start)[rows]
             numbers = np.minimum(np.searchsorted(known, parts["key"]), len(known) - 1)
-            found = np.flatnonzero((known[numbers] == parts["key"]) & (places > 0))
+            is_known = (known[numbers] == parts["key"]) & (parts["key"] > 0)
+            found = np.flatnonzero(is_known & (places > 0))
             yield np.stack([numbers, first_row + first + rows, places], axis=1)[found]
         first_row += len(counts)
 

@@ -116,8 +116,7 @@ def test_a_row_that_continues_or_begins_one_of_train_is_reported(
     valid = [make(number, turns[1]) for number in (9, 2)]
     data = load_rows(letters, tmp_path / "data", form, train=train, valid=valid)
     assert [str(overlap) for overlap in find_overlaps(data.examples) if overlap.count] == [
-        "1 valid row whose conversation or text is partly in train"
-        " (valid.jsonl:2 = train.jsonl:3)"
+        "1 valid row whose conversation or text is partly in train (valid.jsonl:2 = train.jsonl:3)"
     ]
 
 
@@ -308,8 +307,7 @@ def test_rows_that_are_equal_once_they_are_cut_belong_together(
     folder = write(tmp_path / "files", train=rows[0], valid=f"{rows[1]}\n{rows[2]}")
     overlaps = find_overlaps(load(letters(), folder, **options).examples)
     assert [str(overlap) for overlap in overlaps if overlap.count] == [
-        "1 valid row whose conversation or text is partly in train"
-        " (valid.jsonl:1 = train.jsonl:1)"
+        "1 valid row whose conversation or text is partly in train (valid.jsonl:1 = train.jsonl:1)"
     ]
 
 

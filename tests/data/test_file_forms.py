@@ -102,9 +102,7 @@ def test_a_file_that_is_not_what_its_name_says_is_refused_in_one_line(
 
 @pytest.mark.parametrize("content", [LINES, ARRAY, TABLE, as_parquet()])
 @pytest.mark.parametrize("name", ["train.txt", "train.csv", "train.jsonl", "train.parquet"])
-def test_the_name_that_the_message_gives_is_right(
-    tmp_path: Path, name: str, content: str | bytes
-):
+def test_the_name_that_the_message_gives_is_right(tmp_path: Path, name: str, content: str | bytes):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:

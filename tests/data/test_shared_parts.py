@@ -115,7 +115,10 @@ ALIKE: dict[str, tuple[Any, Any, str]] = {
     "headings": ({"messages": CHAT}, {"text": labels(CHAT, "### ", "")}, PART),
     "prompt": (
         {"messages": CHAT},
-        {"prompt": f"{tagged(CHAT[:-1])}<|im_start|>assistant\n", "completion": CHAT[-1]["content"]},
+        {
+            "prompt": f"{tagged(CHAT[:-1])}<|im_start|>assistant\n",
+            "completion": CHAT[-1]["content"],
+        },
         PART,
     ),
     "Alpaca": (
