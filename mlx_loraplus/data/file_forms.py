@@ -78,7 +78,7 @@ def check_form(path: Path, sample: str) -> None:
         assert form is not None
         as_text = ""
         if suffix == _DOCUMENT:
-            as_text = '; to learn the file as it is, put its text into a row {"text": "…"} of a .jsonl file'
+            as_text = '; to learn it as it is, put it into a row {"text": "…"} of a .jsonl file'
         raise DataError(
             f"{path} holds {_CONTENTS[form]}, but its name ends in {suffix}: rename it to"
             f" {path.stem}{form}{as_text}"

@@ -39,7 +39,7 @@ _PLAIN: dict[int, str | None] = {
     **dict.fromkeys(map(ord, _TURKISH_I), "i"),
 }
 
-# Tags of templates, in the form that ``fold_text`` gives them: <|im_start|>, <start_of_turn>, [INST]
+# Tags of templates, as ``fold_text`` writes them: <|im_start|>, <start_of_turn>, [inst]
 _TAGS = re.compile(
     r"<\|channel\|>[a-z]+|<\|[a-z_\u2581 ]{1,32}\|?>|<[a-z_]{1,32}\|>"
     r"|</?s>|<(?:bos|eos|pad)>|</?(?:start|end)_of_turn>|\[/?(?:inst|system_prompt)\]|<</?sys>>"

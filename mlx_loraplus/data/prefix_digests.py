@@ -17,7 +17,7 @@ to there may differ afterwards, which is why ``TextDigests.is_whole`` is stored.
 
 The digest of a text's first n characters is Σ c_i b^i mod 2^64, with random numbers c_i for the
 characters and a fixed odd number b. All beginnings of a text therefore cost one cumulative sum, and
-so do the digests of its other parts: (the digest up to the end − that up to the start) / b^start.
+so do those of its other parts: the digest up to the end, less that up to the start, over b^start.
 The system message of a chat is not a part of the text.
 """
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from .fold_text import fold_text
 from .rows import Row
 
-
 # A user's first message with at most this many characters, without white space, may be a greeting
 _LONGEST_GREETING = 32
 

@@ -41,7 +41,7 @@ class StoredRow(NamedTuple):
     part_count: int = 0  # number of places in the file of parts
 
 
-_ROW_TYPES = "i8 u1 u1 u8 u8 u8 u8 u8 u8 u1 u8 i4 u8 i4".split()
+_ROW_TYPES = ["i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "u1", "u8", "i4", "u8", "i4"]
 ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 
 
