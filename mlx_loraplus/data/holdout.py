@@ -104,7 +104,7 @@ def split_holdout(
     if len(sizes) < 2:
         raise DataError(
             f"valid_split {fraction} needs rows with at least two different prompts, but there is"
-            " only one (rows that begin with the same messages or text count as one): provide a"
+            " only one (rows of one conversation count as one): provide a"
             " validation file instead"
         )
 

@@ -10,6 +10,7 @@ from ..errors import DataError
 from .file_forms import check_start
 
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
+_CONTROL = re.compile("[\1-\7\16-\32\34-\37]")  # but not those of terminals
 _START = 512  # bytes that tell what a file is
 
 
@@ -53,3 +54,8 @@ def read_sample(raw: Any, size: int) -> str:
     sample = raw.read(size).decode("utf-8", "replace")
     raw.seek(start)
     return sample
+
+
+def is_binary(sample: str) -> bool:
+    """Return whether a text has as many control characters as UTF-16 or a binary file."""
+    return len(_CONTROL.findall(sample)) > len(sample) / 100

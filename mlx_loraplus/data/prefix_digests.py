@@ -30,7 +30,7 @@ from .fold_text import fold_text, plain_turns
 from .rows import Row
 
 SHORTEST = 10  # characters of a beginning, without white space
-_SHORTEST_PART = 16  # characters of a row that may be a part of another
+_SHORTEST_PART = 32  # characters of a row that may be a part of another
 LONGEST = 2**16  # characters of a text that are compared
 MOST_PARTS = 256  # places of a text where a part may begin
 _WORD_ENDS = 1024  # beginnings of a text that may end at any word

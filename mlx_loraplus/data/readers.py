@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from ..errors import DataError, counted
 from .file_forms import check_form
 from .messages import BadRowError, MissingFieldsError, is_chat
-from .open_text import as_text, has_undecoded, open_bytes, read_sample
+from .open_text import as_text, has_undecoded, is_binary, open_bytes, read_sample
 from .row_problems import explain_line
 
 # Maximum number of bytes in a row, so that a file without line ends does not fill the memory
@@ -316,7 +316,10 @@ def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
     """
     held = ""
     with open_bytes(path) as raw, as_text(raw) as file:
-        check_form(path, read_sample(raw, PIECE))
+        sample = read_sample(raw, PIECE)
+        check_form(path, sample)
+        if is_binary(sample):
+            raise DataError(f"{path} holds control characters: give plain text in UTF-8")
         while more := file.read(piece):
             if "\0" in more:
                 raise DataError(f"{path} contains a NUL byte: give plain text in UTF-8")
