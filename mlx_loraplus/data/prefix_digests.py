@@ -32,7 +32,7 @@ from .rows import Row
 SHORTEST = 10  # characters of a beginning, without white space
 _SHORTEST_PART = 32  # characters of a row that may be a part of another
 LONGEST = 2**16  # characters of a text that are compared
-MOST_PARTS = 256  # places of a text where a part may begin
+_MOST_PARTS = 256  # places of a text where a part may begin
 _WORD_ENDS = 1024  # beginnings of a text that may end at any word
 _MOST = 2048  # beginnings of a text
 _TAGS = "<[{#|→⇒•◆■▶§"  # characters that often begin a turn
@@ -109,7 +109,7 @@ def _parts(digests: np.ndarray, sentences: np.ndarray) -> np.ndarray:
         digests: The digest of every beginning, from 0 characters on.
         sentences: The numbers of characters after which a line or sentence ends, in order.
     """
-    starts = np.concatenate([[0], sentences[: MOST_PARTS - 2], [len(digests) - 1]])
+    starts = np.concatenate([[0], sentences[: _MOST_PARTS - 2], [len(digests) - 1]])
     stops = np.searchsorted(starts, starts + _SHORTEST_PART)
     has_key = stops < len(starts)
     stops = starts[np.minimum(stops, len(starts) - 1)]

@@ -243,9 +243,13 @@ def test_a_short_greeting_and_its_answers_are_one_conversation(
     tmp_path: Path, letters: LetterTokenizer
 ):
     """They have the same prompt, but join none of the chats that go on."""
-    answers = [f"Hello! I am agent number {n}." for n in range(2 * MOST_BRANCHES)]
+    answers = [f"Hello! I am agent number {n}. How can I help you today?" for n in range(20)]
     short = [{"messages": [user("Hi"), bot(answer)]} for answer in answers]
     long = [
+        {"messages": [*turns(99 + n, 0, 1), user("Hi"), bot(answer)]}
+        for n, answer in enumerate(answers)
+    ]
+    long += [
         {"messages": [user("Hi"), bot(answer), *turns(n, 0, 1)]} for n, answer in enumerate(answers)
     ]
     assert count_groups(letters, tmp_path / "data", short + long) == 1 + len(long)
