@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..files import LFS_ADVICE, is_lfs_pointer
-from .row_kinds import KINDS
+from .row_kinds import REQUIRED
 
 # How binary files begin → what they are, and what to do with them
 _BINARY = {
@@ -128,7 +128,7 @@ def _is_object(line: str) -> bool:
 
 def _is_table(lines: list[str]) -> bool:
     """Return whether lines are a table whose columns are those of a kind of row."""
-    needed = [set(fields) for fields in KINDS.values() if len(fields) > 1]
+    needed = [set(fields) for fields in REQUIRED.values() if len(fields) > 1]
     for delimiter in ",;\t|":
         try:
             header, *rows = csv.reader(lines, delimiter=delimiter)
