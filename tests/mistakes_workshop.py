@@ -1,5 +1,6 @@
 """A folder with what people have, in which mistakes are made."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -43,7 +44,8 @@ ROWS = {
     "labels.csv": b"review,label\ngreat film with a story,1\nno story,0\n",
     "mails.csv": b"id,subject,body,reply\n1,hi,please help me,we will\n2,a longer subject,x,yes\n",
     "inside.json": b'{"data": [{"prompt": "a", "completion": "b"}]}',
-    "pretty.jsonl": b'{\n  "prompt": "a",\n  "completion": "b"\n}\n',
+    "lines.txt": PAIR.encode() * 9,
+    "packed.jsonl": b"\x1f\x8b\x08\x00",
     "quotes.jsonl": b"{'prompt': 'a', 'completion': 'b'}\n",
     "number.jsonl": b'{"prompt": "a", "completion": 5}\n',
     "empty.csv": b"",
@@ -60,12 +62,21 @@ ROWS = {
 }
 
 
+def swap_tokens(path: Path, one: str, other: str) -> None:
+    """Exchange the ids of two tokens of a tokenizer."""
+    stored = json.loads(path.read_text())
+    ids = stored["model"]["vocab"]
+    ids[one], ids[other] = ids[other], ids[one]
+    path.write_text(json.dumps(stored))
+
+
 def make_workshop(folder: Path) -> Path:
     """Make models, data, runs, adapters of other programs, and files of settings."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         write_tiny_model(Path("tiny"))
         write_tiny_model(Path("other"), hidden=64)
+        swap_tokens(write_tiny_model(Path("swapped")) / "tokenizer.json", "1", "2")
         write_sums(Path("sums"))
         write_gguf(Path("model.gguf"))
         Path("text").mkdir()

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from ..errors import AdapterError, join_problems
 from ..models.derived_weights import forget_derived
 from ..models.prompt_format import PromptFormat
+from ..models.vocabulary import known_vocabulary
 from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
 from .lora import Adapter, LoRA, Projections
@@ -91,6 +92,8 @@ def attach_saved(
             " remove base from adapter_config.json)"
         )
 
+    _check_vocabulary(model, config, source)
+
     put_adapters(model, adapters, trained)
     in_float32 = [(name, array.astype(mx.float32)) for name, array in learned.items()]
     model.load_weights(in_float32, strict=False)
@@ -110,6 +113,17 @@ def _named_by_keys(model: nn.Module, config: StoredConfig) -> list[str]:
     path_of = {id(module): path for path, module in model.named_modules()}
     chosen = blocks[-max(count, 0) :]
     return [*keys, *(f"{path_of.get(id(block))}.{key}" for block in chosen for key in keys)]
+
+
+def _check_vocabulary(model: nn.Module, config: StoredConfig, source: Path) -> None:
+    """Raise ``AdapterError`` if tokens have other ids than when an adapter was trained."""
+    vocabulary = known_vocabulary(model) if config.vocabulary else None
+    if vocabulary and vocabulary != config.vocabulary:
+        raise AdapterError(
+            f"{source} was trained with another tokenizer, which gave other ids to the same tokens:"
+            " get the model's tokenizer.json again from where the model is from (to use this one"
+            " anyway, remove vocabulary from adapter_config.json)"
+        )
 
 
 def _check_values(source: Path, arrays: Mapping[str, mx.array]) -> None:

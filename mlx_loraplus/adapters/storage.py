@@ -17,9 +17,10 @@ their shapes give the rank. Everything else comes from the config.
   name it again.
 - ``base`` identifies the weights that the adapter was trained on. It is checked only against a
   model with the same quantization; the same model quantized differently is accepted.
+- ``vocabulary`` identifies the ids of the tokens that the adapter was trained with.
 - ``made_with`` holds the settings that the adapter was made with; see ``made_with.py``.
 
-Stock mlx-lm ignores the last three keys.
+Stock mlx-lm ignores the last four keys.
 """
 
 import json
@@ -37,6 +38,7 @@ from ..files import check_contents, replacing, write_atomically
 from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.save_model_folder import save_model_folder
+from ..models.vocabulary import known_vocabulary
 from ..userpaths import path_of
 from .attach_saved import attach_saved
 from .base_layers import blocks_of, quantization
@@ -152,6 +154,9 @@ def _config_of(
         config["base"] = fingerprint_base(bases).model_dump()
     if trained:
         config["train_modules"] = trained
+    vocabulary = known_vocabulary(model)
+    if vocabulary:
+        config["vocabulary"] = vocabulary
     name = getattr(model, "exact_name", None)
     if name:
         config["model"] = lasting_name(name)

@@ -80,6 +80,7 @@ class StoredConfig(pydantic.BaseModel):
     start_rank: Annotated[int, Field(ge=1)] | None = None
     base_quantization: BaseQuantization | None = None
     base: BaseFingerprint | None = None
+    vocabulary: str | None = None
     model: str | None = None
     train_modules: list[str] = []
     prompt_format: dict[str, Any] = {}

@@ -2,9 +2,11 @@
 
 Two rows belong together if
 
-- their conversations begin alike, up to and including the user's first message; or
+- their conversations begin alike, up to and including the user's first message, or the second one
+  if the first is a greeting that many share; or
 - the text or the prompt of one is a beginning of the other's text; see
   ``prefix_digests``; or
+- one is a part of the other, or its end begins the other; see ``shared_parts``; or
 - they are equal once they are cut at the maximum length.
 
 Texts are compared twice: those with the same system message, and then all texts without it. A text
@@ -24,20 +26,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from .dataset import Examples, Shard
+from .join_groups import MOST_BRANCHES, distinct_pairs, join_pairs
 from .pairs import Pairs
+from .shared_parts import join_shared_parts
 
-MOST_BRANCHES = 8
 _BLOCK = 2**10  # rows whose beginnings are looked up together
 
 
-def group_examples(*splits: Examples) -> list[np.ndarray]:
+def group_examples(*splits: Examples, with_parts: bool = True) -> list[np.ndarray]:
     """Return the conversation of each example of some splits, as a number.
+
+    Args:
+        splits: The splits.
+        with_parts: Whether a row belongs to another that contains it; see ``shared_parts``.
 
     Returns:
         For each split, the conversations of its examples, (examples,) int64.
     """
     # Start with the conversation of each example's row
-    found = iter(find_conversations([shard for split in splits for shard in split.shards]))
+    shards = [shard for split in splits for shard in split.shards]
+    found = iter(find_conversations(shards, with_parts=with_parts))
     of_splits = [split.pick([next(found) for _ in split.shards]) for split in splits]
     conversations = np.concatenate([np.zeros(0, np.int64), *of_splits])
 
@@ -47,9 +55,9 @@ def group_examples(*splits: Examples) -> list[np.ndarray]:
     count = int(conversations.max(initial=-1)) + 1
     _, first, inverse = np.unique(cut, return_index=True, return_inverse=True)
     joins = (cut > 0) & ~(is_part & _is_common(inverse, conversations, count))
-    joined = _join(count, conversations[first[inverse]][joins], conversations[joins])
+    joined = join_pairs(conversations[first[inverse]][joins], conversations[joins])
     stops = np.cumsum([len(split) for split in splits])
-    return np.split(joined[conversations], stops[:-1])
+    return np.split(joined.apply(conversations), stops[:-1])
 
 
 def _digest_cut(examples: Examples) -> np.ndarray:
@@ -111,12 +119,16 @@ def _is_common(texts: np.ndarray, conversations: np.ndarray, count: int) -> np.n
         conversations: The conversation of each text.
         count: A number that is greater than every conversation.
     """
-    distinct, _ = _distinct([np.stack([texts, conversations], axis=1)], count)
+    distinct, _ = distinct_pairs([np.stack([texts, conversations], axis=1)], count)
     return np.bincount(distinct, minlength=1)[texts] > MOST_BRANCHES + 1
 
 
-def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
+def find_conversations(shards: Sequence[Shard], *, with_parts: bool = True) -> list[np.ndarray]:
     """Return the conversation of each row, as a number that all rows of a conversation share.
+
+    Args:
+        shards: The shards.
+        with_parts: Whether a row belongs to another that contains it; see ``shared_parts``.
 
     Returns:
         For each shard, the conversations of its rows, (rows,) int64.
@@ -125,7 +137,10 @@ def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
         return []
 
     # Start with one conversation for all rows that begin with the same messages
-    _, groups = np.unique(_of_all(shards, "opening_digest"), return_inverse=True)
+    openings, is_greeting = _openings(shards)
+    _, groups = np.unique(openings, return_inverse=True)
+    is_joinable = np.ones(len(groups), bool)
+    is_joinable[groups[is_greeting]] = False
 
     # Join those whose texts continue each other, with the same system message and with any
     systems = _of_all(shards, "system_digest")
@@ -142,13 +157,37 @@ def find_conversations(shards: Sequence[Shard]) -> list[np.ndarray]:
         (texts + systems)[is_whole], return_index=True, return_inverse=True
     )
     same_text = groups[is_whole]
-    joined = _join(
-        len(groups),
-        np.concatenate([first, same_text[owners[inverse]]]),
-        np.concatenate([second, same_text]),
-    )
+    first = np.concatenate([first, same_text[owners[inverse]]])
+    second = np.concatenate([second, same_text])
+    joins = is_joinable[first] & is_joinable[second]
+    joined = join_pairs(first[joins], second[joins]).apply(groups)
+
+    # Join those that are windows of one conversation
+    if with_parts:
+        joined = join_shared_parts(shards, joined, is_joinable[groups])
+    groups = joined
     stops = np.cumsum([len(shard.rows) for shard in shards])
-    return np.split(joined[groups], stops[:-1])
+    return np.split(groups, stops[:-1])
+
+
+def _openings(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+    """Return a digest of each row's first messages, and whether it is only a greeting.
+
+    If a short first message has more than ``MOST_BRANCHES`` different second ones, it is a
+    greeting, and the conversations that it begins are told apart by their second message. Rows
+    that consist of the greeting and its answer count as one conversation, which joins no others.
+    """
+    openings, deeper = _of_all(shards, "opening_digest"), _of_all(shards, "deeper_digest")
+    goes_on = deeper > 0
+    if not goes_on.any():
+        return openings, goes_on
+
+    _, numbers = np.unique(openings, return_inverse=True)
+    _, seconds = np.unique(deeper[goes_on], return_inverse=True)
+    pairs = np.stack([numbers[goes_on], seconds], axis=1)
+    greetings, _ = distinct_pairs([pairs], len(openings))
+    is_greeting = np.bincount(greetings, minlength=len(openings))[numbers] > MOST_BRANCHES
+    return np.where(is_greeting & goes_on, deeper, openings), is_greeting & ~goes_on
 
 
 def _find_joins(
@@ -176,7 +215,7 @@ def _find_joins(
     groups_and_systems = zip(np.split(groups, stops), np.split(systems, stops), strict=True)
     for shard, (own_groups, own_systems) in zip(shards, groups_and_systems, strict=True):
         pairs += _continuations(shard, own_groups, own_systems, known, owners)
-    begun, conversations = _distinct(pairs, len(groups))
+    begun, conversations = distinct_pairs(pairs, len(groups))
 
     # Leave out common openings
     is_other = owners[begun] != conversations
@@ -230,44 +269,3 @@ def _continuations(
         has_next = rows[1:] == rows[:-1]
         continued[:-1][has_next] = owners[found[1:][has_next]]
         yield np.stack([found, continued], axis=1)
-
-
-def _distinct(pairs: Sequence[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct pairs, as an array of first numbers and an array of second numbers.
-
-    Args:
-        pairs: Arrays of pairs.
-        count: A number that is greater than every second number.
-    """
-    # Store each pair as one number
-    numbers = [np.zeros(0, np.int64)]
-    numbers += [np.unique(each[:, 0] * count + each[:, 1]) for each in pairs]
-    first, second = np.divmod(np.unique(np.concatenate(numbers)), max(count, 1))
-    return first, second
-
-
-def _join(count: int, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Return a number for each of ``count`` groups, which is the same for groups that are joined.
-
-    Args:
-        count: The number of groups.
-        first: One group of each pair to join, (pairs,).
-        second: The other group of each pair, (pairs,).
-    """
-    joined = np.arange(count)
-    differs = first != second
-    parents: dict[int, int] = {}
-
-    # Union-find, with path halving
-    def root(group: int) -> int:
-        while parents.get(group, group) != group:
-            parents[group] = parents.get(parents[group], parents[group])
-            group = parents[group]
-        return group
-
-    for one, other in zip(first[differs].tolist(), second[differs].tolist(), strict=True):
-        low, high = sorted((root(one), root(other)))
-        parents[high] = low
-    for group in parents:
-        joined[group] = root(group)
-    return joined

@@ -29,6 +29,7 @@ from ..files import cached_folder, remove_unused
 from .document_tokens import encode_document
 from .encoding_settings import EncodingSettings, cache_key
 from .messages import BadRowError
+from .prefix_digests import PART, TextDigests
 from .readers import read_text
 from .row_digests import exact_digest, system_of
 from .row_notes import notes_on
@@ -39,10 +40,10 @@ from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 23
+_VERSION = 24
 
 # The files of a shard; the arrays are those of a ``Chunk``
-ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings")
+ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings", "parts")
 PROBLEMS = "problems.json"
 LARGEST = "largest_id"
 SYSTEMS = "systems.json"
@@ -87,6 +88,7 @@ class Shard:
         spans: The examples before the maximum length is applied, (examples,) SPAN.
         beginnings: The file with the digests of the beginnings of all rows, one row after another,
             uint64. It is not mapped, because mapped pages count as memory once they are read.
+        parts: The file with the places where the parts of all rows begin, PART.
         problems: Bad rows and notes.
         largest: The largest token id, or -1 if there are no tokens.
         systems: The system messages of the rows by their digests; only the first hundred.
@@ -102,6 +104,7 @@ class Shard:
     largest: int
     systems: Mapping[int, str] = field(default_factory=dict[int, str])
     beginnings: Path | None = None
+    parts: Path | None = None
 
 
 class Examples(Sequence[Example]):
@@ -216,6 +219,7 @@ def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
         rows=_map_array(folder / "rows", ROW),
         spans=_map_array(folder / "spans", SPAN),
         beginnings=folder / "beginnings",
+        parts=folder / "parts",
         problems=RowProblems(**problems),
         largest=int((folder / LARGEST).read_text(encoding="utf-8")),
         systems={int(digest): text for digest, text in systems.items()},
@@ -230,6 +234,7 @@ class Chunk(NamedTuple):
     rows: np.ndarray
     spans: np.ndarray
     beginnings: np.ndarray = np.zeros(0, np.uint64)
+    parts: np.ndarray = np.zeros(0, PART)
 
 
 def write_shard(folder: Path, table: Table, encoding: EncodingSettings) -> None:
@@ -275,7 +280,7 @@ class _ChunkBuilder:
     supervised: list[np.ndarray] = field(default_factory=list)
     rows: list[StoredRow] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
-    beginnings: list[np.ndarray] = field(default_factory=list)
+    texts: list[TextDigests] = field(default_factory=list)
     length: int = 0
 
     def add(self, row: Row, examples: Sequence[Example], *, thinking: bool) -> None:
@@ -299,9 +304,9 @@ class _ChunkBuilder:
             self.length = stop
 
         # The row, with the digests that find duplicates and conversations
-        stored, beginnings = store_row(row, thinking=thinking)
+        stored, digests = store_row(row, thinking=thinking)
         self.rows.append(stored)
-        self.beginnings.append(beginnings)
+        self.texts.append(digests)
 
     def build(self) -> Chunk:
         """Return the chunk of all rows that were added."""
@@ -310,7 +315,8 @@ class _ChunkBuilder:
             np.concatenate(self.supervised),
             np.array(self.rows, ROW),
             np.array(self.spans, SPAN),
-            np.concatenate(self.beginnings),
+            np.concatenate([text.beginnings for text in self.texts]),
+            np.concatenate([text.parts for text in self.texts]),
         )
 
 
@@ -366,14 +372,15 @@ def _document_chunks(paths: Sequence[Path], tokenizer: TokenizerWrapper) -> Iter
             yield Chunk(np.array(ids, np.int32), np.array(supervised, bool), no_rows, no_spans)
 
         # Add the document as one row; its tokens are in earlier chunks, so its span starts below 0
-        row, beginnings = store_document(path, number)
+        row, digests = store_document(path, number)
         span = Span(row=0, start=-length, stop=0, inputs=length - 1, targets=targets)
         yield Chunk(
             np.zeros(0, np.int32),
             np.zeros(0, bool),
             np.array([row], ROW),
             np.array([span], SPAN),
-            beginnings,
+            digests.beginnings,
+            digests.parts,
         )
 
 

@@ -45,6 +45,13 @@ def hold_out(
     """
     fraction = config.data.valid_split
     conversations = group_conversations(train)
+
+    # Rows that hold examples from other rows may join nearly all rows. Then they can't stay
+    # together, and ``find_overlaps`` reports the validation rows that are in training rows
+    _, sizes = np.unique(conversations, return_counts=True)
+    if len(train) - sizes.max(initial=0) < (fraction or _HELD_OUT) * len(train):
+        conversations = group_conversations(train, with_parts=False)
+
     if fraction is not None:
         return split_holdout(train, conversations, fraction, config.seed)
 
@@ -57,13 +64,13 @@ def hold_out(
     return split_holdout(train, conversations, _HELD_OUT, config.seed)
 
 
-def group_conversations(examples: Examples) -> np.ndarray:
+def group_conversations(examples: Examples, *, with_parts: bool = True) -> np.ndarray:
     """Return the conversation of each example, as a number; see ``group_examples``.
 
     The parts of a document count as different conversations, unless the document belongs to the
     same conversation as another row.
     """
-    (conversations,) = group_examples(examples)
+    (conversations,) = group_examples(examples, with_parts=with_parts)
     rows = examples.row_numbers()
     _, groups = np.unique(conversations, return_inverse=True)
     pairs = np.unique(np.stack([groups, rows], axis=1), axis=0)
@@ -97,7 +104,7 @@ def split_holdout(
     if len(sizes) < 2:
         raise DataError(
             f"valid_split {fraction} needs rows with at least two different prompts, but there is"
-            " only one (rows that begin with the same messages or text count as one): provide a"
+            " only one (rows of one conversation count as one): provide a"
             " validation file instead"
         )
 

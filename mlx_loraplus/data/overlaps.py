@@ -103,7 +103,7 @@ def _leaks(
             others.of_rows("prompt_digest"),
             examples.of_rows("prompt_digest"),
         ),
-        f"{split} rows whose conversation or text begins like one in {other}": (in_other, in_split),
+        f"{split} rows whose conversation or text is partly in {other}": (in_other, in_split),
     }
 
     # The parts of one document may be in both splits

@@ -1,38 +1,51 @@
-"""Compute digests of the beginnings of a row's text, which show whether a row continues another.
+"""Compute digests of a row's text, which show whether a row continues or repeats another.
 
 Conversations are often given as growing prefixes: one row's prompt and answer are the beginning of
 the next row's prompt. Plain text has no messages to compare. The text of all messages is therefore
-compared, ignoring white space, case and what ``fold_text`` ignores. A beginning counts if it
+compared, ignoring white space, case and what ``fold_text`` and ``plain_turns`` leave out. A
+beginning counts if it
 
 - has at least ``SHORTEST`` characters, and
 - ends where one of the first ``_WORD_ENDS`` words ends, or a sentence or a line ends, or at either
   end of a tag, a symbol or a role such as ``User:``.
 
-Of a text with more than ``_MOST`` beginnings, only the part up to the last of these is compared.
-Markup and code have an end at every tag, so that this part is shorter than of prose. Texts that are
-equal up to there may differ afterwards, which is why ``TextDigests.is_whole`` is stored.
+In writing without spaces, such as Chinese, each character counts as a word. After ``_WORD_ENDS``
+words, the beginnings are further apart (one for each sixteenth more), so only the part of such a
+long text up to the last of them is compared. The same holds after ``_MOST`` beginnings. Markup and
+code have an end at every tag, so that this part is shorter than of prose. Texts that are equal up
+to there may differ afterwards, which is why ``TextDigests.is_whole`` is stored.
 
-The digest of a text's first n characters is Σ (c_i + 1) r_i mod 2^64, with the character codes c_i
-and fixed random numbers r_i. All beginnings of a text therefore cost one cumulative sum. The system
-message is not a part of the text.
+The digest of a text's first n characters is Σ c_i b^i mod 2^64, with random numbers c_i for the
+characters and a fixed odd number b. All beginnings of a text therefore cost one cumulative sum, and
+so do those of its other parts: the digest up to the end, less that up to the start, over b^start.
+The system message of a chat is not a part of the text.
 """
 
-import hashlib
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from .row_digests import fold_text
+from .fold_text import fold_text, plain_turns
 from .rows import Row
 
-SHORTEST = 16  # characters of a beginning, without white space
+SHORTEST = 10  # characters of a beginning, without white space
+_SHORTEST_PART = 32  # characters of a row that may be a part of another
 LONGEST = 2**16  # characters of a text that are compared
-_WORD_ENDS = 64  # beginnings of a text that may end at any word
-_MOST = 1024  # beginnings of a text
+_MOST_PARTS = 256  # places of a text where a part may begin
+_WORD_ENDS = 1024  # beginnings of a text that may end at any word
+_MOST = 2048  # beginnings of a text
 _TAGS = "<[{#|→⇒•◆■▶§"  # characters that often begin a turn
 _TAG_ENDS = ">]"
 _SENTENCE_ENDS = ".!?:|}→⇒"  # followed by white space
+_BASE = 0x9E3779B97F4A7C15
+# The writing systems without spaces: Thai to Myanmar and Khmer, and from the Chinese radicals on
+_UNSPACED = ((0x0E00, 0x10A0), (0x1780, 0x1800), (0x2E80, 0xA000), (0x20000, 0x32000))
+
+PART = np.dtype([("start", "u4"), ("digest", "u8"), ("key", "u8")])
+"""A place where a part of a text may begin: the number of characters before it, the digest of the
+text up to it, and the digest of the sentences or lines after it, until these have
+``_SHORTEST_PART`` characters; 0 if there are fewer."""
 
 
 class TextDigests(NamedTuple):
@@ -44,12 +57,14 @@ class TextDigests(NamedTuple):
         is_whole: Whether all of the text is compared.
         prompt: Digest of the prompt, or 0 if it is too short or too long.
         beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
+        parts: The places where a line or sentence begins, and the end of the text, (parts,) PART.
     """
 
     text: int
     is_whole: bool
     prompt: int
     beginnings: np.ndarray
+    parts: np.ndarray
 
 
 def text_digests(row: Row) -> TextDigests:
@@ -60,25 +75,50 @@ def text_digests(row: Row) -> TextDigests:
     is_short = len(prompt + answer) <= 2 * LONGEST and len(kept) <= LONGEST
     kept = kept[:LONGEST]
     if len(kept) < SHORTEST:
-        return TextDigests(0, is_short, 0, np.zeros(0, np.uint64))
+        return TextDigests(0, is_short, 0, np.zeros(0, np.uint64), np.zeros(0, PART))
 
-    # The digest of every beginning
-    codes = characters.view(np.uint32)[kept].astype(np.uint64) + np.uint64(1)
-    digests = np.cumsum(codes * _multipliers()[: len(kept)])
+    # The digest of every beginning, from 0 characters on
+    codes = _mixed(characters.view(np.uint32)[kept].astype(np.uint64))
+    digests = np.zeros(len(kept) + 1, np.uint64)
+    np.cumsum(codes * powers()[: len(kept)], out=digests[1:])
 
     # The beginnings that count, without the whole text
-    ends = _ends(characters, kept)
+    ends, sentences, has_all_ends = _ends(characters, kept)
     ends = ends[ends >= SHORTEST]
-    has_all_ends = len(ends) < _MOST
-    compared = len(kept) if has_all_ends else int(ends[_MOST - 1])
+    has_all_ends &= len(ends) < _MOST
+    ends = ends[:_MOST]
+    compared = len(kept) if has_all_ends else int(ends[-1])
     ends = ends[ends < compared]
 
     # The digest of the prompt, which may end anywhere
     length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
     is_compared = SHORTEST <= length < compared
-    prompt_digest = int(digests[length - 1]) if is_compared else 0
-    is_whole = is_short and has_all_ends
-    return TextDigests(int(digests[compared - 1]), is_whole, prompt_digest, digests[ends - 1])
+    return TextDigests(
+        text=int(digests[compared]),
+        is_whole=is_short and has_all_ends,
+        prompt=int(digests[length]) if is_compared else 0,
+        beginnings=digests[ends],
+        parts=_parts(digests, sentences),
+    )
+
+
+def _parts(digests: np.ndarray, sentences: np.ndarray) -> np.ndarray:
+    """Return the places where a line or sentence begins, and the end of the text, (parts,) PART.
+
+    Args:
+        digests: The digest of every beginning, from 0 characters on.
+        sentences: The numbers of characters after which a line or sentence ends, in order.
+    """
+    starts = np.concatenate([[0], sentences[: _MOST_PARTS - 2], [len(digests) - 1]])
+    stops = np.searchsorted(starts, starts + _SHORTEST_PART)
+    has_key = stops < len(starts)
+    stops = starts[np.minimum(stops, len(starts) - 1)]
+
+    parts = np.zeros(len(starts), PART)
+    parts["start"] = starts
+    parts["digest"] = digests[starts]
+    parts["key"] = np.where(has_key, (digests[stops] - digests[starts]) * inverses()[starts], 0)
+    return parts
 
 
 def _texts_of(row: Row) -> tuple[str, str]:
@@ -99,22 +139,26 @@ def _content(message: dict[str, Any]) -> str:
 
 
 def _characters(text: str) -> np.ndarray:
-    """Return the characters of a text in lower case, (characters,) <U1.
+    """Return the characters of a text in lower case and without markup, (characters,) <U1.
 
     Of a longer text, only the first 2 * ``LONGEST`` characters are used.
     """
     # LONGEST does not count white space, so that limit alone would not bound the work. A » between
     # turns must not become a quotation mark
-    folded = fold_text(text[: 2 * LONGEST].replace(" » ", " → "))
+    folded = plain_turns(fold_text(text[: 2 * LONGEST].replace(" » ", " → ")))
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
 
 
-def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def _ends(characters: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     """Return the lengths of the beginnings that end at a word, sentence, line or tag, in order.
 
     Args:
         characters: All characters.
         kept: The indices of those that are not white space.
+
+    Returns:
+        All these lengths, those that end at a sentence, line or tag, and whether the first contain
+        the ends of all words.
     """
     lines = np.cumsum((characters == "\n") | (characters == "\r"))[kept]
     letters = np.strings.isalnum(characters[kept])
@@ -134,12 +178,54 @@ def _ends(characters: np.ndarray, kept: np.ndarray) -> np.ndarray:
     # Compare each character with the next one
     ends_line = (lines[1:] != lines[:-1]) | starts_tag | (is_role[1:] & is_before_space)
     ends_word = ends_line | is_before_space | ~letters[1:] | ~letters[:-1]
-    ends_word &= np.cumsum(ends_word) <= _WORD_ENDS
-    return np.flatnonzero(ends_line | ends_sentence | ends_word) + 1
+    ends_word |= _is_unspaced(characters[kept[1:]].view(np.uint32))
+    word_ends = np.flatnonzero(ends_word) + 1
+    sentences = np.flatnonzero(ends_line | ends_sentence) + 1
+
+    # After the first words, only a few ends of words count
+    has_all_words = len(word_ends) <= _WORD_ENDS
+    if not has_all_words:
+        marks = _marks()[: int(np.searchsorted(_marks(), len(word_ends)))]
+        word_ends = np.concatenate([word_ends[:_WORD_ENDS], word_ends[marks]])
+    return np.union1d(word_ends, sentences), sentences, has_all_words
+
+
+def _is_unspaced(codes: np.ndarray) -> np.ndarray:
+    """Return whether each character is of a writing system without spaces, (characters,) bool."""
+    is_unspaced = np.zeros(len(codes), bool)
+    if codes.max(initial=0) >= _UNSPACED[0][0]:
+        for first, stop in _UNSPACED:
+            is_unspaced |= (codes >= first) & (codes < stop)
+    return is_unspaced
 
 
 @cache
-def _multipliers() -> np.ndarray:
-    """Return the random numbers of the digests, which are the same on every machine."""
-    random = hashlib.shake_256(b"mlx_loraplus beginnings").digest(8 * LONGEST)
-    return np.frombuffer(random, "<u8")
+def _marks() -> np.ndarray:
+    """Return the numbers of the words after ``_WORD_ENDS`` whose ends count, in order."""
+    count = int(np.log(LONGEST / _WORD_ENDS) / np.log(17 / 16)) + 1
+    return (_WORD_ENDS * (17 / 16) ** np.arange(count)).astype(np.int64)
+
+
+def _mixed(codes: np.ndarray) -> np.ndarray:
+    """Return a number for each character code that looks random, (characters,) uint64."""
+    mixed = (codes + np.uint64(1)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed * np.uint64(0x94D049BB133111EB)
+
+
+@cache
+def powers() -> np.ndarray:
+    """Return the powers of b from 0 to ``LONGEST``, mod 2^64."""
+    return _powers_of(_BASE)
+
+
+@cache
+def inverses() -> np.ndarray:
+    """Return the inverse of each of the ``powers``."""
+    return _powers_of(pow(_BASE, -1, 2**64))
+
+
+def _powers_of(base: int) -> np.ndarray:
+    factors = np.full(LONGEST + 1, base, np.uint64)
+    factors[0] = 1
+    return np.cumprod(factors)

@@ -5,9 +5,7 @@ value, or a ``BadRowError`` if it can't be read. Text is UTF-8, with or without 
 The line ends of Unix, Windows and old Macs are accepted.
 """
 
-import codecs
 import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +14,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ..errors import DataError, counted
+from .file_forms import check_form
 from .messages import BadRowError, MissingFieldsError, is_chat
+from .open_text import as_text, has_undecoded, is_binary, open_bytes, read_sample
 from .row_problems import explain_line
 
 # Maximum number of bytes in a row, so that a file without line ends does not fill the memory
@@ -24,9 +24,7 @@ LONGEST_ROW = 64 * 2**20
 
 # Number of characters to read at once
 PIECE = 2**20
-WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # little-endian UTF-32 has the first too
 BLANKS = " \t\r\n"
-_UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _SEPARATORS = re.compile(f"[{BLANKS},]*")
 _LAST_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _LAST_SPACE = re.compile(r".*\S(?= \S)", re.DOTALL)
@@ -38,16 +36,26 @@ RawRow = tuple[int, Any]
 def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the objects of a file that has one JSON object per line, with their line numbers.
 
-    Blank lines are skipped. A file that contains one JSON array is read as an array.
+    Blank lines are skipped. A file that contains one JSON array is read as an array. If the first
+    object takes several lines, or shares its line with the next one, all may.
 
     Args:
         path: The file.
         longest: Maximum length of a line, in bytes. Longer lines are reported and skipped.
+
+    Raises:
+        DataError: The file holds a table.
     """
     number = 0
-    with _open(path) as file:
+    with open_bytes(path) as file:
+        sample = read_sample(file, PIECE)
+        if sample.lstrip()[:1] not in ("{", "["):
+            check_form(path, sample)
         if _is_array(file, longest):
             yield from read_json(path, longest)
+            return
+        if _is_divided_otherwise(sample):
+            yield from _read_objects(path, longest)
             return
 
         while line := file.readline(longest + 1):
@@ -93,6 +101,23 @@ def _is_array(file: Any, longest: int) -> bool:
     return is_one_line and not is_chat(rows) and all(isinstance(row, dict) for row in rows)
 
 
+def _is_divided_otherwise(sample: str) -> bool:
+    """Return whether the first object of a file is not what its line holds."""
+    text = sample.lstrip()
+    try:
+        first, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    is_longer = "\n" in text[:end] or "\r" in text[:end]
+    return isinstance(first, dict) and (is_longer or text[end:].lstrip(" \t").startswith("{"))
+
+
+def _read_objects(path: Path, longest: int) -> Iterator[RawRow]:
+    """Yield JSON objects that follow each other, with or without line ends."""
+    with open_bytes(path) as raw, as_text(raw) as file:
+        yield from _array_elements(_ArrayText(file, "", 0, is_bare=True), longest)
+
+
 def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
     """Yield the objects of a JSON array, with their line numbers.
 
@@ -102,7 +127,7 @@ def read_json(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
         path: The file.
         longest: Maximum length of an element, in characters. Reading stops at a longer one.
     """
-    with _open(path) as raw, _as_text(raw) as file:
+    with open_bytes(path) as raw, as_text(raw) as file:
         text = file.read(PIECE)
         if text.lstrip(BLANKS)[:1] != "[":
             yield from read_jsonl(path, longest)
@@ -117,6 +142,8 @@ class _ArrayText:
     file: TextIO
     text: str
     position: int
+    # Whether the elements are not between brackets
+    is_bare: bool = False
     line: int = 1
     # Position up to which the lines are counted
     counted: int = 0
@@ -130,7 +157,7 @@ class _ArrayText:
 
     def is_finished(self) -> bool:
         """Return whether the next character closes the array and nothing follows it."""
-        if self.text[self.position : self.position + 1] != "]":
+        if self.is_bare or self.text[self.position : self.position + 1] != "]":
             return False
         rest = self.text[self.position + 1 :] + self.file.read(PIECE)
         return not rest.strip(BLANKS)
@@ -171,11 +198,13 @@ def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
                 continue
             reason = getattr(error, "msg", _MANY_DIGITS)
             if not array.text[start:]:
+                if array.is_bare:
+                    return
                 reason = "the array is not closed"
             yield array.line, _unreadable_rest("JSON", reason)
             return
 
-        if _has_undecoded(array.text[start : array.position]):
+        if has_undecoded(array.text[start : array.position]):
             row = BadRowError("not UTF-8")
         elif repeated_keys:
             row = _repeated_key(repeated_keys)
@@ -192,12 +221,13 @@ def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
         longest: Maximum length of a field, in characters.
 
     Raises:
-        DataError: Two columns have the same name.
+        DataError: Two columns have the same name, or the file holds JSON.
     """
     csv.field_size_limit(longest)
-    with _open(path) as raw:
+    with open_bytes(path) as raw:
+        check_form(path, read_sample(raw, PIECE))
         delimiter = _guess_delimiter(raw)
-        lines = csv.reader(_as_text(raw, newline=""), delimiter=delimiter, strict=True)
+        lines = csv.reader(as_text(raw, newline=""), delimiter=delimiter, strict=True)
         place = 1
         try:
             columns = _read_header(path, lines)
@@ -235,7 +265,7 @@ def _read_header(path: Path, lines: Iterator[list[str]]) -> list[str]:
 
 def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | BadRowError:
     """Return a row as a dict by column name; a short row lacks the last columns."""
-    if _has_undecoded("".join(values)):
+    if has_undecoded("".join(values)):
         return BadRowError("not UTF-8")
     if len(values) > len(columns):
         header = counted(len(columns), "column")
@@ -264,6 +294,8 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield number, row
     except (ArrowException, OSError, ValueError, OverflowError) as error:
+        with open_bytes(path) as raw:
+            check_form(path, read_sample(raw, PIECE))
         reason = " ".join(str(error).split())
         raise DataError(f"{path} can't be read as Parquet: {reason:.200}") from None
 
@@ -283,11 +315,15 @@ def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
         DataError: The file is not plain text in UTF-8.
     """
     held = ""
-    with _open(path) as raw, _as_text(raw) as file:
+    with open_bytes(path) as raw, as_text(raw) as file:
+        sample = read_sample(raw, PIECE)
+        check_form(path, sample)
+        if is_binary(sample):
+            raise DataError(f"{path} holds control characters: give plain text in UTF-8")
         while more := file.read(piece):
             if "\0" in more:
                 raise DataError(f"{path} contains a NUL byte: give plain text in UTF-8")
-            if _has_undecoded(more):
+            if has_undecoded(more):
                 raise DataError(f"{path} is not UTF-8: give plain text in UTF-8")
 
             held += more
@@ -315,40 +351,6 @@ def _last_seam(text: str) -> int:
     """
     found = _LAST_LINE_END.match(text) or _LAST_SPACE.match(text)
     return found.end() if found else 0
-
-
-def _open(path: Path) -> Any:
-    """Open a file for reading bytes, positioned after its byte order mark.
-
-    Raises:
-        DataError: The file can't be opened, or is not UTF-8.
-    """
-    try:
-        file = path.open("rb")
-        start = file.read(4)
-    except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror}") from None
-
-    # Without a mark, every second byte of plain letters is zero
-    is_wide = b"\0\0" in (start[::2], start[1::2])
-    if start.startswith((*WIDE_MARKS, codecs.BOM_UTF32_BE)) or is_wide:
-        file.close()
-        raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
-    file.seek(len(codecs.BOM_UTF8) if start.startswith(codecs.BOM_UTF8) else 0)
-    return file
-
-
-def _as_text(raw: Any, newline: str | None = None) -> TextIO:
-    """Decode a file as UTF-8.
-
-    An invalid byte becomes a lone surrogate, so that its row can be found and reported.
-    """
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape", newline=newline)
-
-
-def _has_undecoded(text: str) -> bool:
-    """Return whether a text contains bytes that are not UTF-8."""
-    return not text.isascii() and _UNDECODED_BYTE.search(text) is not None
 
 
 def _decoder(repeated_keys: list[str]) -> json.JSONDecoder:

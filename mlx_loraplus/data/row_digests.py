@@ -2,46 +2,51 @@
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
+from .fold_text import fold_text
 from .rows import Row
 
-# Invisible characters, which do not count, and the plain forms of quotation marks and dashes
-_INVISIBLE = (
-    "\u00ad\u034f\u061c\u180e\u200b\u200c\u200d\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2060\u2061"
-    "\u2062\u2063\u2064\u2066\u2067\u2068\u2069\ufe0e\ufe0f\ufeff"
-)
-_SINGLE_QUOTES = "\u2018\u2019\u201a\u201b\u2039\u203a\u00b4`"
-_DOUBLE_QUOTES = "\u201c\u201d\u201e\u201f\u00ab\u00bb"
-_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"
-_PLAIN = str.maketrans(
-    _SINGLE_QUOTES + _DOUBLE_QUOTES + _DASHES,
-    "'" * len(_SINGLE_QUOTES) + '"' * len(_DOUBLE_QUOTES) + "-" * len(_DASHES),
-    _INVISIBLE,
-)
+# A user's first message with at most this many characters, without white space, may be a greeting
+_LONGEST_GREETING = 32
 
 
-def row_digests(row: Row) -> tuple[int, int, int]:
-    """Return digests of a row, of its prompt, and of the beginning of its conversation.
+class RowDigests(NamedTuple):
+    """Digests of a row's messages.
 
-    A prompt and its completion count as a chat of one turn. The beginning of a conversation is its
-    messages up to and including the user's first message. Rows that are prefixes of the same
-    conversation therefore have the same beginning. Conversations that only share a system message
-    have different beginnings. For a row without a prompt, all three digests are that of the row. A
+    Attributes:
+        row: Digest of the whole row.
+        prompt: Digest of everything before the last answer.
+        opening: Digest of the messages up to and including the user's first one. Rows that are
+            prefixes of the same conversation have the same opening.
+        deeper: Digest of the messages up to and including the user's second one if the first one
+            may be a greeting, or 0.
+    """
+
+    row: int
+    prompt: int
+    opening: int
+    deeper: int = 0
+
+
+def row_digests(row: Row) -> RowDigests:
+    """Return the digests of a row.
+
+    A prompt and its completion count as a chat of one turn. Conversations that only share a system
+    message have different openings. For a row without a prompt, all digests are that of the row. A
     row with two answers differs if either answer does. White space, case and what ``fold_text``
     ignores do not count.
     """
     if row.rejected is not None:
-        chosen, *prompt_digests = row_digests(replace(row, rejected=None))
-        rejected, *_ = row_digests(row.rejected)
-        return _digest(f"{chosen} {rejected}"), prompt_digests[0], prompt_digests[1]
+        chosen = row_digests(replace(row, rejected=None))
+        rejected = row_digests(row.rejected)
+        return chosen._replace(row=_digest(f"{chosen.row} {rejected.row}"))
 
     if "text" in row.fields:
         whole = _digest(row.fields["text"])
-        return whole, whole, whole
+        return RowDigests(whole, whole, whole)
 
     # The prompt is everything before the last answer.
     messages = _messages_of(row)
@@ -50,8 +55,14 @@ def row_digests(row: Row) -> tuple[int, int, int]:
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     prompt = messages[: answers[-1]]
     if not any(message["role"] != "system" for message in prompt):
-        return whole, whole, whole
-    return whole, _digest(prompt), _digest(_beginning(prompt))
+        return RowDigests(whole, whole, whole)
+
+    opening = _beginning(prompt, 1)
+    deeper = 0
+    if len("".join(str(opening[-1][1]).split())) <= _LONGEST_GREETING:
+        second = _beginning(prompt, 2)
+        deeper = _digest(second) if len(second) > len(opening) else 0
+    return RowDigests(whole, _digest(prompt), _digest(opening), deeper)
 
 
 def _messages_of(row: Row) -> Sequence[Mapping[str, Any]]:
@@ -83,12 +94,16 @@ def exact_digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
 
 
-def _beginning(messages: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
-    """Return the role and content of each message up to and including the user's first one."""
+def _beginning(messages: Sequence[Mapping[str, Any]], count: int) -> list[list[Any]]:
+    """Return the role and content of each message up to the user's first or second message.
+
+    Without such a message, all messages are returned.
+    """
     beginning: list[list[Any]] = []
     for message in messages:
         beginning.append([message["role"], message.get("content")])
-        if message["role"] == "user":
+        count -= message["role"] == "user"
+        if not count:
             break
     return beginning
 
@@ -108,14 +123,3 @@ def _normalized(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_normalized(item) for item in value]
     return value
-
-
-def fold_text(text: str) -> str:
-    """Return a text in lower case and one Unicode form.
-
-    It does not matter whether a character is composed, of full or half width, or a quotation mark
-    or dash of another shape. Invisible characters are left out.
-    """
-    # NFKC turns an acute accent into a space and a mark, but a small dash into one of _PLAIN
-    plain = unicodedata.normalize("NFKC", text.translate(_PLAIN)).translate(_PLAIN)
-    return unicodedata.normalize("NFKC", plain).casefold()

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .prefix_digests import LONGEST, text_digests
+from .prefix_digests import LONGEST, TextDigests, text_digests
 from .readers import read_text
 from .row_digests import exact_digest, row_digests, system_of
 from .row_kinds import REQUIRED
@@ -31,40 +31,45 @@ class StoredRow(NamedTuple):
     row_digest: int
     prompt_digest: int
     opening_digest: int  # of the beginning of its conversation
+    deeper_digest: int = 0  # from ``row_digests``
     system_digest: int = 0  # of its system message, or 0
     text_digest: int = 0  # from ``text_digests``
     is_whole: bool = False  # whether ``text_digest`` is of the whole text
     prompt_text_digest: int = 0  # from ``text_digests``
     beginning_count: int = 0  # number of digests in the file of beginnings
+    part_key: int = 0  # the key of the first part in the file of parts
+    part_count: int = 0  # number of places in the file of parts
 
 
-_ROW_TYPES = ("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u1", "u8", "i4")
+_ROW_TYPES = ["i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "u1", "u8", "i4", "u8", "i4"]
 ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 
 
-def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, np.ndarray]:
-    """Return what is stored of a row, and the digests of its beginnings, (beginnings,) uint64."""
-    system = exact_digest(system_of(row))
-    row_digest, prompt_digest, opening_digest = row_digests(row)
+def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, TextDigests]:
+    """Return what is stored of a row, and the digests of its text."""
+    digests = row_digests(row)
     text = text_digests(row)
     stored = StoredRow(
         line=row.line,
         kind=KIND_NAMES.index(row.kind),
         thinking=thinking,
-        row_digest=row_digest,
-        prompt_digest=prompt_digest,
-        opening_digest=opening_digest,
-        system_digest=system,
+        row_digest=digests.row,
+        prompt_digest=digests.prompt,
+        opening_digest=digests.opening,
+        deeper_digest=digests.deeper,
+        system_digest=exact_digest(system_of(row)),
         text_digest=text.text,
         is_whole=text.is_whole,
         prompt_text_digest=text.prompt,
         beginning_count=len(text.beginnings),
+        part_key=int(text.parts["key"][0]) if len(text.parts) else 0,
+        part_count=len(text.parts),
     )
-    return stored, text.beginnings
+    return stored, text
 
 
-def store_document(path: Path, number: int) -> tuple[StoredRow, np.ndarray]:
-    """Return what is stored of a document, which is one row, and the digests of its beginnings.
+def store_document(path: Path, number: int) -> tuple[StoredRow, TextDigests]:
+    """Return what is stored of a document, which is one row, and the digests of its text.
 
     Args:
         path: The document.
@@ -76,12 +81,12 @@ def store_document(path: Path, number: int) -> tuple[StoredRow, np.ndarray]:
         text += piece
         if len(text) > 2 * LONGEST:
             break
-    stored, beginnings = store_row(Row("text", {"text": text}, number), thinking=False)
+    stored, digests = store_row(Row("text", {"text": text}, number), thinking=False)
     if len(text) <= 2 * LONGEST:
-        return stored, beginnings
+        return stored, digests
 
     # A long document is equal to another if its file is
     with path.open("rb") as file:
         digest = int.from_bytes(hashlib.file_digest(file, "blake2b").digest()[:8])
     same = dict.fromkeys(("row_digest", "prompt_digest", "opening_digest"), digest)
-    return stored._replace(**same), beginnings
+    return stored._replace(**same), digests

@@ -26,6 +26,7 @@ from .layer_kinds import check_runs
 from .rope_parameters import without_unread_rope
 from .skeleton import read_config
 from .tokenizer_problems import explain_tokenizer_problem
+from .vocabulary import set_vocabulary
 from .weight_files import check_packed, check_tied_head, find_packed, index_tensors, one_line
 
 _QUANTIZATIONS = (
@@ -60,7 +61,9 @@ def load_folder(
             config requires.
     """
     model, config = load_base(path, prepare)
-    return model, load_folder_tokenizer(path), config
+    tokenizer = load_folder_tokenizer(path)
+    set_vocabulary(model, tokenizer)
+    return model, tokenizer, config
 
 
 def load_base(

@@ -25,6 +25,7 @@ from ..keyword_types import TrainOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import original_of
+from ..models.vocabulary import set_vocabulary
 from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, no_log
@@ -140,6 +141,7 @@ def finetune(
 
             # Read the data, and choose the sizes that the settings leave to this machine.
             config = resolve_length(config, model, log)
+            set_vocabulary(model, tokenizer)
             examples = load_examples(config, tokenizer, log)
             check_examples(limits_of(model), examples, tokenizer, log)
             check_validation(config, examples["valid"])

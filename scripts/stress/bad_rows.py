@@ -56,7 +56,7 @@ PREFIXES = [
     {"prompt": f"Story {story}:" + "".join(f" {n}" for n in range(turns)), "completion": f" {turns}"}
     for story in range(8) for turns in range(1, 4)
 ]  # fmt: skip
-NO_LEAK = "\n0 valid rows whose conversation or text begins like one in train"
+NO_LEAK = "\n0 valid rows whose conversation or text is partly in train"
 SAME = "python -m scripts.stress.same_prompts run rows.jsonl"
 
 
@@ -228,7 +228,7 @@ CASES = [
          {"rows.jsonl": PREFIXES}, code=0, shows=(NO_LEAK,)),
     Case("leaks: chats that grow in two files", f"{TRAIN} data --dry-run --model ../models/smollm2",
          {"data/train.jsonl": GROWING[::3], "data/valid.jsonl": GROWING[2::3]}, code=0,
-         shows=("8 valid rows whose conversation or text begins like one in train",)),
+         shows=("8 valid rows whose conversation or text is partly in train",)),
     Case("leaks: part of an epoch", "train --epochs 0.07 --batch-size 1 --data rows.jsonl --dry-run --valid-split 0"
          " --adapter-path run --model ../models/smollm2", {"rows.jsonl": [{"text": f"line {n}"} for n in range(100)]},
          code=0, shows=("7 steps of 1 example",)),

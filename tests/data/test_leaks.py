@@ -45,7 +45,7 @@ def test_a_conversation_that_begins_in_train_is_reported(tmp_path: Path, letters
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     told = [overlap for overlap in find_overlaps(load(tokenizer, folder).examples) if overlap.count]
     assert [str(overlap) for overlap in told] == [
-        "1 valid row whose conversation or text begins like one in train (valid.jsonl:1 = train.jsonl:3)"
+        "1 valid row whose conversation or text is partly in train (valid.jsonl:1 = train.jsonl:3)"
     ]
 
 

@@ -34,6 +34,7 @@ from mlx_loraplus.training.checkpoint import (
     restore,
     save_checkpoint,
 )
+from mlx_loraplus.training.interrupts import interruptible
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.training.run_fingerprint import (
     RunFingerprint,
@@ -84,7 +85,15 @@ def session(folder: Path, config: TrainConfig, *, stop_after: int | None, kind: 
     state = TrainState(
         model, split_model(model), optimizer, batches, length, progress, grad_checkpoint
     )
-    outcome = train(state, examples(3, seed=9), config, report=history.append, save=save)
+    with interruptible() as stop_requested:
+        outcome = train(
+            state,
+            examples(3, seed=9),
+            config,
+            report=history.append,
+            save=save,
+            stop_requested=stop_requested,
+        )
     assert outcome == ("finished" if stop_after is None else "interrupted")
     assert progress.step == (UPDATES if stop_after is None else stop_after + 1)
     return history

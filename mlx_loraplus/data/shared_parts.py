@@ -1,0 +1,155 @@
+"""Find the rows whose whole text is a part of another row's, or whose end begins another row.
+
+Such rows are windows of one conversation (its turns 3 to 6), a chat that a template has written
+after its system message, or a chat whose first message holds the system message. Parts begin and
+end where a line or sentence does; ``prefix_digests`` stores these places.
+
+A row is looked up by its first sentences. To be joined, both texts must then agree up to the end of
+one of them. First sentences that too many others share, such as a greeting, find nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from .dataset import Shard
+from .join_groups import MOST_BRANCHES, Joins
+from .prefix_digests import PART, inverses
+
+_BLOCK = 2**10  # rows whose parts are looked up together
+_SHORTEST_OVERLAP = 64  # characters of an end that begins another row, without white space
+
+
+def join_shared_parts(
+    shards: Sequence[Shard], groups: np.ndarray, is_joinable: np.ndarray
+) -> np.ndarray:
+    """Return the group of each row, after joining the groups that share a part.
+
+    Args:
+        shards: The shards.
+        groups: The group of each row of all shards, (rows,).
+        is_joinable: Whether the group of each row may be joined, (rows,) bool.
+    """
+    keys = np.concatenate([shard.rows["part_key"] for shard in shards])
+    keys[~is_joinable] = 0
+    known = np.unique(keys)
+    found = np.concatenate(list(_contained(shards, known)))
+    found = found[is_joinable[found[:, 1]]]
+    if not len(found):
+        return groups
+
+    # The longest row of each group that contains a key
+    lengths = np.concatenate([shard.rows["part_count"] for shard in shards])
+    found = found[np.argsort(-lengths[found[:, 1]], kind="stable")]
+    containing = _rare(found, groups, len(known))
+
+    # The shortest row of each group that begins with one of these keys
+    wanted = known[np.unique(containing[:, 0])]
+    starts = np.flatnonzero(np.isin(keys, wanted))
+    starts = starts[np.argsort(lengths[starts], kind="stable")]
+    first = np.stack([np.searchsorted(known, keys[starts]), starts, 0 * starts], axis=1)
+    beginning = _rare(first, groups, len(known))
+
+    # Compare the texts of the pairs that are not joined yet
+    texts = _Texts(shards)
+    joins = Joins()
+    stops = np.searchsorted(beginning[:, 0], np.arange(len(known) + 1))
+    for key, container, place in containing.tolist():
+        for row in beginning[stops[key] : stops[key + 1], 1].tolist():
+            pair = (joins.root(int(groups[row])), joins.root(int(groups[container])))
+            if pair[0] != pair[1] and _agree(texts.read(row), texts.read(container), place):
+                joins.add(*pair)
+    return joins.apply(groups)
+
+
+def _contained(shards: Sequence[Shard], known: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the known keys after the beginning of each row, (found, 3): key, row, place in it."""
+    yield np.zeros((0, 3), np.int64)
+    first_row = 0
+    for shard in shards:
+        counts = shard.rows["part_count"].astype(np.int64)
+        stops = np.cumsum(counts)
+        for first in range(0, len(counts), _BLOCK):
+            block = slice(first, first + _BLOCK)
+            start = int(stops[first - 1]) if first else 0
+            parts = _read_parts(shard, start, int(stops[block][-1]) - start)
+
+            # Row and place of each part; the first place of a row is its beginning
+            rows = np.repeat(np.arange(len(counts[block])), counts[block])
+            places = np.arange(len(parts)) - (stops[block] - counts[block] - start)[rows]
+            numbers = np.minimum(np.searchsorted(known, parts["key"]), len(known) - 1)
+            is_known = (known[numbers] == parts["key"]) & (parts["key"] > 0)
+            found = np.flatnonzero(is_known & (places > 0))
+            yield np.stack([numbers, first_row + first + rows, places], axis=1)[found]
+        first_row += len(counts)
+
+
+def _rare(found: np.ndarray, groups: np.ndarray, keys: int) -> np.ndarray:
+    """Return the first row of each group that has a key, for the keys that few groups have.
+
+    Args:
+        found: Keys, rows and places, (found, 3).
+        groups: The group of each row.
+        keys: The number of keys.
+
+    Returns:
+        Keys, rows and places in the order of the keys, (pairs, 3).
+    """
+    numbers = found[:, 0] * (int(groups.max()) + 1) + groups[found[:, 1]]
+    _, first = np.unique(numbers, return_index=True)
+    distinct = found[first]
+    counts = np.bincount(distinct[:, 0], minlength=keys)
+    return distinct[counts[distinct[:, 0]] <= MOST_BRANCHES]
+
+
+class _Texts:
+    """Reads the parts of single rows."""
+
+    def __init__(self, shards: Sequence[Shard]):
+        self.shards = shards
+        self.first_rows = np.cumsum([0, *(len(shard.rows) for shard in shards)])
+        self.stops = [np.cumsum(shard.rows["part_count"], dtype=np.int64) for shard in shards]
+
+    def read(self, row: int) -> np.ndarray:
+        """Return the places of a row of all shards, (parts,) PART."""
+        number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        stops = self.stops[number]
+        own = row - int(self.first_rows[number])
+        start = int(stops[own - 1]) if own else 0
+        return _read_parts(self.shards[number], start, int(stops[own]) - start)
+
+
+def _read_parts(shard: Shard, start: int, count: int) -> np.ndarray:
+    if shard.parts is None or not count:
+        return np.zeros(0, PART)
+    return np.fromfile(shard.parts, PART, count, offset=PART.itemsize * start)
+
+
+def _agree(text: np.ndarray, container: np.ndarray, place: int) -> bool:
+    """Return whether a text and the part of another one agree, up to where one of them ends.
+
+    Args:
+        text: The places of the text.
+        container: The places of the other text.
+        place: The index of the place where its part begins.
+    """
+    start = int(container["start"][place])
+    own = int(text["start"][-1])
+    rest = int(container["start"][-1]) - start
+    length = min(own, rest)
+    if length < own and length < _SHORTEST_OVERLAP:
+        return False
+
+    # The digests of both up to there, if a line or a sentence of both ends there
+    digest = _digest_at(text, length)
+    other = _digest_at(container, start + length)
+    if digest is None or other is None:
+        return False
+    before = int(container["digest"][place])
+    return digest == (other - before) * int(inverses()[start]) % 2**64
+
+
+def _digest_at(text: np.ndarray, length: int) -> int | None:
+    """Return the digest of the first characters of a text, or None if no line ends there."""
+    index = int(np.searchsorted(text["start"], length))
+    return int(text["digest"][index]) if text["start"][index] == length else None
