@@ -206,7 +206,11 @@ def test_an_adapter_over_another_embedding_or_head_is_refused(tmp_path: Path, na
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @pytest.mark.parametrize(
     ("dtype", "told"),
-    [("int32", "holds values of type int32"), ("bool", "holds values of type bool"), ("float64", "in the type F64")],
+    [
+        ("int32", "holds values of type int32"),
+        ("bool", "holds values of type bool"),
+        ("float64", "in the type F64"),
+    ],
 )
 def test_numbers_that_are_no_weights_are_refused(folder: Path, part: str, dtype: str, told: str):
     file = folder / "adapter_model.safetensors"
