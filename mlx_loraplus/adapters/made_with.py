@@ -13,7 +13,7 @@ from ..config import AdapterConfig
 from ..errors import ConfigError
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure, settings_of
-from .base_layers import quantization
+from .base_layers import QUANTIZED, quantization
 from .full import trains_weights
 from .lora import Adapter, LoRA
 from .stored_files import RUN_SETTINGS, StoredConfig
@@ -105,4 +105,5 @@ def trained_with(model: nn.Module) -> AdapterConfig:
 
 def _packing(adapter: Adapter) -> dict[str, Any] | None:
     """Return how the base that an adapter brings is quantized; None if it brings none."""
-    return quantization(adapter.base) if adapter.owns_base else None
+    is_packed = adapter.owns_base and isinstance(adapter.base, QUANTIZED)
+    return quantization(adapter.base) if is_packed else None
