@@ -125,6 +125,14 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _small_pictures() -> None:
+    """Draw pictures with few pixels: each run draws one, and no test looks at it closely."""
+    import matplotlib as mpl
+
+    mpl.rcParams["savefig.dpi"] = 20
+
+
 @pytest.fixture
 def tiny() -> TinyModel:
     """Make a tiny model: ``tiny("llama", bits=4)``."""

@@ -202,7 +202,9 @@ class Run:
         """Return a matplotlib figure of training and validation loss over steps."""
         from .matplotlib_plots import Plot, draw_losses
 
-        figure = Plot(figsize=(7, 4), layout="constrained")
+        # Fixed margins: a layout that measures the labels doubles the time.
+        figure = Plot(figsize=(7, 4))
+        figure.subplots_adjust(left=0.13, right=0.98, bottom=0.13, top=0.97)
         draw_losses(figure.subplots(), self)
         return figure
 
