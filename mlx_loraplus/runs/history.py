@@ -200,13 +200,9 @@ class Run:
 
     def plot(self) -> Any:
         """Return a matplotlib figure of training and validation loss over steps."""
-        from .matplotlib_plots import Plot, draw_losses
+        from .matplotlib_plots import plot_losses
 
-        # Fixed margins: a layout that measures the labels doubles the time.
-        figure = Plot(figsize=(7, 4))
-        figure.subplots_adjust(left=0.13, right=0.98, bottom=0.13, top=0.97)
-        draw_losses(figure.subplots(), self)
-        return figure
+        return plot_losses(self)
 
     def to_dataframe(self) -> Any:
         """Return the history's metrics as a pandas table, one row per step.
