@@ -97,7 +97,7 @@ class GenerateConfig(ChatConfig):
     """Wrap the prompt in the model's chat template if it has one, as training does."""
     tools: UserPath | None = None
     """JSON file with the list of tools that the model may call, as in the field tools of the
-    training rows. The model's chat template writes them into the prompt."""
+    training rows. The model's chat template renders them in the prompt."""
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,23 @@ from typing import Any
 from .chat_template import ChatTemplate
 from .lost_content import find_lost
 from .messages import BadRowError
+from .rendered_chat import RenderedChat, RenderedText, SupervisedChat
 from .simpler_chats import without_field
 from .template_forms import CALL_ID, ChatForm
 from .thoughts import Message, answer_of, thoughts_of
-from .written_chat import SupervisedChat, WrittenChat, WrittenRow
 
 
-def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: WrittenChat) -> list[str]:
+def note_left_out(
+    template: ChatTemplate, chat: SupervisedChat, rendered: RenderedChat
+) -> list[str]:
     """Return notes on unsupervised content that is left out, and on what the template rewrites."""
     lost: set[str] = set()
 
     # Search for messages without supervision outside the supervised text. Otherwise the words
     # of an answer would count as those of a question.
-    text = _unsupervised_text(written.rows[0])
+    text = _unsupervised_text(rendered.texts[0])
     others = [
-        message for turn, message in enumerate(written.form.messages) if turn not in chat.turns
+        message for turn, message in enumerate(rendered.form.messages) if turn not in chat.turns
     ]
     for message, part in zip(others, split_by_message(others, text), strict=True):
         missing = find_lost(message, part)
@@ -30,17 +32,17 @@ def note_left_out(template: ChatTemplate, chat: SupervisedChat, written: Written
             lost.add("tool calls")
 
     # The names in tool messages are not checked here: the calls contain the same names.
-    if _ignores(template, "name", ("system", "user", "assistant"), chat, written):
+    if _ignores(template, "name", ("system", "user", "assistant"), chat, rendered):
         lost.add("names of speakers ('name')")
-    if chat.tools and not _shows_tools(template, written.form.messages, chat.tools):
+    if chat.tools and not _shows_tools(template, rendered.form.messages, chat.tools):
         lost.add("tools")
     notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
-    notes += _note_rewritten(template, chat, written.form)
-    notes += _note_early_ends(template, chat, written.rows)
+    notes += _note_rewritten(template, chat, rendered.form)
+    notes += _note_early_ends(template, chat, rendered.texts)
 
     # Without ids, the first result is that of the first call.
-    is_swapped = _has_swapped_results(written.form.messages)
-    if is_swapped and _ignores(template, "tool_call_id", ("tool",), chat, written):
+    is_swapped = _has_swapped_results(rendered.form.messages)
+    if is_swapped and _ignores(template, "tool_call_id", ("tool",), chat, rendered):
         notes.append(
             "the chat template leaves out 'tool_call_id', and results of tools are in another"
             " order than their calls; write them in the same order"
@@ -53,10 +55,10 @@ def _ignores(
     field: str,
     roles: Sequence[str],
     chat: SupervisedChat,
-    written: WrittenChat,
+    rendered: RenderedChat,
 ) -> bool:
     """Return whether messages of some roles have a field that the text does not depend on."""
-    form = written.form.messages
+    form = rendered.form.messages
     without = without_field(field, form, roles)
     if without == list(form):
         return False
@@ -86,30 +88,30 @@ def _note_rewritten(template: ChatTemplate, chat: SupervisedChat, form: ChatForm
     if form.thoughts:
         notes.append(
             "the chat template has no place for the thoughts of some answers, so they are"
-            f" written before the answer, between {tags}"
+            f" rendered before the answer, between {tags}"
         )
     elif _moves_thoughts_into_content(chat.messages, form.messages) and not block.is_own:
         notes.append(
-            "the chat template has no place for thoughts, so they are written at the start of"
+            "the chat template has no place for thoughts, so they are rendered at the start of"
             f" the content, between {tags}"
         )
     if _call_ids(form.messages) != _call_ids(chat.messages):
         notes.append(
-            "the chat template writes the id of a tool call in place of the function's name, so"
-            f" ids are written as {CALL_ID.format(name='NAME', number='NUMBER')}"
+            "the chat template renders the id of a tool call in place of the function's name, so"
+            f" ids are rendered as {CALL_ID.format(name='NAME', number='NUMBER')}"
         )
     return notes
 
 
 def _note_early_ends(
-    template: ChatTemplate, chat: SupervisedChat, rows: Sequence[WrittenRow]
+    template: ChatTemplate, chat: SupervisedChat, texts: Sequence[RenderedText]
 ) -> list[str]:
     """Return notes on tokens that end generation inside an answer but do not occur in the row."""
     own_text = "".join(str(message) for message in chat.messages)
     ends = [end for end in template.ends if end not in own_text]
-    answers = [row.text[start:stop] for row in rows for start, stop in row.spans]
+    answers = [each.text[start:stop] for each in texts for start, stop in each.learned]
     return [
-        f"the chat template writes {end} inside an answer, and generation stops there, before the"
+        f"the chat template renders {end} inside an answer, and generation stops there, before the"
         " rest of the answer"
         for end in ends
         if any(end in answer[: -len(end)] for answer in answers)
@@ -118,8 +120,8 @@ def _note_early_ends(
 
 def _moves_thoughts_into_content(messages: Sequence[Message], form: Sequence[Message]) -> bool:
     """Return whether a form has thoughts inside the content that the row has under a key."""
-    for message, written in zip(messages, form, strict=True):
-        is_inside = bool(thoughts_of({"content": written.get("content")}))
+    for message, formed in zip(messages, form, strict=True):
+        is_inside = bool(thoughts_of({"content": formed.get("content")}))
         if is_inside and not thoughts_of({"content": message.get("content")}):
             return True
     return False
@@ -166,11 +168,11 @@ def split_by_message(messages: Sequence[Message], text: str) -> list[str]:
     return parts
 
 
-def _unsupervised_text(row: WrittenRow) -> str:
-    """Return a row's text without the spans to train on."""
+def _unsupervised_text(rendered: RenderedText) -> str:
+    """Return a text without the characters to train on."""
     text = ""
     start = 0
-    for first, last in sorted(row.spans):
-        text += row.text[start:first]
+    for first, last in sorted(rendered.learned):
+        text += rendered.text[start:first]
         start = last
-    return text + row.text[start:]
+    return text + rendered.text[start:]

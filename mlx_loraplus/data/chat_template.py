@@ -79,11 +79,11 @@ class UnsupervisableError(BadRowError):
 
 @dataclass(frozen=True)
 class Turn:
-    """One assistant turn: the prompt that asks for it, and the text that the model has to write."""
+    """One assistant turn: the prompt that asks for it, and what the model has to generate."""
 
     prompt: str
     answer: str  # including the token that ends the turn
-    rest: str = ""  # the text that the template writes after that token
+    rest: str = ""  # the text that the template renders after that token
 
     @property
     def text(self) -> str:
@@ -97,7 +97,7 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer that has a chat template.
-        day: The date that the template writes as today's date, or None for the real one.
+        day: The date that the template renders as today's date, or None for the real one.
         ends: The tokens that end generation, as text.
     """
 
@@ -206,12 +206,12 @@ class ChatTemplate:
 
     @cached_property
     def thought_block(self) -> ThoughtBlock:
-        """How the template writes thoughts."""
+        """How the template renders thoughts."""
         return ThoughtBlock.of(str(self.tokenizer.chat_template))
 
     # --- turns ----------------------------------------------------------------------------------
 
-    def write_turn(self, chat: ChatForm, turn: int, tools: Sequence[Any] | None) -> Turn:
+    def render_turn(self, chat: ChatForm, turn: int, tools: Sequence[Any] | None) -> Turn:
         """Return an assistant turn together with the prompt that asks for it.
 
         Args:
@@ -231,7 +231,7 @@ class ChatTemplate:
         prompt = self._prompt_before(messages, whole, thinking=thinking, tools=tools)
         if not prompt:
             raise BadRowError(
-                "the chat begins with an assistant turn, and this chat template writes nothing"
+                "the chat begins with an assistant turn, and this chat template renders nothing"
                 " before it that could serve as a prompt; remove that turn"
             )
 
@@ -268,7 +268,7 @@ class ChatTemplate:
             return self._first_header(message, whole, tools)
         prompt = self.render(history, ask=True, thinking=thinking, tools=tools)
 
-        # After another assistant turn, some templates write no header in the prompt.
+        # After another assistant turn, some templates render no header in the prompt.
         header = self._header(thinking) if history[-1]["role"] == "assistant" else ""
         return prompt + header if whole.startswith(prompt + header) else prompt
 
@@ -320,7 +320,7 @@ class ChatTemplate:
 
     @cached_property
     def _ends_before(self) -> dict[str, str]:
-        """Role → the end token that is written only before a turn of that role.
+        """Role → the end token that is rendered only before a turn of that role.
 
         In GLM's templates, a turn has no end token of its own: the model ends it with the token of
         the role that follows.
@@ -379,17 +379,17 @@ def _start_of_answer(text: str, message: Message) -> int:
     return max(0, text.rfind(value))
 
 
-def dated(tokenizer: TokenizerWrapper, write: Callable[[str], str]) -> dict[str, str]:
+def dated(tokenizer: TokenizerWrapper, format_date: Callable[[str], str]) -> dict[str, str]:
     """Return the options for ``apply_chat_template`` that replace today's date.
 
     Args:
         tokenizer: A tokenizer that may have a chat template.
-        write: Returns the date in a given strftime format.
+        format_date: Returns the date in a given strftime format.
     """
     template = tokenizer.chat_template
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}
-    return {"chat_template": _NOW.sub(lambda call: repr(write(call[2])), template)}
+    return {"chat_template": _NOW.sub(lambda call: repr(format_date(call[2])), template)}
 
 
 def _in_parts(message: Message) -> dict[str, Any]:

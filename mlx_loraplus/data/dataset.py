@@ -37,10 +37,10 @@ from .row_problems import RowProblems
 from .rows import Row, make_rows
 from .sources import Table
 from .stored_rows import ROW, StoredRow, store_document, store_row
-from .tokenize import Example, encode
+from .tokenize import Example, RowRenderer, encode
 
 # Version of the shard format, including its notes; a new number invalidates all cached shards
-_VERSION = 24
+_VERSION = 25
 
 # The files of a shard; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings", "parts")
@@ -324,9 +324,17 @@ def _row_chunks(
     table: Table, encoding: EncodingSettings, problems: RowProblems, systems: dict[int, str]
 ) -> Iterator[Chunk]:
     """Yield a table's encoded rows in chunks, and fill ``problems`` and ``systems``."""
-    for rows in _groups(make_rows(table.rows(), encoding.names, problems, encoding.make)):
+    tokenizer, train_on = encoding.tokenizer, encoding.train_on
+    renderer = RowRenderer(tokenizer, train_on)
+
+    # Lines of the file become rows, then texts, then token ids
+    all_rows = make_rows(table.rows(), encoding.names, problems, encoding.make)
+    for rows in _groups(all_rows):
+        rendered_rows = [renderer.render(row) for row in rows]
+        encoded_rows = encode(rendered_rows, tokenizer, train_on)
+
+        # Collect the rows that can be trained on, and report the others
         chunk = _ChunkBuilder()
-        encoded_rows = encode(rows, encoding.tokenizer, encoding.train_on)
         for row, encoded in zip(rows, encoded_rows, strict=True):
             # Each answer needs an example with a supervised token
             examples = [example for example in encoded.examples if example.supervised.any()]

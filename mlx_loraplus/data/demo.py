@@ -39,7 +39,7 @@ class Intent:
     wordings: Sequence[str]
     arguments: Mapping[str, Mapping[str, str | int]]
 
-    def write(self, wording: str, words: Sequence[str]) -> dict[str, str]:
+    def make_row(self, wording: str, words: Sequence[str]) -> dict[str, str]:
         """Return a row that asks for the action with these words for its arguments."""
         spoken = dict(zip(self.arguments, words, strict=True))
         command: dict[str, str | int] = {"action": self.action}
@@ -80,6 +80,6 @@ def demo_rows() -> dict[str, list[dict[str, str]]]:
         for split, count in ROWS_PER_INTENT.items():
             for words in islice(combinations, count):
                 wording = intent.wordings[int(random.random() * len(intent.wordings))]
-                rows[split].append(intent.write(wording, words))
+                rows[split].append(intent.make_row(wording, words))
 
     return {split: shuffled(rows[split]) for split in rows}

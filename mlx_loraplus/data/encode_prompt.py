@@ -29,29 +29,29 @@ def encode_prompt(
     Args:
         prompt: The text, or the user's message.
         tokenizer: A tokenizer that has a fast version.
-        chat: Whether to write the prompt in the training format, instead of unchanged.
+        chat: Whether to render the prompt in the training format, instead of unchanged.
         earlier: Messages that a chat template puts before the prompt. If the first is a system
             message, it replaces the one that the model was trained with; an empty one removes it.
         form: The format that the model was trained with.
-        tools: The tools that the model may call; a chat template writes them into the prompt.
+        tools: The tools that the model may call; a chat template renders them in the prompt.
 
     Raises:
-        DataError: The template refuses the messages or writes no tools, or the prompt has no
+        DataError: The template refuses the messages or renders no tools, or the prompt has no
             tokens.
-        ModelError: The template can't write any chat.
+        ModelError: The template can't render any chat.
     """
     form = form or PromptFormat()
     bos = leading_bos(tokenizer)
     system, messages = _chat_before_answer(prompt, earlier, form)
 
     # Without a format around it, an empty prompt leaves BOS, after which a model can begin a text.
-    has_format = chat and (tokenizer.has_chat_template or form.write_raw("", system).strip())
+    has_format = chat and (tokenizer.has_chat_template or form.render_raw("", system).strip())
     if has_format and not prompt.strip():
         raise DataError(
             "the prompt is empty; give at least one word (--no-chat lets a model begin a text)"
         )
 
-    # A chat template writes BOS itself.
+    # A chat template renders BOS itself.
     if not chat:
         text = prompt
     elif tokenizer.has_chat_template:
@@ -60,12 +60,12 @@ def encode_prompt(
         text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
         if tools and text == _without_tools(template, messages, thinking=form.thinking):
             raise DataError(
-                "the tools can't reach the model, because its chat template writes none; leave"
+                "the tools can't reach the model, because its chat template renders none; leave"
                 " them out, or describe them in the system message"
             )
         bos = []
     else:
-        text = form.write_raw(prompt, system)
+        text = form.render_raw(prompt, system)
 
     ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
     if ids[:1] != bos:
@@ -78,7 +78,7 @@ def encode_prompt(
 def _without_tools(
     template: ChatTemplate, messages: Sequence[dict[str, str]], *, thinking: bool
 ) -> str | None:
-    """Return a prompt without tools, or None if the template writes none without them."""
+    """Return a prompt without tools, or None if the template renders none without them."""
     try:
         return template.render(messages, ask=True, thinking=thinking)
     except BadRowError:
@@ -93,9 +93,9 @@ def content_of_answer(
     earlier: Sequence[dict[str, str]] = (),
     form: PromptFormat,
 ) -> str:
-    """Return the content of a generated answer, without what a chat template writes around it.
+    """Return the content of a generated answer, without what a chat template renders around it.
 
-    The template writes that text itself when the answer is one of the earlier messages of the next
+    The template renders that text itself when the answer is one of the earlier messages of the next
     prompt.
 
     Args:
@@ -108,14 +108,14 @@ def content_of_answer(
     if not tokenizer.has_chat_template:
         return text
 
-    # Write an ordinary answer to the same prompt, as in training.
+    # Render an ordinary answer to the same prompt, as in training.
     ends = end_tokens(tokenizer)
     template = ChatTemplate(tokenizer, ends=ends)
     _, messages = _chat_before_answer(prompt, earlier, form)
     answer = {"role": "assistant", "content": ANSWER}
     asked = template.render(messages, ask=True, thinking=form.thinking)
     try:
-        turn = template.write_turn(ChatForm([*messages, answer], {}), len(messages), None)
+        turn = template.render_turn(ChatForm([*messages, answer], {}), len(messages), None)
     except BadRowError:
         return text
 
@@ -126,7 +126,7 @@ def content_of_answer(
     if turn.prompt == asked and text.startswith(before):
         return text.removeprefix(before).removesuffix(after)
 
-    # Thoughts in a content begin with the tag that opens them, which the prompt has written.
+    # Thoughts in a content begin with the tag that opens them, which the prompt contains.
     tags = find_open_tags(asked)
     if tags is None or tags[1] not in text:
         return text

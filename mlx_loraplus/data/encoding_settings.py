@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .chat_writer import TrainOn
+from .chat_renderer import TrainOn
 from .rows import MakeRow, make_row
 from .special_tokens import fast_tokenizer
 

@@ -112,7 +112,7 @@ def choose_format(
     if others:
         notes.append(
             f"the prompt format of {counted(others, 'row')} differs from that of most rows;"
-            f" generate and chat will write prompts {prompted}"
+            f" generate and chat will render prompts {prompted}"
         )
 
     # Likewise, generation uses one system prompt.

@@ -1,4 +1,4 @@
-r"""Write a field from several columns: ``--fields "prompt={subject}\n{body}"``.
+r"""Build a field from several columns: ``--fields "prompt={subject}\n{body}"``.
 
 Braces hold the name of a column, and {{ and }} stand for braces. In the text between them, ``\n``
 is a line break, ``\t`` a tab and ``\\`` a backslash, because a shell has no simple way to type

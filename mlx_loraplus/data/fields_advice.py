@@ -123,7 +123,7 @@ def _advise_preferences(row: Mapping[str, Any]) -> str:
 
     return (
         "; a row with chosen and rejected suits --objective dpo, ipo, orpo or simpo; to train on"
-        f" the chosen answers alone, use --fields {_write_fields(choice)}"
+        f" the chosen answers alone, use --fields {_show_fields(choice)}"
     )
 
 
@@ -173,7 +173,7 @@ def _advise_texts(columns: Mapping[str, Any], texts: list[str]) -> str:
         pair = {"prompt": texts[0], "completion": answer}
         if len(labels) == 1:
             return _suggest_fields(pair)
-        return f"{_suggest_fields({'text': texts[0]})} or --fields {_write_fields(pair)}"
+        return f"{_suggest_fields({'text': texts[0]})} or --fields {_show_fields(pair)}"
 
     # The two longest texts, in the order of the row.
     by_length = sorted(texts, key=lambda column: -len(columns[column]))
@@ -233,9 +233,9 @@ def _can_train(value: object) -> bool:
 
 
 def _suggest_fields(choice: Mapping[str, str]) -> str:
-    return f"{ADVICE} --fields {_write_fields(choice)}"
+    return f"{ADVICE} --fields {_show_fields(choice)}"
 
 
-def _write_fields(choice: Mapping[str, str]) -> str:
+def _show_fields(choice: Mapping[str, str]) -> str:
     """Return the arguments of ``--fields`` for a shell."""
     return " ".join(shlex.quote(f"{field}={column}") for field, column in choice.items())

@@ -8,7 +8,7 @@ from ..errors import ConfigError, counted, join_problems, nearest
 from .field_templates import is_template, parse_template
 from .row_kinds import OPTIONAL, REQUIRED
 
-# Fields that no template can write
+# Fields that no template can build
 _NOT_TEXT = ("messages", "conversations", "tools", "label")
 
 # A shell divides a pair with spaces that has no quotes

@@ -1,7 +1,7 @@
 """Fold texts to compare them: what looks alike becomes equal, and markup between turns is left out.
 
 A conversation may be given as messages, as a prompt and its completion, or as a text that a
-template has written. ``plain_turns`` leaves out what a template adds, so that all three have the
+template has rendered. ``plain_turns`` leaves out what a template adds, so that all three have the
 same lines.
 """
 
@@ -39,7 +39,7 @@ _PLAIN: dict[int, str | None] = {
     **dict.fromkeys(map(ord, _TURKISH_I), "i"),
 }
 
-# Tags of templates, as ``fold_text`` writes them: <|im_start|>, <start_of_turn>, [inst]
+# Tags of templates, as ``fold_text`` returns them: <|im_start|>, <start_of_turn>, [inst]
 _TAGS = re.compile(
     r"<\|channel\|>[a-z]+|<\|[a-z_\u2581 ]{1,32}\|?>|<[a-z_]{1,32}\|>"
     r"|</?s>|<(?:bos|eos|pad)>|</?(?:start|end)_of_turn>|\[/?(?:inst|system_prompt)\]|<</?sys>>"

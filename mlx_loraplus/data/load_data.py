@@ -1,7 +1,7 @@
 """Load a run's data: the examples of each split, and reports on their rows.
 
 ``sources`` finds the files, and ``readers`` reads their rows. ``rows`` brings them into a common
-form, ``chat_writer`` renders chats, and ``tokenize`` encodes them. ``dataset`` stores the tokens,
+form, ``chat_renderer`` renders chats, and ``tokenize`` encodes them. ``dataset`` stores the tokens,
 and ``long_rows`` limits their number. ``training/make_batches`` puts the examples together later.
 """
 

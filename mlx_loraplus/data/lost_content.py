@@ -89,7 +89,7 @@ def _find_spelling(value: Any, text: str) -> str | None:
 
 
 def _spellings(value: Any) -> set[str]:
-    """Return the ways to write a value: plain, as JSON, as Python, and escaped for HTML."""
+    """Return the ways to render a value: plain, as JSON, as Python, and escaped for HTML."""
     if not isinstance(value, str):
         return {str(value), json.dumps(value)}
 

@@ -62,7 +62,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 """Types of content parts that hold text."""
 
 NEEDED_FIELDS = frozenset({"role", "content", "tool_calls", *THOUGHT_KEYS})
-"""Message fields whose content is trained on, or that say who writes it."""
+"""Message fields whose content is trained on, or that say whose it is."""
 
 _KNOWN_FIELDS = (*NEEDED_FIELDS, "name", "tool_call_id")
 
@@ -310,7 +310,7 @@ def _join_parts(parts: Sequence[Any], place: str) -> str:
 def _read_tool_call(call: Any, place: str) -> dict[str, Any]:
     """Return a tool call whose arguments are an object, as chat templates expect.
 
-    OpenAI writes the arguments as a JSON string. The function may have a wrapper, as in
+    OpenAI gives the arguments as a JSON string. The function may have a wrapper, as in
     {"type": "function", "function": {...}}.
     """
     function: Any = call.get("function", call) if isinstance(call, dict) else None

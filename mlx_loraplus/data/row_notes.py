@@ -6,11 +6,11 @@ import numpy as np
 
 from .encoding_settings import EncodingSettings
 from .rows import Row
-from .tokenize import Encoded, Example
+from .tokenize import EncodedRow, Example
 
 
 def notes_on(
-    row: Row, encoded: Encoded, examples: Sequence[Example], encoding: EncodingSettings
+    row: Row, encoded: EncodedRow, examples: Sequence[Example], encoding: EncodingSettings
 ) -> Iterable[str]:
     """Return the notes on a row, without duplicates.
 

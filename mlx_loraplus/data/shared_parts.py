@@ -1,6 +1,6 @@
 """Find the rows whose whole text is a part of another row's, or whose end begins another row.
 
-Such rows are windows of one conversation (its turns 3 to 6), a chat that a template has written
+Such rows are windows of one conversation (its turns 3 to 6), a chat that a template has rendered
 after its system message, or a chat whose first message holds the system message. Parts begin and
 end where a line or sentence does; ``prefix_digests`` stores these places.
 

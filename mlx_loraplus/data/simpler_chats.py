@@ -1,6 +1,6 @@
-"""Change a chat that a chat template can't write into chats that more templates can write.
+"""Change a chat that a chat template can't render into chats that more templates can render.
 
-Each change comes with its advice. The advice is given only if the template can write the changed
+Each change comes with its advice. The advice is given only if the template can render the changed
 chat, so it is right when it is followed.
 """
 

@@ -1,6 +1,6 @@
-"""Check that a tokenizer's chat template can write a chat at all.
+"""Check that a tokenizer's chat template can render a chat at all.
 
-A template may contain a mistake, use a function that does not exist, refuse every chat, or write
+A template may contain a mistake, use a function that does not exist, refuse every chat, or render
 nothing. Each row would then be reported as a bad row, although the rows are not to blame.
 """
 
@@ -35,15 +35,15 @@ _TOOL = {"name": "look_up", "description": "Look up.", "parameters": {"type": "o
 
 
 def check_template(tokenizer: TokenizerWrapper) -> None:
-    """Check that a chat template can write one of a few ordinary chats.
+    """Check that a chat template can render one of a few ordinary chats.
 
     Args:
         tokenizer: A tokenizer that has a chat template.
 
     Raises:
-        ModelError: The template fails for each of them, or writes none of their messages.
+        ModelError: The template fails for each of them, or renders none of their messages.
     """
-    # One chat that the template writes is enough.
+    # One chat that the template renders is enough.
     first_error: Exception | None = None
     for messages, options in _ordinary_chats():
         try:
@@ -54,11 +54,11 @@ def check_template(tokenizer: TokenizerWrapper) -> None:
         if QUESTION in text or ANSWER in text:
             return
 
-    # Say why it writes none, with the place of the first error.
+    # Say why it renders none, with the place of the first error.
     if not str(tokenizer.chat_template or "").strip():
         reason = "is empty"
     elif first_error is None:
-        reason = "writes none of a chat's messages"
+        reason = "renders none of a chat's messages"
     else:
         line = _line_of(first_error)
         where = f" at line {line}" if line else ""

@@ -1,4 +1,4 @@
-"""Write a chat in each of the forms that chat templates expect.
+"""Bring a chat into each of the forms that chat templates expect.
 
 Templates expect different forms of four things: the arguments of a tool call (an object or a JSON
 string), its id, the content of a message that has only tool calls (empty or null), and thoughts
@@ -17,7 +17,7 @@ from .thoughts import THOUGHT_KEYS, Message, ThoughtBlock, answer_of, thoughts_o
 ThoughtForm = Literal["given", "key", "inline", "before"]
 
 CALL_ID = "functions.{name}:{number}"
-"""The id of a tool call in Kimi K2's templates, which write no other name of the function."""
+"""The id of a tool call in Kimi K2's templates, which render no other name of the function."""
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class MessageForm:
     empty_content: str | None  # the content of a message that has only tool calls
     thoughts: ThoughtForm  # unchanged, under a key, inside the content, or removed
     thought_key: str
-    thought_block: ThoughtBlock  # how thoughts are written inside the content
+    thought_block: ThoughtBlock  # how thoughts are rendered inside the content
 
-    def write(self, message: Message) -> dict[str, Any]:
+    def apply(self, message: Message) -> dict[str, Any]:
         """Return a message in this form."""
-        # Write the content and the arguments of tool calls.
-        written = dict(message)
+        # Set the content and the arguments of tool calls.
+        formed = dict(message)
         calls = message.get("tool_calls")
         if calls:
-            written["content"] = message.get("content") or self.empty_content
+            formed["content"] = message.get("content") or self.empty_content
         if calls and self.json_arguments:
-            written["tool_calls"] = [_with_json_arguments(call) for call in calls]
+            formed["tool_calls"] = [_with_json_arguments(call) for call in calls]
 
         thoughts = thoughts_of(message)
         if self.thoughts == "given" or not thoughts:
-            return written
+            return formed
 
         # Move the thoughts to where this form has them.
         is_inline = bool(thoughts_of({"content": message.get("content")}))
@@ -59,17 +59,17 @@ class MessageForm:
         if is_inline:
             thoughts, content = thoughts.strip("\n"), content.lstrip("\n")
         for key in THOUGHT_KEYS:
-            written.pop(key, None)
+            formed.pop(key, None)
         if self.thoughts == "inline":
-            written["content"] = self.thought_block.write(thoughts) + content
-            return written
+            formed["content"] = self.thought_block.render(thoughts) + content
+            return formed
 
         if calls and not content:
             content = self.empty_content
-        written["content"] = content
+        formed["content"] = content
         if self.thoughts == "key":
-            written[self.thought_key] = thoughts
-        return written
+            formed[self.thought_key] = thoughts
+        return formed
 
 
 def chat_forms(
@@ -80,7 +80,7 @@ def chat_forms(
     Args:
         messages: The messages in OpenAI's form.
         thought_key: The message key that the template reads thoughts from, if it is known.
-        thought_block: How thoughts are written inside the content.
+        thought_block: How thoughts are rendered inside the content.
     """
     # Vary only the parts that this chat contains.
     json_arguments: Sequence[bool] = [False]
@@ -102,10 +102,10 @@ def chat_forms(
     ):
         form = MessageForm(as_json, empty, thoughts_form, key, thought_block)
         thoughts = _thoughts_by_turn(chat) if form.thoughts == "before" else {}
-        written = ChatForm([form.write(message) for message in chat], thoughts)
-        if written not in seen:
-            seen.append(written)
-            yield written
+        formed = ChatForm([form.apply(message) for message in chat], thoughts)
+        if formed not in seen:
+            seen.append(formed)
+            yield formed
 
 
 def _thought_forms(
@@ -114,7 +114,7 @@ def _thought_forms(
     """Return the forms of thoughts to try.
 
     A template's own key and tags come first, so that they replace other tags in the content. A
-    template that reads a key and has no tags, as that of gpt-oss, writes thoughts in another way.
+    template that reads a key and has no tags, as that of gpt-oss, renders thoughts in another way.
     """
     if thought_key is not None and not block.is_own:
         return ["key"]
@@ -141,7 +141,7 @@ def _has_other_tags(message: Message, block: ThoughtBlock) -> bool:
 
 def _with_names_as_ids(messages: Sequence[Message]) -> list[Message]:
     """Return a chat whose tool calls have the functions' names and a number as ids."""
-    written: list[Message] = []
+    renamed: list[Message] = []
     waiting: list[tuple[Any, str]] = []  # old and new ids of the calls that have no result yet
     number = 0
 
@@ -163,9 +163,9 @@ def _with_names_as_ids(messages: Sequence[Message]) -> list[Message]:
             old_id = message.get("tool_call_id")
             place = old_ids.index(old_id) if old_id in old_ids else 0
             new_fields["tool_call_id"] = waiting.pop(place)[1]
-        written.append({**message, **new_fields})
+        renamed.append({**message, **new_fields})
 
-    return written
+    return renamed
 
 
 def _with_json_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

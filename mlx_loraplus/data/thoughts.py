@@ -31,12 +31,12 @@ THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking", "thoughts", "tool_
 
 @dataclass(frozen=True)
 class ThoughtBlock:
-    """How a chat template writes thoughts: tags, and the line breaks around them.
+    """How a chat template renders thoughts: tags, and the line breaks around them.
 
     Attributes:
         opening: The tag that opens the block.
         closing: The tag that closes the block.
-        is_own: Whether the template itself writes these tags; else they are the usual ones.
+        is_own: Whether the template itself renders these tags; else they are the usual ones.
         on_lines: Whether the tags stand on lines of their own.
         after: The line breaks after the block.
     """
@@ -49,13 +49,13 @@ class ThoughtBlock:
 
     @classmethod
     def of(cls, template: str) -> "ThoughtBlock":
-        """Return the block of a chat template; the usual one if it writes no tags."""
+        """Return the block of a chat template; the usual one if it renders no tags."""
         own_tags = next((tags for tags in THOUGHT_TAGS if tags[1] in template), None)
         if own_tags is None:
             opening, closing = THOUGHT_TAGS[0]
             return cls(opening, closing, is_own=False, on_lines=True, after="\n\n")
 
-        # A line break is written as such, or as \n inside a string of the template.
+        # A line break stands as such, or as \n inside a string of the template.
         opening, closing = own_tags
         text = template.replace("\\n", "\n")
         is_word = opening[-1].isalnum()
@@ -68,7 +68,7 @@ class ThoughtBlock:
         """Whether the tags are the most common ones."""
         return (self.opening, self.closing) == THOUGHT_TAGS[0]
 
-    def write(self, thoughts: str) -> str:
+    def render(self, thoughts: str) -> str:
         """Return thoughts as a block."""
         space = "\n" if self.on_lines else ""
         return f"{self.opening}{space}{thoughts}{space}{self.closing}{self.after}"
@@ -142,8 +142,8 @@ def find_open_tags(prompt: str) -> tuple[str, str] | None:
 def fill_empty_block(answer: str, prompt: str, message: Message) -> str:
     """Return an answer with the message's thoughts in the block that the template left empty.
 
-    Some templates write an empty block for every turn that they count as an earlier one. If a block
-    with the thoughts follows the empty block, the empty block is removed.
+    Some templates render an empty block for every turn that they count as an earlier one. If a
+    block with the thoughts follows the empty block, the empty block is removed.
 
     Args:
         answer: The text of the turn after its prompt.
@@ -179,8 +179,8 @@ def put_before(answer: str, prompt: str, thoughts: str, block: ThoughtBlock) -> 
     Args:
         answer: The text of the turn after its prompt. It may begin with the thoughts already.
         prompt: The prompt. If it ends with a tag of the block, the answer is returned unchanged.
-        thoughts: The thoughts to write; may be empty.
-        block: How the chat template writes thoughts.
+        thoughts: The thoughts to add; may be empty.
+        block: How the chat template renders thoughts.
     """
     thoughts = thoughts.strip()
     has_block = prompt.rstrip().endswith((block.opening, block.closing))
@@ -189,7 +189,7 @@ def put_before(answer: str, prompt: str, thoughts: str, block: ThoughtBlock) -> 
     inside = answer.lstrip().removeprefix(block.opening).lstrip()
     if inside.startswith(thoughts) and block.closing in inside:
         return answer
-    return block.write(thoughts) + answer
+    return block.render(thoughts) + answer
 
 
 class _EmptyBlock(NamedTuple):

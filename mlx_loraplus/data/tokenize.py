@@ -1,8 +1,8 @@
-"""Convert rows to token ids, and mark the tokens to train on.
+"""Render rows as text, encode the text as token ids, and mark the tokens to train on.
 
-A row is written as one text; as several if the template rewrites earlier turns, or if the row has
-two answers. Each text comes with the spans of characters to train on. A token is supervised if it
-holds at least one character of a span. A token that holds the end of the prompt and the start of
+``RowRenderer`` renders a row as one text; as several if the template rewrites earlier turns, or if
+the row has two answers. Each text comes with the characters to train on. ``encode`` supervises a
+token if it holds at least one of them. A token that holds the end of the prompt and the start of
 the completion therefore belongs to the completion. A note reports such tokens, because the prompt
 alone is encoded differently.
 
@@ -16,22 +16,24 @@ alone is encoded differently.
 - prompt and completion: The completion, as in a chat of one turn. Without a chat template, the text
   has one of the ``RAW_FORMS``, between BOS and EOS; the completion and EOS are supervised.
 
-If a template writes today's date, as Llama 3's template does, ``DAY`` is used in training rows.
+If a template renders today's date, as Llama 3's template does, ``DAY`` is used in training rows.
 Otherwise a run could not be resumed on another day.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Encoding, Tokenizer
 
 from ..models.prompt_format import RAW_FORMS, with_system
+from .chat_renderer import ChatRenderer, TrainOn
 from .chat_template import DAY, ChatTemplate
-from .chat_writer import ChatWriter, TrainOn
 from .lost_content import call_values
 from .messages import BadRowError
+from .rendered_chat import CharRange, RenderedRow, RenderedText
 from .rows import Row
 from .special_tokens import (
     closing_eos,
@@ -43,7 +45,6 @@ from .special_tokens import (
 )
 from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
-from .written_chat import WrittenRow
 
 _TAIL = 16
 """Number of tokens at the end of a prompt that are encoded again for comparison."""
@@ -82,7 +83,7 @@ class Example:
 
 
 @dataclass
-class Encoded:
+class EncodedRow:
     """The examples of a row, or the problem with it."""
 
     examples: list[Example] = field(default_factory=list)  # of any length; empty with a problem
@@ -91,19 +92,58 @@ class Encoded:
     thinking: bool = False  # whether the last prompt of the user allows thoughts
 
 
-class RowWriter:
-    """Writes rows as text for one tokenizer."""
+class RowRenderer:
+    """Renders rows as text for one tokenizer.
 
-    def __init__(self, tokenizer: TokenizerWrapper, train_on: TrainOn):
+    Args:
+        tokenizer: The model's tokenizer, which may have a chat template.
+        train_on: Which tokens are supervised: "turns", "last" or "everything".
+    """
+
+    def __init__(self, tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"):
+        self.tokenizer = tokenizer
+        self.train_on: TrainOn = train_on
         self.end_tokens = end_tokens(tokenizer)
         self.control_tokens = control_token_pattern(tokenizer)
-        self.chat_writer: ChatWriter | None = None
-        if tokenizer.has_chat_template:
-            template = ChatTemplate(tokenizer, DAY, self.end_tokens)
-            self.chat_writer = ChatWriter(template, train_on)
 
-    def write(self, row: Row, notes: list[str]) -> list[WrittenRow]:
-        """Return the texts to encode for a row, with the spans to train on.
+    @cached_property
+    def chat_renderer(self) -> ChatRenderer:
+        """What renders chats; the tokenizer has a chat template."""
+        # The rows are not to blame for a broken chat template.
+        check_template(self.tokenizer)
+        template = ChatTemplate(self.tokenizer, DAY, self.end_tokens)
+        return ChatRenderer(template, self.train_on)
+
+    def render(self, row: Row) -> RenderedRow:
+        """Return a valid row as text, with the characters to train on.
+
+        Raises:
+            ModelError: The chat template can't render any chat.
+        """
+        rendered = RenderedRow()
+        try:
+            rendered.texts = self._render_answers(row, rendered.notes)
+        except BadRowError as problem:
+            rendered.problem = str(problem)
+        return rendered
+
+    def _render_answers(self, row: Row, notes: list[str]) -> list[RenderedText]:
+        """Return the texts of a row; a row with two answers has one for each answer."""
+        texts = self._render_answer(row, notes)
+        if row.kind not in ("preference", "desirable", "undesirable"):
+            return texts
+
+        # An answer must be one text, because its log-probability is that of all its tokens.
+        rejected = [] if row.rejected is None else self._render_answer(row.rejected, notes)
+        if len(texts) != 1 or len(rejected) > 1:
+            raise BadRowError(
+                "the chat template rewrites earlier turns, so an answer of several turns is not one"
+                " text; leave one assistant turn in each answer"
+            )
+        return [*texts, *rejected]
+
+    def _render_answer(self, row: Row, notes: list[str]) -> list[RenderedText]:
+        """Return the texts of a row without its rejected answer.
 
         Args:
             row: A valid row.
@@ -118,19 +158,19 @@ class RowWriter:
         if "text" in fields:
             text = fields["text"]
             notes += self._note_control_tokens([text])
-            return [WrittenRow(text, [(0, len(text))], add_special_tokens=True)]
-        if self.chat_writer is None:
+            return [RenderedText(text, [(0, len(text))], add_special_tokens=True)]
+        if not self.tokenizer.has_chat_template:
             names = [name for name in ("system", "prompt", "completion") if name in fields]
             notes += self._note_control_tokens([fields[name] for name in names])
-            return [_write_raw(row, notes)]
+            return [_render_raw(row, notes)]
 
-        # All other rows are written as chats.
+        # All other rows are rendered as chats.
         messages = fields["messages"] if "messages" in fields else _to_messages(fields)
         texts: list[str] = []
         for message in messages:
             texts += _texts_of(message)
         notes += self._note_control_tokens(texts)
-        return self.chat_writer.write(messages, fields.get("tools"), row.untrained, notes)
+        return self.chat_renderer.render(messages, fields.get("tools"), row.untrained, notes)
 
     def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
         """Return notes on special tokens in a row's text, which are not encoded as plain text."""
@@ -172,7 +212,7 @@ def _texts_of(message: Message) -> list[str]:
     return [answer_of(message), thoughts_of(message), *calls]
 
 
-def _write_raw(row: Row, notes: list[str]) -> WrittenRow:
+def _render_raw(row: Row, notes: list[str]) -> RenderedText:
     """Return a prompt and its completion as text, for a model without a chat template."""
     fields = row.fields
     if "messages" in fields:
@@ -184,59 +224,52 @@ def _write_raw(row: Row, notes: list[str]) -> WrittenRow:
 
     form, lead = RAW_FORMS.get(row.kind, RAW_FORMS["completion"])
     if row.kind in ("alpaca", "question"):
-        written = repr(f"{form}{lead}...")
-        notes.append(f"no chat template, so {row.kind} rows are written as {written}")
+        shown = repr(f"{form}{lead}...")
+        notes.append(f"no chat template, so {row.kind} rows are rendered as {shown}")
 
-    # The text that the form puts after the prompt is trained on too, because the model has to write
-    # it in generation.
+    # The text that the form puts after the prompt is trained on too, because the model has to
+    # generate it.
     prompt = form.replace("{prompt}", fields["prompt"])
     prompt = with_system(prompt, fields.get("system", ""))
     text = prompt + lead + fields["completion"]
-    return WrittenRow(text, [(len(prompt), len(text))], add_special_tokens=True)
+    return RenderedText(text, [(len(prompt), len(text))], add_special_tokens=True)
 
 
 def encode(
-    rows: Sequence[Row], tokenizer: TokenizerWrapper, train_on: TrainOn = "turns"
-) -> list[Encoded]:
-    """Encode each row, into several examples if the chat template rewrites earlier turns.
+    rendered_rows: Sequence[RenderedRow],
+    tokenizer: TokenizerWrapper,
+    train_on: TrainOn = "turns",
+) -> list[EncodedRow]:
+    """Return the token ids of each row, with one example for each of its texts.
 
     Args:
-        rows: Valid rows.
+        rendered_rows: Rows from ``RowRenderer.render``. The tokenizer encodes their texts in
+            parallel.
         tokenizer: A tokenizer that has a fast version.
-        train_on: Which tokens are supervised: "turns", "last" or "everything".
+        train_on: Which tokens are supervised, as for ``RowRenderer``.
 
     Raises:
-        ModelError: The tokenizer has no fast version, no end-of-sequence token, or a chat template
-            that can't write any chat.
+        ModelError: The tokenizer has no fast version, or no end-of-sequence token.
     """
-    # The rows are not to blame for a broken chat template.
-    if tokenizer.has_chat_template and any("text" not in row.fields for row in rows):
-        check_template(tokenizer)
-
-    # Write all rows before encoding any, because the tokenizer encodes many texts in parallel.
-    writer = RowWriter(tokenizer, train_on)
-    results = [Encoded() for _ in rows]
-    all_written: list[tuple[Encoded, WrittenRow]] = []
-    for row, result in zip(rows, results, strict=True):
-        try:
-            texts_of_row = _write_row(writer, row, result.notes)
-        except BadRowError as problem:
-            result.problem = str(problem)
-            continue
-        result.thinking = texts_of_row[0].thinking
-        all_written += [(result, written) for written in texts_of_row]
+    results: list[EncodedRow] = []
+    all_texts: list[tuple[EncodedRow, RenderedText]] = []
+    for row in rendered_rows:
+        thinking = any(rendered.thinking for rendered in row.texts[:1])
+        result = EncodedRow(problem=row.problem, notes=list(row.notes), thinking=thinking)
+        results.append(result)
+        all_texts += [(result, rendered) for rendered in row.texts]
 
     backend = fast_tokenizer(tokenizer)
-    texts = [written.text for _, written in all_written]
+    texts = [rendered.text for _, rendered in all_texts]
     encodings = backend.encode_batch(texts, add_special_tokens=False)
 
-    # Mark the supervised tokens, and add BOS and EOS where no chat template writes them.
+    # Mark the supervised tokens, and add BOS and EOS where no chat template renders them.
     bos = leading_bos(tokenizer)
-    for (result, written), encoding in zip(all_written, encodings, strict=True):
-        if has_unknown(encoding.ids, written.text, tokenizer):
+    for (result, rendered), encoding in zip(all_texts, encodings, strict=True):
+        if has_unknown(encoding.ids, rendered.text, tokenizer):
             result.notes.append(_UNKNOWN_CHARACTERS)
-        ids, supervised = _supervise(written, encoding, backend, result.notes)
-        if written.add_special_tokens:
+        ids, supervised = _supervise(rendered, encoding, backend, result.notes)
+        if rendered.add_special_tokens:
             start = bos if ids[:1] != bos else []
             end = closing_eos(ids, tokenizer)
             ids = start + ids + end
@@ -253,24 +286,8 @@ def encode(
     return results
 
 
-def _write_row(writer: RowWriter, row: Row, notes: list[str]) -> list[WrittenRow]:
-    """Return the texts to encode for a row; a row with two answers has one for each answer."""
-    written = writer.write(row, notes)
-    if row.kind not in ("preference", "desirable", "undesirable"):
-        return written
-
-    # An answer must be one text, because its log-probability is that of all its tokens.
-    rejected = [] if row.rejected is None else writer.write(row.rejected, notes)
-    if len(written) != 1 or len(rejected) > 1:
-        raise BadRowError(
-            "the chat template rewrites earlier turns, so an answer of several turns is not one"
-            " text; leave one assistant turn in each answer"
-        )
-    return [*written, *rejected]
-
-
 def _supervise(
-    written: WrittenRow, encoding: Encoding, backend: Tokenizer, notes: list[str]
+    rendered: RenderedText, encoding: Encoding, backend: Tokenizer, notes: list[str]
 ) -> tuple[list[int], np.ndarray]:
     """Return a row's token ids and which of them are supervised, and note unusual ones.
 
@@ -278,16 +295,16 @@ def _supervise(
     """
     ids = encoding.ids
     offsets = np.array(encoding.offsets).reshape(-1, 2)
-    supervised, straddled = _find_supervised(offsets, written.spans)
+    supervised, straddled = _find_supervised(offsets, rendered.learned)
     if straddled:
         notes.append(_STRADDLED)
         return ids, supervised
-    if not written.spans or not ids:
+    if not rendered.learned or not ids:
         return ids, supervised
 
     # Generation encodes the prompt separately, so training must use the same tokens for it.
     answer_start = int(np.argmax(supervised))
-    prompt_ids = _encode_prompt_alone(written, ids[:answer_start], offsets, backend)
+    prompt_ids = _encode_prompt_alone(rendered, ids[:answer_start], offsets, backend)
     if prompt_ids == ids[:answer_start]:
         return ids, supervised
     notes.append(_TOKENIZED_ALONE)
@@ -296,14 +313,14 @@ def _supervise(
 
 
 def _encode_prompt_alone(
-    written: WrittenRow, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
+    rendered: RenderedText, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
 ) -> list[int]:
     """Return the token ids of a row's first prompt when it is encoded separately.
 
     The whole prompt is only encoded again if separate encoding changes the tokens at its end.
 
     Args:
-        written: The row as text.
+        rendered: The text of the row.
         prompt_ids: The token ids of the prompt when it is encoded with its answer.
         offsets: Start and stop of each token's characters, shape (length, 2).
         backend: The fast tokenizer.
@@ -311,24 +328,22 @@ def _encode_prompt_alone(
     if not prompt_ids:
         return prompt_ids
 
-    start = written.spans[0][0]
+    start = rendered.learned[0][0]
     tail_start = max(0, len(prompt_ids) - _TAIL)
-    tail = written.text[int(offsets[tail_start, 0]) : start]
+    tail = rendered.text[int(offsets[tail_start, 0]) : start]
     if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[tail_start:]:
         return prompt_ids
 
-    alone = backend.encode(written.text[:start], add_special_tokens=False).ids
+    alone = backend.encode(rendered.text[:start], add_special_tokens=False).ids
     return alone or prompt_ids
 
 
-def _find_supervised(
-    offsets: np.ndarray, spans: Sequence[tuple[int, int]]
-) -> tuple[np.ndarray, bool]:
-    """Return which tokens hold a character of a span, and whether one straddles a span's start.
+def _find_supervised(offsets: np.ndarray, learned: Sequence[CharRange]) -> tuple[np.ndarray, bool]:
+    """Return which tokens hold a learned character, and whether one straddles a range's start.
 
     Args:
         offsets: Start and stop of each token's characters, shape (length, 2).
-        spans: Start and stop of the characters to train on.
+        learned: The characters to train on.
     """
     starts = offsets[:, 0].copy()
     ends = offsets[:, 1]
@@ -339,7 +354,7 @@ def _find_supervised(
 
     supervised = np.zeros(len(offsets), bool)
     straddled = False
-    for start, stop in spans:
+    for start, stop in learned:
         supervised |= (ends > start) & (starts < stop)
         straddled |= bool(((starts < start) & (ends > start)).any())
     return supervised, straddled

@@ -45,9 +45,9 @@ def find_seam(prompt: str, whole: str, header: str) -> int | None:
 
 
 def after_last_message(prompt: str, message: Message) -> str:
-    """Return the last message of a prompt as the template writes it, with the text that follows.
+    """Return the last message of a prompt as the template renders it, with the text that follows.
 
-    This text serves as a turn's header if the template writes none, as in Mistral's templates.
+    This text serves as a turn's header if the template renders none, as in Mistral's templates.
     """
     content = answer_of(message).strip()
     place = prompt.rfind(content) if content else -1
@@ -120,7 +120,7 @@ def without_second_opening(answer: str, prompt: str) -> str:
 def close_block(answer: str, prompt: str, message: Message) -> str:
     """Return an answer that closes the block of thoughts that its prompt opens.
 
-    Some templates open the block and write the content directly after it.
+    Some templates open the block and render the content directly after it.
 
     Args:
         answer: The text of the turn after its prompt.
@@ -141,8 +141,8 @@ def close_block(answer: str, prompt: str, message: Message) -> str:
 
 
 def fit_to_prompt(answer: str, prompt: str, message: Message) -> str:
-    """Return the answer as the continuation of a block of thoughts that the prompt writes."""
-    # The prompt may have closed the block that the answer closes again, or writes again.
+    """Return the answer as the continuation of a block of thoughts that the prompt opens."""
+    # The prompt may have closed the block that the answer closes again, or opens again.
     tags = find_open_tags(prompt)
     if tags is None:
         for opening, closing in THOUGHT_TAGS:

@@ -37,7 +37,7 @@ def modelfile(
         tokenizer: The model's tokenizer.
         weights: A GGUF file, or the name of a model in Ollama.
         adapter: A GGUF file with a LoRA.
-        prompt_format: The system prompt, and how prompts are written if the tokenizer has no chat
+        prompt_format: The system prompt, and how prompts are rendered if the tokenizer has no chat
             template; None for the bare prompt.
 
     Raises:
@@ -52,7 +52,7 @@ def modelfile(
         template, end_of_turn = _chat_template(tokenizer)
     else:
         system = _RAW_SYSTEM if form.system is not None else ""
-        template, end_of_turn = form.write_raw(_RAW_PROMPT, system), ""
+        template, end_of_turn = form.render_raw(_RAW_PROMPT, system), ""
 
     lines.append(f'TEMPLATE """{template}"""')
     if form.system is not None:

@@ -1,4 +1,4 @@
-"""The format in which prompts are written for a model.
+"""The format in which prompts are rendered for a model.
 
 The format is stored with the adapter, so that later prompts have the same format as in training.
 """
@@ -22,10 +22,10 @@ RAW_FORMS: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How prompts are written.
+    """How prompts are rendered.
 
     Args:
-        form: The kind of row that a prompt is written as. Used without a chat template.
+        form: The kind of row that a prompt is rendered as. Used without a chat template.
         thinking: Whether the generation prompt may open a block of thoughts. Used with a chat
             template.
         system: The system prompt that most rows share, or None.
@@ -63,8 +63,8 @@ class PromptFormat:
             stored["mixed_systems"] = True
         return stored
 
-    def write_raw(self, prompt: str, system: str = "") -> str:
-        """Return a prompt written in ``form``, for a model without a chat template."""
+    def render_raw(self, prompt: str, system: str = "") -> str:
+        """Return a prompt rendered in ``form``, for a model without a chat template."""
         template, _ = RAW_FORMS[self.form]
         return with_system(template.replace("{prompt}", prompt), system)
 

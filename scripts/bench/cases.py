@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
 from random import Random
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ from mlx_loraplus.data.demo import demo_rows
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SPLITS, find_sources
-from mlx_loraplus.data.tokenize import Example, encode
+from mlx_loraplus.data.tokenize import Example, RowRenderer, encode
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.kernels.head import split_model
@@ -106,12 +107,8 @@ def prepare(case: Case, data: str | None, updates: int) -> Task:
     else:
         model, tokenizer, _ = load_folder(find_model(case.model).path)
     rows = _records(case, splits, updates)
-    examples = [example for row in encode(rows, tokenizer) for example in row.examples]
-    held_out = [
-        example
-        for row in encode(_as_text(case, splits["valid"][:HELD_OUT]), tokenizer)
-        for example in row.examples
-    ]
+    examples = _encode(rows, tokenizer)
+    held_out = _encode(_as_text(case, splits["valid"][:HELD_OUT]), tokenizer)
     if len(examples) != updates * case.batch_size:
         raise RuntimeError(
             f"{len(examples)} rows of {updates * case.batch_size} are left after encoding"
@@ -203,6 +200,13 @@ def _joined(rows: Sequence[Row], start: int) -> Row:
 
 def _text(row: Row) -> str:
     return row.fields["prompt"] + row.fields["completion"]
+
+
+def _encode(rows: Sequence[Row], tokenizer: Any) -> list[Example]:
+    """Return the examples of some rows."""
+    renderer = RowRenderer(tokenizer)
+    encoded_rows = encode([renderer.render(row) for row in rows], tokenizer)
+    return [example for row in encoded_rows for example in row.examples]
 
 
 def _trimmed(example: Example) -> Example:

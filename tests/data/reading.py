@@ -1,6 +1,6 @@
 """What the tests read files with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mlx_loraplus.data.load_data import Data, load_data
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.rows import Row, make_rows
 from mlx_loraplus.data.sources import SplitName, find_sources
-from mlx_loraplus.data.tokenize import Example, encode
+from mlx_loraplus.data.tokenize import EncodedRow, Example, RowRenderer, encode
 from mlx_loraplus.settings import configure
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -53,9 +53,17 @@ def texts(examples: Examples, tokenizer: Any) -> list[str]:
     return [tokenizer.decode(example.tokens) for example in examples]
 
 
+def encode_rows(
+    records: Sequence[Row], tokenizer: TokenizerWrapper, train_on: Any = "turns"
+) -> list[EncodedRow]:
+    """Render records as text and encode them."""
+    renderer = RowRenderer(tokenizer, train_on)
+    return encode([renderer.render(record) for record in records], tokenizer, train_on)
+
+
 def encode_one(record: Row, tokenizer: TokenizerWrapper, train_on: Any = "turns") -> Example:
     """Encode a record that becomes one example."""
-    (encoded,) = encode([record], tokenizer, train_on)
+    (encoded,) = encode_rows([record], tokenizer, train_on)
     assert encoded.problem is None
     (example,) = encoded.examples
     return example

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_loraplus.data.document_tokens import encode_document
 from mlx_loraplus.data.readers import read_text
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import encode
-from tests.data.reading import encode_one
+from tests.data.reading import encode_one, encode_rows
 
 characters = st.characters(codec="utf-8", max_codepoint=0xFFFF)
 texts = st.text(characters, min_size=1, max_size=40).filter(str.strip)
@@ -66,7 +65,7 @@ def test_many_rows_are_encoded_like_single_rows(gemma, rows):
         Row("completion", {"prompt": prompt, "completion": completion}, row)
         for row, (prompt, completion) in enumerate(rows)
     ]
-    for record, encoded in zip(records, encode(records, gemma), strict=True):
+    for record, encoded in zip(records, encode_rows(records, gemma), strict=True):
         alone = encode_one(record, gemma)
         assert encoded.examples[0].tokens.tolist() == alone.tokens.tolist()
         assert encoded.examples[0].supervised.tolist() == alone.supervised.tolist()

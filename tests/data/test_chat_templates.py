@@ -9,8 +9,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import Example, encode
-from tests.data.reading import encode_one
+from mlx_loraplus.data.tokenize import Example
+from tests.data.reading import encode_one, encode_rows
 from tests.data.test_tokenize import CHAT, TWO_TURNS
 
 # --- published templates, the learned parts in brackets -------------------------------------------
@@ -123,7 +123,7 @@ def test_positions_written_by_hand(letters, name):
     template, special, messages, expected = EXPECTED[name]
     tokenizer = letters(template, **special)
     fields = {"messages": messages} | ({"tools": TOOLS} if name == "tools" else {})
-    (encoded,) = encode([Row("chat", fields, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", fields, 1)], tokenizer)
     assert [bracketed(example, tokenizer) for example in encoded.examples] == expected
     assert (encoded.problem, encoded.notes) == (None, [])
     starts = [int(np.argmax(example.supervised)) for example in encoded.examples]
@@ -153,7 +153,7 @@ def test_the_last_turn_alone(letters, name):
 
 def test_a_question_in_the_words_of_an_answer_is_not_left_out(letters):
     chat = [{"role": role, "content": "yes"} for role in ("user", "assistant") * 2]
-    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
+    (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
     assert encoded.notes == []
 
 
@@ -162,7 +162,7 @@ def test_names_that_a_template_leaves_out_are_noted(letters):
         {"role": "user", "content": "Hi", "name": "Zoe"},
         {"role": "assistant", "content": "Yo"},
     ]
-    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
+    (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], letters("chatml", **CHATML))
     assert encoded.notes == ["the chat template leaves out or rewrites names of speakers ('name')"]
 
 
@@ -175,7 +175,7 @@ def test_what_a_template_leaves_out_is_noted(letters):
         {"role": "tool", "content": "ok"},
         *CALLS[3:],
     ]
-    (encoded,) = encode(
+    (encoded,) = encode_rows(
         [Row("chat", {"messages": chat, "tools": TOOLS}, 1)], letters("phi3", **PHI3)
     )
     assert encoded.notes == [
@@ -186,7 +186,7 @@ def test_what_a_template_leaves_out_is_noted(letters):
         {"role": "user", "content": "What is <|im_end|>?"},
         {"role": "assistant", "content": "An end"},
     ]
-    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": turns}, 1)], tokenizer)
     assert encoded.notes == ["<|im_end|> occurs inside a message, and ends it there"]
 
 
@@ -194,7 +194,7 @@ def test_what_a_template_leaves_out_is_noted(letters):
     "tools", [[{"function": "lamp"}], [{"name": 5}], [{"type": "search"}], ["lamp"], [3]]
 )
 def test_tools_of_any_form_are_rendered_or_refused(letters, tools):
-    (encoded,) = encode(
+    (encoded,) = encode_rows(
         [Row("chat", {"messages": TWO_TURNS, "tools": tools}, 1)], letters("chatml", **CHATML)
     )
     assert len(encoded.examples) == (encoded.problem is None)
@@ -210,7 +210,7 @@ def test_tools_of_any_form_are_rendered_or_refused(letters, tools):
 def test_any_failure_of_a_template_is_reported_in_one_line(letters, template):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = template + tokenizer.chat_template
-    (encoded,) = encode([CHAT], tokenizer)
+    (encoded,) = encode_rows([CHAT], tokenizer)
     assert encoded.examples == []
     assert str(encoded.problem).startswith("the chat template refuses it (")
     assert "\n" not in str(encoded.problem)
@@ -243,10 +243,10 @@ def test_rows_have_a_fixed_date_and_prompts_have_todays(letters):
 )
 def test_a_base_model_gets_a_documented_form(letters, kind, system, expected):
     fields = {"prompt": "Hi", "completion": "Yo"} | ({"system": "Be kind"} if system else {})
-    (encoded,) = encode([Row(kind, fields, 1)], letters())
+    (encoded,) = encode_rows([Row(kind, fields, 1)], letters())
     assert bracketed(encoded.examples[0], letters()) == expected
     assert all(
-        note.startswith(f"no chat template, so {kind} rows are written as")
+        note.startswith(f"no chat template, so {kind} rows are rendered as")
         for note in encoded.notes
     )
     assert len(encoded.notes) == (kind != "completion")
@@ -258,7 +258,7 @@ def test_a_call_that_a_template_leaves_out_is_a_bad_row(letters, smollm2):
         for turn in (CALLS[1], called):
             for train_on in ("turns", "everything"):
                 chat = Row("chat", {"messages": [*CALLS[:1], turn, *CALLS[2:]], "tools": TOOLS}, 1)
-                (encoded,) = encode([chat], tokenizer, train_on)
+                (encoded,) = encode_rows([chat], tokenizer, train_on)
                 assert encoded.examples == []
                 assert str(encoded.problem).startswith(
                     "the chat template leaves out the tool calls of messages[1] (assistant); use a"
@@ -271,7 +271,7 @@ def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
     tokenizer.chat_template = (
         "{{ messages | length }}" + tokenizer.chat_template
     )  # what comes first counts the turns
-    (encoded,) = encode([CHAT], tokenizer)
+    (encoded,) = encode_rows([CHAT], tokenizer)
     assert [bracketed(example, tokenizer)[:1] for example in encoded.examples] == ["3", "1"]
     for example, turns in zip(encoded.examples, (TWO_TURNS[:3], TWO_TURNS[:1]), strict=True):
         start = int(np.argmax(example.supervised))
@@ -283,7 +283,7 @@ def test_a_chat_that_the_template_rewrites_is_trained_turn_by_turn(letters):
 def test_a_template_that_can_not_be_supervised_by_turn(letters):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ loop.revindex }}{{ message.content }}{{ loop.revindex }}{% endfor %}"
-    (encoded,) = encode([CHAT], tokenizer)
+    (encoded,) = encode_rows([CHAT], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)
     assert "--train-on everything" in str(encoded.problem)
@@ -301,7 +301,7 @@ def test_a_template_that_can_not_be_supervised_by_turn(letters):
 def test_everything_is_not_advised_where_it_would_learn_too_much_or_too_little(letters, turns):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = "{{ messages | length }}{% for message in messages %}{{ loop.revindex }}{{ message.content }}{{ loop.revindex }}{% endfor %}"
-    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": turns}, 1)], tokenizer)
     assert "can't be supervised by turn" in str(encoded.problem)
     assert str(encoded.problem).endswith("; use a model with another chat template")
 
@@ -311,7 +311,7 @@ def test_control_tokens_in_a_row_are_noted(letters):
         {"role": "user", "content": "a <|im_start|>system b"},
         {"role": "assistant", "content": "Yes"},
     ]
-    (encoded,) = encode([Row("chat", {"messages": turns}, 1)], letters("chatml", **CHATML))
+    (encoded,) = encode_rows([Row("chat", {"messages": turns}, 1)], letters("chatml", **CHATML))
     assert encoded.notes == [
         "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
     ]

@@ -7,9 +7,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_loraplus.data.encode_prompt import content_of_answer, encode_prompt
 from mlx_loraplus.data.rows import make_row
 from mlx_loraplus.data.special_tokens import end_tokens
-from mlx_loraplus.data.tokenize import Encoded, encode
+from mlx_loraplus.data.tokenize import EncodedRow
 from mlx_loraplus.models.prompt_format import PromptFormat
 from tests.data.conftest import LetterTokenizer
+from tests.data.reading import encode_rows
 from tests.data.test_template_kinds import (
     CALL,
     CHATML,
@@ -23,7 +24,7 @@ from tests.data.test_template_kinds import (
 )
 
 
-def learned_turns(encoded: Encoded, tokenizer: TokenizerWrapper) -> list[str]:
+def learned_turns(encoded: EncodedRow, tokenizer: TokenizerWrapper) -> list[str]:
     """Return the text of each run of supervised tokens."""
     turns: list[str] = []
     for example in encoded.examples:
@@ -84,7 +85,7 @@ def test_thoughts_come_before_calls(letters: LetterTokenizer):
     # Without turns, thoughts can't be put before the answer.
     message = bot("<think>\nfrobozz\n</think>", tool_calls=[CALL])
     row = make_row({"messages": [user("zork"), message]}, 1)
-    (encoded,) = encode([row], tokenizer, "everything")
+    (encoded,) = encode_rows([row], tokenizer, "everything")
     assert any("thoughts after the content or tool calls" in note for note in encoded.notes)
 
 
@@ -92,12 +93,12 @@ def test_thoughts_that_are_left_out_are_not_said_to_be_elsewhere(letters: Letter
     """The prompt writes an empty block, and the template removes thoughts."""
     tokenizer = letters("cuts_thoughts", **CHATML)
     tokenizer.chat_template += "{%- if add_generation_prompt %}{{- '<think></think>' }}{%- endif %}"
-    (encoded,) = encode([make_row(ROWS["thoughts inside"][0], 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(ROWS["thoughts inside"][0], 1)], tokenizer)
     assert encoded.notes == ["the chat template leaves out thoughts, so they are not trained on"]
 
 
 def test_thoughts_after_special_tokens_of_the_answer_are_reported(letters: LetterTokenizer):
-    """The template writes <|content|> before every answer, and knows no thoughts by a key."""
+    """The template renders <|content|> before every answer, and knows no thoughts by a key."""
     tokenizer = letters("cuts_thoughts", **CHATML)
     tokenizer.chat_template = (
         "{%- for m in messages %}{{- '<|' + m.role + '|>' }}"
@@ -106,9 +107,9 @@ def test_thoughts_after_special_tokens_of_the_answer_are_reported(letters: Lette
         "{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"
     )
     row = make_row({"messages": [user("zork"), bot("<think>\nfrobozz\n</think>\n\nplover")]}, 1)
-    (encoded,) = encode([row], tokenizer, "everything")
+    (encoded,) = encode_rows([row], tokenizer, "everything")
     assert encoded.notes == [
-        "the chat template writes thoughts after the special tokens that begin an answer"
+        "the chat template renders thoughts after the special tokens that begin an answer"
     ]
 
 
@@ -123,7 +124,7 @@ def test_the_prompt_of_a_row_with_a_call_asks_for_its_first_answer(
     chat = [user("zork"), bot("", tool_calls=[CALL]), result, bot("quux")]
     for turn in thoughts:
         chat[turn] = chat[turn] | {"reasoning_content": "frobozz"}
-    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
 
     form = PromptFormat(thinking=encoded.thinking)
     prompt = tokenizer.decode(encode_prompt("zork", tokenizer, form=form, tools=TOOLS))
@@ -144,7 +145,7 @@ def test_a_template_that_needs_tools_takes_them(letters: LetterTokenizer):
 
 
 def test_thoughts_after_the_result_of_a_tool_are_a_message_of_their_own(letters: LetterTokenizer):
-    """The template writes the header twice, and drops the thoughts before the call."""
+    """The template renders the header twice, and drops the thoughts before the call."""
     tokenizer = letters("gpt_oss", **TEMPLATES["gpt_oss"])
     chat = [
         user("zork"),
@@ -152,7 +153,7 @@ def test_thoughts_after_the_result_of_a_tool_are_a_message_of_their_own(letters:
         {"role": "tool", "content": "gnusto"},
         bot("quux", reasoning_content="gnusto"),
     ]
-    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
     text = learned(encoded, tokenizer)
     assert text.startswith("<|channel|>analysis<|message|>frobozz<|end|>")
     assert text.endswith(
@@ -163,7 +164,7 @@ def test_thoughts_after_the_result_of_a_tool_are_a_message_of_their_own(letters:
 
     # The same words in the result alone are no thoughts.
     tokenizer.chat_template = str(tokenizer.chat_template).replace("'thinking' in", "false and")
-    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
     assert "gnusto" not in learned(encoded, tokenizer)
     assert any("leaves out thoughts" in note for note in encoded.notes)
 
@@ -175,13 +176,13 @@ def test_tags_of_other_templates_stay_out_of_a_template_with_a_key(
     """gpt-oss refuses content and thoughts beside a call: <think> would stand inside its channel."""
     tokenizer = letters("gpt_oss", **TEMPLATES["gpt_oss"])
     spoken = bot("xyzzy", tool_calls=[CALL]) | {key: "frobozz"}
-    (encoded,) = encode([make_row({"messages": [user("zork"), spoken]}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": [user("zork"), spoken]}, 1)], tokenizer)
     assert not encoded.examples
     assert str(encoded.problem).endswith("; remove the content beside tool calls")
 
     # The advice works.
     silent = spoken | {"content": ""}
-    (encoded,) = encode([make_row({"messages": [user("zork"), silent]}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": [user("zork"), silent]}, 1)], tokenizer)
     assert learned(encoded, tokenizer).startswith("<|channel|>analysis<|message|>frobozz<|end|>")
     assert not encoded.notes
 
@@ -198,7 +199,7 @@ def test_results_in_another_order_than_their_calls_are_noted(
     results = [{"role": "tool", "tool_call_id": call["id"], "content": "grue"} for call in calls]
     for order in (results, results[::-1]):
         chat = [user("zork"), bot("", tool_calls=calls), *order, bot("quux")]
-        (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+        (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
         assert encoded.problem is None
         is_noted = any("'tool_call_id'" in note for note in encoded.notes)
         assert is_noted == (order != results and not writes_ids)
@@ -207,5 +208,5 @@ def test_results_in_another_order_than_their_calls_are_noted(
 def test_an_answer_does_not_count_as_the_same_thought(letters: LetterTokenizer):
     tokenizer = letters("cuts_thoughts", **TEMPLATES["cuts_thoughts"])
     row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="xyzzy")]}
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     assert any("thoughts" in note for note in encoded.notes)

@@ -3,8 +3,8 @@
 import pytest
 
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.tokenize import encode
 from tests.data.conftest import LetterTokenizer
+from tests.data.reading import encode_rows
 from tests.data.test_template_kinds import TEMPLATES, bot, user
 
 EQUAL_WORDS = TEMPLATES | {
@@ -27,7 +27,7 @@ def test_equal_words_do_not_change_how_a_row_is_written(
         chat = [
             user(asked), first, user(then), bot(last, reasoning_content=thought_then),
         ]  # fmt: skip
-        (encoded,) = encode([make_row({"messages": chat}, 1)], tokenizer)
+        (encoded,) = encode_rows([make_row({"messages": chat}, 1)], tokenizer)
         assert encoded.problem is None
         texts.append(
             [
@@ -48,7 +48,7 @@ def test_words_of_the_question_are_not_learned_as_thoughts(letters: LetterTokeni
         user("Please continue, and say continue"), bot("continue"),
         user("continue"), bot("the end", reasoning_content="continue"),
     ]  # fmt: skip
-    (encoded,) = encode([make_row({"messages": chat}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat}, 1)], tokenizer)
     for example in encoded.examples:
         learned = tokenizer.decode(example.tokens[example.supervised])
         assert learned.count("continue") <= 2

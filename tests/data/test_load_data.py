@@ -83,7 +83,7 @@ def test_kinds_may_be_mixed_and_are_told(tmp_path: Path, letters):
     assert report.kinds == {"completion": 2, "question": 1, "text": 1}
     assert "unused fields: 'id' (1 row, for example train.jsonl:3)" in report.notes
     assert any(
-        note.startswith("no chat template, so question rows are written as")
+        note.startswith("no chat template, so question rows are rendered as")
         for note in report.notes
     )
 

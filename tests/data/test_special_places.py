@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.tokenize import encode
 from tests.data.conftest import LetterTokenizer
+from tests.data.reading import encode_rows
 from tests.data.test_template_kinds import (
     CALL,
     CHATML,
@@ -68,10 +68,10 @@ def test_advice_for_a_refused_chat_is_right_when_it_is_followed(
         tokenizer.chat_template = refuse + str(tokenizer.chat_template)
     else:
         tokenizer = letters(template, **TEMPLATES[template])
-    (encoded,) = encode([make_row({"messages": messages}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": messages}, 1)], tokenizer)
     assert str(encoded.problem).endswith(f"; {advice}")
 
-    (encoded,) = encode([make_row({"messages": follow(messages)}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": follow(messages)}, 1)], tokenizer)
     assert encoded.problem is None
     words = [word for word in ("xyzzy", "quux") if word in str(follow(messages))]
     assert [word for word in words if word not in learned(encoded, tokenizer)] == []
@@ -86,7 +86,7 @@ def test_what_templates_may_not_do_is_no_problem_of_the_rows(letters: LetterToke
         + str(tokenizer.chat_template)
     )
     row = ROWS["call, null content"][0]
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     assert "access to attribute 'append' of 'list'" in str(encoded.problem)
     assert "use the current template of the model's publisher" in str(encoded.problem)
 
@@ -123,7 +123,7 @@ def test_thoughts_come_before_the_markers_of_an_answer(
     letters: LetterTokenizer, template: str, message: dict[str, Any], text: str
 ):
     tokenizer = letters(template, **TEMPLATES[template])
-    (encoded,) = encode([make_row({"messages": [user("zork"), message]}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": [user("zork"), message]}, 1)], tokenizer)
     assert learned(encoded, tokenizer) == text
 
 
@@ -132,17 +132,17 @@ def test_functions_are_named_by_ids_where_a_template_writes_no_other_name(letter
     calls = [CALL | {"id": name} for name in ("a1", "b2")]
     results = [{"role": "tool", "tool_call_id": name, "content": name * 2} for name in ("b2", "a1")]
     chat = [user("zork"), bot("", tool_calls=calls), *results, bot("", tool_calls=calls[:1])]
-    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
     text = tokenizer.decode(encoded.examples[0].tokens)
     for part in ("plover:0<|call_arg", "plover:1<|call_arg", "plover:2<|call_arg"):
         assert f"<|call_begin|>functions.{part}" in text
     assert "Return of functions.plover:1\nb2b2" in text
     assert "Return of functions.plover:0\na1a1" in text
-    assert any("ids are written as functions.NAME:NUMBER" in note for note in encoded.notes)
+    assert any("ids are rendered as functions.NAME:NUMBER" in note for note in encoded.notes)
 
     # Ids in the model's own form are not changed
     chat = [user("zork"), bot("", tool_calls=[CALL | {"id": "functions.plover:7"}])]
-    (encoded,) = encode([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": chat, "tools": TOOLS}, 1)], tokenizer)
     assert "<|call_begin|>functions.plover:7<|call_arg" in learned(encoded, tokenizer)
     assert encoded.notes == []
 
@@ -150,7 +150,7 @@ def test_functions_are_named_by_ids_where_a_template_writes_no_other_name(letter
 def test_no_end_token_is_learned_that_a_template_does_not_write(letters: LetterTokenizer):
     special = TEMPLATES["merged_turns"] | {"ends": "<turn|>"}
     tokenizer = letters("merged_turns", **special)
-    (encoded,) = encode([make_row(ROWS["call, null content"][0], 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(ROWS["call, null content"][0], 1)], tokenizer)
     assert learned(encoded, tokenizer).endswith("<tool_call|><|tool_response>")
 
 
@@ -167,7 +167,7 @@ def test_two_answers_in_a_row_are_learned_without_the_header_between_them(
         + header
         + "{% endif %}"
     )
-    (encoded,) = encode([make_row({"messages": TWO_ANSWERS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": TWO_ANSWERS}, 1)], tokenizer)
     assert encoded.problem is None
     spans = learned(encoded, tokenizer)
     assert "bot" not in spans
@@ -182,7 +182,7 @@ def test_two_answers_without_a_header_each_have_their_end(letters: LetterTokeniz
         "[INST]{{ message.content }}[/INST]{% else %}{{ message.content }}{{ eos_token }}"
         "{% endif %}{% endfor %}"
     )
-    (encoded,) = encode([make_row({"messages": TWO_ANSWERS}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": TWO_ANSWERS}, 1)], tokenizer)
     assert learned(encoded, tokenizer) == "xyzzy</s>quux</s>"
     prompt = tokenizer.apply_chat_template(TWO_ANSWERS[:2], add_generation_prompt=True)
     assert encoded.examples[0].tokens[: len(prompt)].tolist() == prompt

@@ -11,8 +11,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.tokenize import Encoded, encode
+from mlx_loraplus.data.tokenize import EncodedRow
 from tests.data.conftest import LetterTokenizer
+from tests.data.reading import encode_rows
 
 CHATML = {"special": "<|im_start|> <think> </think>", "ends": "<|im_end|>"}
 LLAMA3 = {
@@ -204,7 +205,7 @@ def has_no_place(template: str, kind: str) -> bool:
     return template in NO_THOUGHTS_WITHOUT_CALLS and not has_call
 
 
-def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
+def learned(encoded: EncodedRow, tokenizer: TokenizerWrapper) -> str:
     """Return the text of all supervised tokens."""
     return "\n".join(
         tokenizer.decode(example.tokens[example.supervised]) for example in encoded.examples
@@ -213,9 +214,9 @@ def learned(encoded: Encoded, tokenizer: TokenizerWrapper) -> str:
 
 def encoded_row(
     letters: LetterTokenizer, template: str, kind: str, train_on: Any
-) -> tuple[Encoded, TokenizerWrapper]:
+) -> tuple[EncodedRow, TokenizerWrapper]:
     tokenizer = letters(template, **TEMPLATES[template])
-    return encode([make_row(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
+    return encode_rows([make_row(ROWS[kind][0], 1)], tokenizer, train_on)[0], tokenizer
 
 
 @pytest.mark.parametrize("kind", ROWS)
@@ -309,7 +310,7 @@ def test_a_template_that_needs_tools_takes_rows_with_tools(letters: LetterTokeni
         "{%- for tool in tools -%}{{- tool.function.name -}}{%- endfor -%}"
         + (tokenizer.chat_template)
     )
-    (encoded,) = encode([make_row(ROWS["call, answered"][0], 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(ROWS["call, answered"][0], 1)], tokenizer)
     assert encoded.problem is None
     assert not any("leaves out" in note for note in encoded.notes)
 
@@ -326,7 +327,7 @@ def test_calls_of_another_turn_do_not_count(letters: LetterTokenizer):
         "messages": [user("zork"), called, {"role": "tool", "content": "grue"}, called],
         "tools": TOOLS,
     }
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     assert encoded.examples == []
     assert "messages[3]" in str(encoded.problem)
 
@@ -348,7 +349,7 @@ def test_words_of_the_content_do_not_count_as_a_call(
     letters: LetterTokenizer, template: str, message: dict[str, Any]
 ):
     tokenizer = letters(template, **TEMPLATES[template])
-    (encoded,) = encode([make_row({"messages": [user("zork"), message]}, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row({"messages": [user("zork"), message]}, 1)], tokenizer)
     assert encoded.examples == []
     assert "tool calls" in str(encoded.problem)
 
@@ -361,7 +362,7 @@ def test_words_of_the_content_do_not_count_as_a_call(
 def test_arguments_of_any_type_are_found(letters: LetterTokenizer, template: str, value: object):
     tokenizer = letters(template, **TEMPLATES[template])
     call = {"function": {"name": "plover", "arguments": {"first": value, "second": value}}}
-    (encoded,) = encode(
+    (encoded,) = encode_rows(
         [make_row({"messages": [user("zork"), bot(None, tool_calls=[call])]}, 1)], tokenizer
     )
     assert encoded.problem is None
@@ -375,6 +376,6 @@ def test_thoughts_are_learned_in_their_block_whether_its_tags_are_tokens_or_not(
     """mlx-lm turns thoughts off in the template of a tokenizer that has no tokens for them."""
     tokenizer = letters("qwen3", special=special, ends="<|im_end|>")
     row = {"messages": [user("zork"), bot("xyzzy", reasoning_content="frobozz")]}
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     text = learned(encoded, tokenizer).removesuffix("<|im_end|>")
     assert text == "<think>\nfrobozz\n</think>\n\nxyzzy"

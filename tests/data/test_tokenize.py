@@ -8,14 +8,14 @@ from mlx_lm.utils import load_tokenizer
 
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import Example, encode
+from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder_tokenizer
 from mlx_loraplus.models.prompt_format import PromptFormat
 from scripts.tiny_model import write_tiny_model
 from tests.data.conftest import TEMPLATES
-from tests.data.reading import encode_one
+from tests.data.reading import encode_one, encode_rows
 
 COMPLETION = Row(
     "completion", {"prompt": "Dim the hall\nCommand:", "completion": ' {"level": 5}'}, 1
@@ -142,7 +142,7 @@ def test_a_token_across_the_seam_belongs_to_the_completion(gemma):
 
 def test_a_token_across_the_seam_is_noted(gemma, smollm2):
     def noted(prompt: str, completion: str, tokenizer) -> bool:
-        (encoded,) = encode(
+        (encoded,) = encode_rows(
             [Row("completion", {"prompt": prompt, "completion": completion}, 1)], tokenizer
         )
         return any("form one token" in note for note in encoded.notes)
@@ -188,7 +188,7 @@ def test_a_prompt_is_encoded_as_in_training(gemma, gemma_it, smollm2):
 def test_characters_without_a_token_are_noted(tmp_path: Path):
     tokenizer = load_folder_tokenizer(write_tiny_model(tmp_path))
     rows = [Row("text", {"text": text}, 1) for text in ("plain", "日本")]
-    plain, unknown = encode(rows, tokenizer)
+    plain, unknown = encode_rows(rows, tokenizer)
     assert plain.notes == []
     assert unknown.notes == [
         "the tokenizer has no token for some characters, and replaces them with its token for unknown"
@@ -222,7 +222,7 @@ def test_an_empty_message_of_a_chat_is_refused(smollm2, gemma, prompt: str):
 
 
 def test_a_chat_on_a_base_model_is_a_problem(gemma):
-    (encoded,) = encode([CHAT], gemma)
+    (encoded,) = encode_rows([CHAT], gemma)
     assert encoded.examples == []
     assert "chat rows need a chat template" in str(encoded.problem)
     assert str(encoded.problem).endswith("or write the rows as prompt and completion")
@@ -233,7 +233,7 @@ def test_a_chat_on_a_base_model_is_a_problem(gemma):
 
 def test_a_template_that_refuses_a_row(gemma_it):
     record = Row("chat", {"messages": [{"role": "user", "content": "Hm"}, *TWO_TURNS]}, 1)
-    bad, good = encode([record, CHAT], gemma_it)
+    bad, good = encode_rows([record, CHAT], gemma_it)
     assert (
         bad.problem == "the chat template refuses it (Conversation roles must alternate"
         " user/assistant/user/assistant/...); join user messages that follow each other into one"
@@ -246,7 +246,7 @@ def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     tokenizer = load_tokenizer(find_model("smollm2-135m").path)
     fields = {"prompt": "Is it so?\n\n", "completion": "Yes"}
     tokenizer.has_chat_template = False
-    (encoded,) = encode([Row("completion", fields, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("completion", fields, 1)], tokenizer)
     (example,) = encoded.examples
     asked = tokenizer.encode(fields["prompt"])
     assert example.tokens[: len(asked)].tolist() == asked

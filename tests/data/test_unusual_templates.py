@@ -4,9 +4,8 @@ import pytest
 
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import encode
 from mlx_loraplus.errors import ModelError
-from tests.data.reading import encode_one
+from tests.data.reading import encode_one, encode_rows
 from tests.data.test_chat_templates import CHATML, bracketed
 from tests.data.test_tokenize import CHAT, TWO_TURNS
 
@@ -21,22 +20,22 @@ from tests.data.test_tokenize import CHAT, TWO_TURNS
         ("{{ raise_exception('a\nb') }}", "fails for every chat at line 1 (a b)"),
         ("{{ messages[0].content.x.y }}", "fails for every chat at line 1"),
         (" \n", "is empty"),
-        ("{{ bos_token }}", "writes none of a chat's messages"),
+        ("{{ bos_token }}", "renders none of a chat's messages"),
         ({"rag": "{{ messages }}"}, "fails for every chat (This model has"),
     ],
 )
-def test_a_template_that_writes_no_chat_is_no_problem_of_the_rows(letters, template, reason):
+def test_a_template_that_renders_no_chat_is_no_problem_of_the_rows(letters, template, reason):
     tokenizer = letters("chatml", **CHATML)
     tokenizer.chat_template = template
     with pytest.raises(ModelError) as caught:
-        encode([CHAT, CHAT], tokenizer)
+        encode_rows([CHAT, CHAT], tokenizer)
     assert str(caught.value).startswith(f"the model's chat template {reason}")
     assert str(caught.value).endswith("correct the template, or use a model with another one")
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match="the model's chat template"):
         encode_prompt("Hi", tokenizer)
 
-    # Text is written without the template
+    # Text is rendered without the template
     assert encode_one(Row("text", {"text": "Hi"}, 1), tokenizer).tokens.size
     assert encode_prompt("Hi", tokenizer, chat=False)
 
@@ -48,7 +47,7 @@ def test_the_file_of_a_broken_template_is_named(letters, tmp_path):
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_text("{}")
         with pytest.raises(ModelError, match=f"the chat template in {tmp_path / name} fails"):
-            encode([CHAT], tokenizer)
+            encode_rows([CHAT], tokenizer)
 
 
 @pytest.mark.parametrize("field", ["name", "speaker"])
@@ -68,12 +67,12 @@ def test_a_field_that_makes_a_template_refuse_a_chat_is_named(letters, field):
             + " }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         )
-        (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+        (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], tokenizer)
         assert encoded.examples == []
         assert str(encoded.problem).endswith(
             f"; remove the field '{field}' from assistant messages"
         )
-        (encoded,) = encode([Row("chat", {"messages": [question, answer]}, 1)], tokenizer)
+        (encoded,) = encode_rows([Row("chat", {"messages": [question, answer]}, 1)], tokenizer)
         assert encoded.problem is None
 
 
@@ -88,7 +87,7 @@ def test_a_header_that_the_prompt_lacks_is_not_learned(letters):
     )
     question, answer = CHAT.fields["messages"][:2]
     chat = [question, answer | {"reasoning_content": "Why"}]
-    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], tokenizer)
     assert encoded.examples == []
     assert "can't be supervised by turn" in str(encoded.problem)
 
@@ -101,7 +100,7 @@ def test_the_header_between_two_assistant_turns_is_not_learned(letters):
     )
     assert condition in tokenizer.chat_template
     question, answer = CHAT.fields["messages"][:2]
-    (encoded,) = encode([Row("chat", {"messages": [question, answer, answer]}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": [question, answer, answer]}, 1)], tokenizer)
     (example,) = encoded.examples
     turn = "<|im_start|>assistant\n⟦Hello you<|im_end|>⟧\n"
     assert bracketed(example, tokenizer).endswith(turn + turn)
@@ -147,7 +146,7 @@ def test_no_block_of_thoughts_is_learned_twice_or_in_the_wrong_place(
 ):
     tokenizer = letters("chatml", special="<|im_start|> <think> </think>", ends="<|im_end|>")
     tokenizer.chat_template = template
-    (encoded,) = encode([Row("chat", {"messages": messages}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": messages}, 1)], tokenizer)
     assert bracketed(encoded.examples[0], tokenizer).endswith(end)
     is_noted = any("<|im_end|> inside an answer" in note for note in encoded.notes)
     assert is_noted == ("<|im_start|>assistant" in end and "Why<|im_end|>" in end)
@@ -156,14 +155,14 @@ def test_no_block_of_thoughts_is_learned_twice_or_in_the_wrong_place(
 def test_the_end_of_thoughts_inside_an_answer_is_noted(letters):
     tokenizer = letters("qwen3", special="<|im_start|>", ends="<|im_end|>")
     chat = [TWO_TURNS[0], {"role": "assistant", "content": "Write </think> there"}]
-    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], tokenizer)
     assert any(note.startswith("an answer contains </think>") for note in encoded.notes)
 
 
 def test_thoughts_in_other_tags_than_the_templates_get_its_tags(letters):
     tokenizer = letters("opens_thoughts", special="<|bot|> <|user|> <think> </think>")
     chat = [TWO_TURNS[0], {"role": "assistant", "content": "<thinking>\nWhy\n</thinking>\nHello"}]
-    (encoded,) = encode([Row("chat", {"messages": chat}, 1)], tokenizer)
+    (encoded,) = encode_rows([Row("chat", {"messages": chat}, 1)], tokenizer)
     text = bracketed(encoded.examples[0], tokenizer)
     assert "thinking>" not in text
     assert "Why\n</think>" in text
@@ -180,6 +179,6 @@ def test_a_first_turn_without_any_text_before_it_is_refused(letters):
     system = {"role": "system", "content": ""}
     for first in ([answer], [system, answer]):
         row = Row("chat", {"messages": [*first, question, answer]}, 1)
-        (encoded,) = encode([row], tokenizer)
+        (encoded,) = encode_rows([row], tokenizer)
         assert str(encoded.problem).endswith("; remove that turn")
         assert not encoded.examples

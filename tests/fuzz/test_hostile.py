@@ -16,10 +16,10 @@ from mlx_loraplus.adapters.storage import load_adapter, save_adapter
 from mlx_loraplus.arguments import Switches, parse
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.rows import Row
-from mlx_loraplus.data.tokenize import encode
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.gguf.convert import write_folder
 from tests.conftest import HangError, cpu_limit
+from tests.data.reading import encode_rows
 from tests.fuzz.fuzzing import PACKAGE, TARGETS, adapted, feed, fuzz, kept, tiny_llama
 from tests.models.gguf_files import PIECES, SCORES, write_gguf
 from tests.training.tiny_runs import Place
@@ -134,7 +134,7 @@ def test_a_chat_template_does_not_get_out_of_its_sandbox(place: Place, template:
     _, tokenizer = ml.load(str(place.folder / "model"))
     record = Row("completion", {"prompt": "a", "completion": "b"}, 1)
     with pytest.raises(ModelError, match="fails for every chat at line 1"):
-        encode([record], tokenizer)
+        encode_rows([record], tokenizer)
     assert not Path("escaped").exists()
 
 

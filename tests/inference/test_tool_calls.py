@@ -18,7 +18,7 @@ from mlx_lm.models import llama
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.rows import make_row
-from mlx_loraplus.data.tokenize import encode
+from tests.data.reading import encode_rows
 from mlx_loraplus.generate import main as generate_main
 from mlx_loraplus.inference.generate import stream
 from tests.data.conftest import make_letters
@@ -49,7 +49,7 @@ class Family:
     ends: str
     read: Callable[[str], Any] | None = None
     has_thoughts: bool = False  # whether the template has a place for them
-    content: str | None = None  # the call as this family writes it, if its template writes none
+    content: str | None = None  # the call as this family renders it, if its template renders none
     system: dict[str, str] | None = None  # fields of a system message that shows the tools
 
 
@@ -214,7 +214,7 @@ def test_a_row_with_a_call_is_learned_and_shown(
     family = FAMILIES[name]
     row = make_chat(family)
     model, tokenizer = ml.load(write_model(tmp_path / "model", family))
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     ml.finetune(
         model, tokenizer, data=[row], valid_split=0, batch_size=len(encoded.examples),
         iters=STEPS, rank=16, learning_rate=3e-3, lr_ratio=8.0, warmup=0, schedule="cosine",
@@ -250,7 +250,7 @@ def test_a_call_that_the_template_does_not_write_is_refused(name: str):
     row = make_chat(family)
     spoken = next(message for message in row["messages"] if message["role"] == "assistant")
     spoken |= {"content": "", "tool_calls": [CALL]}
-    (encoded,) = encode([make_row(row, 1)], tokenizer)
+    (encoded,) = encode_rows([make_row(row, 1)], tokenizer)
     assert not encoded.examples
     assert "leaves out the tool calls" in str(encoded.problem)
     assert "write the call into the content as this model writes it" in str(encoded.problem)
@@ -286,7 +286,7 @@ def test_a_template_that_writes_no_tools_is_told(
     words = ["--model", folder, "--prompt", "Oslo?", "--max-tokens", "2"]
     with pytest.raises(SystemExit, match="2"):
         generate_main([*words, "--tools", str(tmp_path / "tools.json")])
-    assert "its chat template writes none; leave them out, or" in capsys.readouterr().err
+    assert "its chat template renders none; leave them out, or" in capsys.readouterr().err
 
     # The advice works.
     generate_main([*words, "--system", f"<|tool|>{SHOWN}<|/tool|>"])

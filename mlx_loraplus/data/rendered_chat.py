@@ -1,21 +1,36 @@
 """Rows as text with the characters to train on, and chats before and after rendering."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .template_forms import ChatForm
 from .thoughts import Message
 
+CharRange = tuple[int, int]
+"""Start and stop of some characters of a text."""
+
 
 @dataclass(frozen=True)
-class WrittenRow:
-    """A row as text, and the characters to train on."""
+class RenderedText:
+    """One text of a row, and the characters to train on."""
 
     text: str
-    spans: list[tuple[int, int]]  # start and stop of the characters to train on
+    learned: list[CharRange]  # the characters to train on
     add_special_tokens: bool = False  # whether BOS and EOS have to be added
     thinking: bool = False  # whether the last prompt of the user allows thoughts
+
+
+@dataclass
+class RenderedRow:
+    """A row as text, or the problem with it.
+
+    It is one text; several if the template rewrites earlier turns, or if the row has two answers.
+    """
+
+    texts: list[RenderedText] = field(default_factory=list)  # empty with a problem
+    problem: str | None = None
+    notes: list[str] = field(default_factory=list)  # for the report
 
 
 @dataclass(frozen=True)
@@ -28,9 +43,9 @@ class SupervisedChat:
 
 
 @dataclass(frozen=True)
-class WrittenChat:
-    """A chat as text: one row, or several if the template rewrites earlier turns."""
+class RenderedChat:
+    """A chat as text: one text, or several if the template rewrites earlier turns."""
 
     form: ChatForm  # the messages in the form that was passed to the template
-    rows: list[WrittenRow]
+    texts: list[RenderedText]
     notes: list[str]  # notes on content of supervised turns that the template leaves out

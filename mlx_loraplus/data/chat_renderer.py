@@ -1,7 +1,7 @@
-"""Write chats as text with the model's chat template, and mark the turns to train on.
+"""Render chats as text with the model's chat template, and mark the turns to train on.
 
-Every supervised turn is checked: the template must write its content, its thoughts, and the names
-and arguments of its tool calls inside the text that the model has to write. If content or
+Every supervised turn is checked: the template must render its content, its thoughts, and the names
+and arguments of its tool calls inside the text that the model has to generate. If content or
 tool calls are missing, the chat can't be used. If the template leaves out thoughts or anything
 else, a note reports this.
 
@@ -21,6 +21,7 @@ from .chat_notes import note_left_out, split_by_message
 from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .messages import BadRowError, assistant_turns
+from .rendered_chat import RenderedChat, RenderedText, SupervisedChat
 from .simpler_chats import simpler_chats
 from .template_forms import ChatForm, chat_forms
 from .thoughts import (
@@ -33,7 +34,6 @@ from .thoughts import (
     has_block_after_empty_block,
     thoughts_of,
 )
-from .written_chat import SupervisedChat, WrittenChat, WrittenRow
 
 TrainOn = Literal["turns", "last", "everything"]
 
@@ -49,19 +49,19 @@ class LostError(BadRowError):
 
 
 @dataclass(frozen=True)
-class ChatWriter:
-    """Writes chats with one chat template."""
+class ChatRenderer:
+    """Renders chats with one chat template."""
 
     template: ChatTemplate
     train_on: TrainOn
 
-    def write(
+    def render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Any] | None,
         untrained: Sequence[int],
         notes: list[str],
-    ) -> list[WrittenRow]:
+    ) -> list[RenderedText]:
         """Return a chat as text.
 
         Args:
@@ -79,10 +79,10 @@ class ChatWriter:
             messages = messages[: turns[-1] + 1]
 
         chat = SupervisedChat(messages, turns, tools)
-        written = self._write_in_best_form(chat)
-        notes += written.notes
-        notes += note_left_out(self.template, chat, written)
-        return written.rows
+        rendered = self._render_in_best_form(chat)
+        notes += rendered.notes
+        notes += note_left_out(self.template, chat, rendered)
+        return rendered.texts
 
     def _choose_turns(self, messages: Sequence[Message], untrained: Sequence[int]) -> list[int]:
         """Return the indices of the assistant messages to train on."""
@@ -93,7 +93,7 @@ class ChatWriter:
             raise BadRowError("no assistant turn to train on")
         return turns[-1:] if self.train_on == "last" else turns
 
-    def _write_in_best_form(self, chat: SupervisedChat) -> WrittenChat:
+    def _render_in_best_form(self, chat: SupervisedChat) -> RenderedChat:
         """Return the chat as ``_try_forms`` does; an error also says what to do."""
         try:
             return self._try_forms(chat)
@@ -101,7 +101,7 @@ class ChatWriter:
             remedy = self._suggest_remedy(chat, problem)
             raise BadRowError(f"{problem}; {remedy}" if remedy else str(problem)) from problem
 
-    def _try_forms(self, chat: SupervisedChat) -> WrittenChat:
+    def _try_forms(self, chat: SupervisedChat) -> RenderedChat:
         """Return the chat in the first form without losses, otherwise in the first usable form.
 
         Raises:
@@ -109,7 +109,7 @@ class ChatWriter:
                 accepts, or of the last form if the template refuses all of them.
         """
         first_problem: BadRowError | None = None
-        best: WrittenChat | None = None
+        best: RenderedChat | None = None
 
         # A chat without tool calls and thoughts has one form: its messages as they are.
         template = self.template
@@ -119,16 +119,16 @@ class ChatWriter:
                 continue
             try:
                 if self.train_on == "everything":
-                    written = self._write_everything(chat, form)
+                    rendered = self._render_everything(chat, form)
                 else:
-                    written = self._write_turns(chat, form)
+                    rendered = self._render_turns(chat, form)
             except BadRowError as problem:
                 if first_problem is None or isinstance(first_problem, RefusedError):
                     first_problem = problem
                 continue
-            if not written.notes:
-                return written
-            best = best or written
+            if not rendered.notes:
+                return rendered
+            best = best or rendered
 
         if best is not None:
             return best
@@ -136,7 +136,7 @@ class ChatWriter:
         raise first_problem
 
     def _suggest_remedy(self, chat: SupervisedChat, problem: BadRowError) -> str:
-        """Return what to do about a chat that can't be written, tried before it is suggested."""
+        """Return what to do about a chat that can't be rendered, tried before it is suggested."""
         for messages, remedy in simpler_chats(chat.messages):
             turns = assistant_turns(messages)
             if self.train_on == "last":
@@ -164,17 +164,17 @@ class ChatWriter:
         if any(message["role"] == "tool" for message in chat.messages):
             return other
         try:
-            written = self._write_everything(chat, ChatForm(chat.messages, {}))
+            rendered = self._render_everything(chat, ChatForm(chat.messages, {}))
         except BadRowError:
             return other
-        return other if written.notes else "use --train-on everything"
+        return other if rendered.notes else "use --train-on everything"
 
-    def _write_everything(self, chat: SupervisedChat, form: ChatForm) -> WrittenChat:
-        """Return the whole chat as one row in which every token is supervised."""
+    def _render_everything(self, chat: SupervisedChat, form: ChatForm) -> RenderedChat:
+        """Return the whole chat as one text in which every token is supervised."""
         thinking = any(thoughts_of(message) for message in chat.messages)
         text = self.template.render(form.messages, ask=False, thinking=thinking, tools=chat.tools)
         if has_block_after_empty_block(text):
-            raise BadRowError("the chat template writes two blocks of thoughts for one turn")
+            raise BadRowError("the chat template renders two blocks of thoughts for one turn")
 
         notes: list[str] = []
         parts = split_by_message(chat.messages, text)
@@ -182,11 +182,11 @@ class ChatWriter:
             notes += _check_turn(chat.messages[turn], turn, parts[turn])
             notes += self._note_inside(chat, form, turn)
 
-        row = WrittenRow(text, [], thinking=thinking)
-        return WrittenChat(form, [row], list(dict.fromkeys(notes)))
+        texts = [RenderedText(text, [], thinking=thinking)]
+        return RenderedChat(form, texts, list(dict.fromkeys(notes)))
 
     def _note_inside(self, chat: SupervisedChat, form: ChatForm, turn: int) -> list[str]:
-        """Return a note if the template writes the thoughts of a turn inside the answer.
+        """Return a note if the template renders the thoughts of a turn inside the answer.
 
         Raises:
             BadRowError: The template refuses a part of the chat.
@@ -194,39 +194,39 @@ class ChatWriter:
         if not thoughts_of(chat.messages[turn]):
             return []
         try:
-            written = self.template.write_turn(form, turn, chat.tools)
+            rendered = self.template.render_turn(form, turn, chat.tools)
         except UnsupervisableError:
             return []
-        return _check_place(written, chat.messages[turn], self.template.thought_block)
+        return _check_place(rendered, chat.messages[turn], self.template.thought_block)
 
-    def _write_turns(self, chat: SupervisedChat, form: ChatForm) -> WrittenChat:
-        """Return the chat as one row that marks as many turns as possible, and rows for the others.
+    def _render_turns(self, chat: SupervisedChat, form: ChatForm) -> RenderedChat:
+        """Return the chat as one text that marks most turns, and as texts for the other turns.
 
-        A row can mark a turn if it begins with the turn's prompt and answer, as in generation. The
-        span of the turn begins after its prompt and stops after the first token that ends
-        generation, because the model does not write what a template puts after that token.
+        A text can mark a turn if it begins with the turn's prompt and answer, as in generation. The
+        marked characters begin after the turn's prompt and stop after the first token that ends
+        generation, because the model does not generate what a template puts after that token.
         """
         # Find each turn's prompt and answer.
-        rendered: dict[int, Turn] = {}
+        turns: dict[int, Turn] = {}
         notes: list[str] = []
         for turn in chat.turns:
-            rendered[turn] = self.template.write_turn(form, turn, chat.tools)
-            notes += _check_turn(chat.messages[turn], turn, rendered[turn].answer)
-            notes += _check_place(rendered[turn], chat.messages[turn], self.template.thought_block)
+            turns[turn] = self.template.render_turn(form, turn, chat.tools)
+            notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
+            notes += _check_place(turns[turn], chat.messages[turn], self.template.thought_block)
 
         # Begin with the last turn, because its prompt contains most of the other turns.
         thinking = _answers_with_thoughts(chat)
-        rows: list[WrittenRow] = []
+        texts: list[RenderedText] = []
         left = list(chat.turns)
         while left:
             last = left[-1]
-            text = rendered[last].text + rendered[last].rest
-            inside = [turn for turn in left if text.startswith(rendered[turn].text)]
-            spans = [(len(rendered[turn].prompt), len(rendered[turn].text)) for turn in inside]
-            rows.append(WrittenRow(text, spans, thinking=thinking))
+            text = turns[last].text + turns[last].rest
+            inside = [turn for turn in left if text.startswith(turns[turn].text)]
+            ranges = [(len(turns[turn].prompt), len(turns[turn].text)) for turn in inside]
+            texts.append(RenderedText(text, ranges, thinking=thinking))
             left = [turn for turn in left if turn not in inside]
 
-        return WrittenChat(form, rows, list(dict.fromkeys(notes)))
+        return RenderedChat(form, texts, list(dict.fromkeys(notes)))
 
 
 def _answers_with_thoughts(chat: SupervisedChat) -> bool:
@@ -285,12 +285,12 @@ def _check_place(turn: Turn, message: Message, block: ThoughtBlock) -> list[str]
     # A header of words may come before the block, but no answer and no special token.
     before, found, after = text.partition(block.opening)
     if not found:
-        inside = f"the chat template writes thoughts inside the answer, not in {block.opening}"
+        inside = f"the chat template renders thoughts inside the answer, not in {block.opening}"
         return [inside] if block.is_own else []
     if find_lost(answer_only(message), after):
-        return ["the chat template writes thoughts after the content or tool calls of an answer"]
+        return ["the chat template renders thoughts after the content or tool calls of an answer"]
     if _SPECIAL_TOKENS.fullmatch(before):
-        return ["the chat template writes thoughts after the special tokens that begin an answer"]
+        return ["the chat template renders thoughts after the special tokens that begin an answer"]
     return []
 
 
