@@ -22,7 +22,7 @@ from ..command_config import FuseConfig
 from ..errors import AdapterError, ModelError, OutputError, counted
 from ..failures import failure_of
 from ..files import replacing_folder, write_atomically
-from ..kernels.head import model_dtype
+from ..kernels.trunk_and_head import model_dtype
 from ..models.find_model import missing_file
 from ..models.loading import shared_copy, stored_dtypes
 from ..models.prompt_format import PROMPT_FORMAT, format_of

@@ -52,7 +52,7 @@ from ..data.load_data import load_data
 from ..data.model_limits import Limits, check_examples, limits_of
 from ..data.tokenize import Example
 from ..errors import ConfigError, DataError
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..models.derived_weights import start_inference
 from ..models.moved_run_paths import read_run_settings
 from ..rich_display import Tracker, untracked
@@ -352,9 +352,13 @@ def collect_answers(
     model: nn.Module, examples: Sequence[Example], name: str = "model", track: Tracker = untracked
 ) -> Answers:
     """Run a model over a sample, and return its answers; ``track`` shows the model's name."""
-    # A model that can't be split into trunk and head returns logits, which are used as states.
-    split: Any = split_model(model)
-    trunk, head = (split.trunk, split.head) if split else (model, lambda logits: logits)
+    # A model whose trunk and head are not found returns logits, which are used as states.
+    trunk_and_head: Any = find_trunk_and_head(model)
+    trunk, head = (
+        (trunk_and_head.trunk, trunk_and_head.head)
+        if trunk_and_head
+        else (model, lambda logits: logits)
+    )
     start_inference(model)
 
     states: list[mx.array] = []

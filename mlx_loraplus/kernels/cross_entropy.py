@@ -31,9 +31,9 @@ from ..device import MOST_ELEMENTS, on_gpu
 from ..errors import ConfigError, counted
 from .choices import StepChoices, default_choices
 from .elementwise import exp
-from .head import Head, TrunkAndHead
 from .patch import replaces_attention
 from .row_masks import row_caches
+from .trunk_and_head import Head, TrunkAndHead
 
 CHUNK_ROWS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
@@ -42,14 +42,14 @@ _SPREAD = 0.05  # a remainder up to this fraction of a slice is spread over the 
 Loss = Callable[..., mx.array]
 
 
-def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
+def make_loss(trunk_and_head: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
     """Return ``loss(model, tokens, positions, targets, weights, segments=None)``.
 
     ``loss`` returns the summed loss of a batch, a float32 scalar. Its arguments are those of
-    ``Batch``. Without a split, the whole model computes full logits.
+    ``Batch``. Without them, the whole model computes full logits.
 
     Args:
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         choices: The size of the slices; by default that of the device.
     """
     choices = choices or default_choices()
@@ -62,24 +62,24 @@ def make_loss(split: TrunkAndHead | None, choices: StepChoices | None = None) ->
         weights: mx.array,
         segments: mx.array | None = None,
     ) -> mx.array:
-        if split is None:
+        if trunk_and_head is None:
             caches = {} if segments is None else {"cache": row_caches(model, segments)}
             logits = full_logits(model, tokens, positions, **caches).astype(mx.float32)
             return (nn.losses.cross_entropy(logits, targets) * weights).sum()
-        hidden = select_hidden(split, model, tokens, positions, segments)
-        return head_loss(split.head, hidden, targets, weights, choices)
+        hidden = select_hidden(trunk_and_head, model, tokens, positions, segments)
+        return head_loss(trunk_and_head.head, hidden, targets, weights, choices)
 
     return loss
 
 
-def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
+def make_score(trunk_and_head: TrunkAndHead | None, choices: StepChoices | None = None) -> Loss:
     """Return ``score(model, tokens, positions, targets, weights)``.
 
     ``score`` returns (summed loss, number of targets with the largest logit). Its arguments are
     those of the function that ``make_loss`` returns. It has no gradient.
 
     Args:
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         choices: The size of the slices; by default that of the device.
     """
     choices = choices or default_choices()
@@ -87,14 +87,14 @@ def make_score(split: TrunkAndHead | None, choices: StepChoices | None = None) -
     def score(
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> mx.array:
-        if split is None:
+        if trunk_and_head is None:
             found = _losses_of_logits(full_logits(model, tokens, positions), targets, weights)
             return mx.stack([each.sum() for each in found])
 
-        hidden = select_hidden(split, model, tokens, positions, learning=False)
-        score_chunk = chunk_score(split.head, choices)
+        hidden = select_hidden(trunk_and_head, model, tokens, positions, learning=False)
+        score_chunk = chunk_score(trunk_and_head.head, choices)
         total = mx.array(0.0)
-        for chunk in chunks_of(split.head, (hidden, targets, weights), choices):
+        for chunk in chunks_of(trunk_and_head.head, (hidden, targets, weights), choices):
             losses, likeliest = score_chunk(*chunk)
             total = total + mx.stack([losses.sum(), likeliest.sum()])
         return total
@@ -121,7 +121,7 @@ def full_logits(model: Any, tokens: mx.array, positions: mx.array, **caches: Any
 
 
 def select_hidden(
-    split: TrunkAndHead,
+    trunk_and_head: TrunkAndHead,
     model: Any,
     tokens: mx.array,
     positions: mx.array,
@@ -136,11 +136,11 @@ def select_hidden(
     # mlx-lm's models take their attention masks from caches; those of ``row_caches`` hold only
     # masks. Packed rows need them, and so does the attention that replaces MLX's in training steps,
     # and sometimes in validation. Otherwise, a model makes causal masks without caches.
-    needs_masks = split.takes_caches and (learning or replaces_attention())
+    needs_masks = trunk_and_head.takes_caches and (learning or replaces_attention())
     caches: dict[str, Any] = {}
     if segments is not None or needs_masks:
         caches["cache"] = row_caches(model, segments)
-    return split.trunk(tokens, **caches).flatten(0, 1)[positions]
+    return trunk_and_head.trunk(tokens, **caches).flatten(0, 1)[positions]
 
 
 def head_loss(

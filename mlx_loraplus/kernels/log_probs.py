@@ -8,13 +8,16 @@ import mlx.nn as nn
 
 from .choices import StepChoices, default_choices
 from .cross_entropy import chunk_loss, chunk_score, chunks_of, full_logits, select_hidden
-from .head import Head, TrunkAndHead
+from .trunk_and_head import Head, TrunkAndHead
 
 LogProbs = Callable[..., tuple[mx.array, mx.array]]
 
 
 def make_log_probs(
-    split: TrunkAndHead | None, choices: StepChoices | None = None, *, learning: bool = True
+    trunk_and_head: TrunkAndHead | None,
+    choices: StepChoices | None = None,
+    *,
+    learning: bool = True,
 ) -> LogProbs:
     """Return ``log_probs(model, tokens, positions, targets, weights)``.
 
@@ -23,7 +26,7 @@ def make_log_probs(
     those of ``Batch``, which must not be packed.
 
     Args:
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         choices: The size of the slices; by default that of the device.
         learning: Whether the first result needs a gradient.
     """
@@ -33,13 +36,13 @@ def make_log_probs(
         model: Any, tokens: mx.array, positions: mx.array, targets: mx.array, weights: mx.array
     ) -> tuple[mx.array, mx.array]:
         # The loss of each target.
-        if split is None:
+        if trunk_and_head is None:
             logits = full_logits(model, tokens, positions).astype(mx.float32)
             losses = nn.losses.cross_entropy(logits, targets) * weights
         else:
-            hidden = select_hidden(split, model, tokens, positions, learning=learning)
+            hidden = select_hidden(trunk_and_head, model, tokens, positions, learning=learning)
             arrays = (hidden, targets, weights)
-            losses = _token_losses(split.head, arrays, choices, learning=learning)
+            losses = _token_losses(trunk_and_head.head, arrays, choices, learning=learning)
 
         # Sum over each row. With a mask, the order of summation is the same on every device.
         rows, length = tokens.shape

@@ -26,7 +26,7 @@ from ..data.python_data import store_data
 from ..errors import ConfigError, DataError, DeviceError, counted
 from ..failures import failures_in_one_line
 from ..files import locked
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..keyword_types import SweepOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
@@ -240,7 +240,9 @@ def sweep_rates(
     # The batch size is chosen once, for all trials.
     run = resolve_batch(run, model, int(examples.train.lengths.max()), log)
     config = replace(config, data=run.data)
-    untrained = score(model, split_model(model), examples.valid, config.data.batch_size).loss
+    untrained = score(
+        model, find_trunk_and_head(model), examples.valid, config.data.batch_size
+    ).loss
     deadline = math.inf
     if config.max_minutes:
         deadline = time.perf_counter() + 60 * config.max_minutes

@@ -18,7 +18,7 @@ from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
 from ..command_config import SweepConfig
 from ..config import TrainConfig
 from ..data.dataset import Examples
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..memory.run_sizes import resolve_grad_checkpoint
 from ..models.find_model import original_of
 from ..runs.progress import no_log
@@ -134,7 +134,7 @@ def trial_state(
     grad_checkpoint = resolve_sound_checkpoint(model, config, no_log, wanted=requested)
     return TrainState(
         model,
-        split_model(model),
+        find_trunk_and_head(model),
         optimizer,
         batches,
         schedule,
@@ -189,7 +189,9 @@ def run_trial(
                     loss = validations[-1]["valid_loss"]
                     accuracy = validations[-1]["valid_accuracy"]
                 else:
-                    found = score(model, state.split, examples.valid, config.data.batch_size)
+                    found = score(
+                        model, state.trunk_and_head, examples.valid, config.data.batch_size
+                    )
                     loss, accuracy = found.loss, found.accuracy
                 finish()
 

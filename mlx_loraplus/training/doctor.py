@@ -215,9 +215,11 @@ def _examine_model(name: str, model: nn.Module, log: Log) -> ModelExamination:
     schedule = schedule_of(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
-    split = probes.split(model)
+    trunk_and_head = probes.trunk_and_head(model)
     choices = choices_for(model)
-    state = TrainState(model, split, optimizer, batches, schedule, probes=probes, choices=choices)
+    state = TrainState(
+        model, trunk_and_head, optimizer, batches, schedule, probes=probes, choices=choices
+    )
 
     # Check the results of all ways to compute a step.
     check = check_step(model, probes, config.adapter, ways_to_check(state, config))

@@ -23,7 +23,7 @@ from ..data.first_rows import check_rows
 from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..memory.estimate import Sizes
 from ..memory.plan import memory_plan_of
 from ..memory.run_sizes import check_fit
@@ -277,7 +277,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     schedule = Schedule(steps=2, batches=2 * per_step, batches_per_step=per_step)
     state = TrainState(
         model,
-        split_model(model),
+        find_trunk_and_head(model),
         optimizer,
         batches,
         schedule,

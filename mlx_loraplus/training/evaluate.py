@@ -36,7 +36,7 @@ from ..data.python_data import store_data
 from ..data.sources import SPLITS, SplitName, describe_sources
 from ..errors import AdapterError, ConfigError, DataError, counted
 from ..inference.generate import answer_questions, load
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..keyword_types import EvaluateOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
@@ -256,15 +256,15 @@ def _score_split(
         check_caches(model)
 
     # Score all examples.
-    split_of_model = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     learned, preferred = examples, None
     if isinstance(examples, Pairs):
         learned = examples.chosen
         preferred = fraction_preferred(model, examples, config.data.batch_size)
     elif isinstance(examples, LabeledExamples):
         learned = examples.desirable
-        preferred = fraction_ranked_right(model, split_of_model, examples, config.data.batch_size)
-    found = score(model, split_of_model, learned, config.data.batch_size)
+        preferred = fraction_ranked_right(model, trunk_and_head, examples, config.data.batch_size)
+    found = score(model, trunk_and_head, learned, config.data.batch_size)
 
     # Answer some of them.
     prompts = choose_eval_prompts(examples, config, tokenizer, answers)

@@ -266,7 +266,7 @@ def time_step(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
 
 def _time_repeatedly(state: TrainState, batch: Batch, way: StepWay) -> StepTiming:
     """Return the time of the fastest of several steps, and their peak."""
-    loss = make_objective(state.split, state.objective, way.choices)
+    loss = make_objective(state.trunk_and_head, state.objective, way.choices)
     accumulate, update = make_step(state.model, loss, state.optimizer, compiled=way.compiled)
     arrays = arrays_of(batch if way.compiled else trimmed(batch))
     count = mx.array(float(batch.pairs or batch.target_count))

@@ -376,7 +376,7 @@ def _make_state(
         progress=session.run.progress,
         batches=batches,
         schedule=schedule,
-        split=probes.split(model),
+        trunk_and_head=probes.trunk_and_head(model),
         probes=probes,
         grad_checkpoint=grad_checkpoint,
         choices=choices_for(model),

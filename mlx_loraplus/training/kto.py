@@ -26,8 +26,8 @@ from ..config import ObjectiveConfig
 from ..data.batches import Batch, arrays_of
 from ..data.labeled import LabeledExamples
 from ..kernels.choices import StepChoices
-from ..kernels.head import TrunkAndHead
 from ..kernels.log_probs import make_log_probs
+from ..kernels.trunk_and_head import TrunkAndHead
 from ..runs.state import Event
 from .compiled import CompiledByShape, Traces
 from .distributed import ALONE, World
@@ -64,7 +64,9 @@ def labeled_losses(
 
 
 def make_labeled_loss(
-    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
+    trunk_and_head: TrunkAndHead | None,
+    objective: ObjectiveConfig,
+    choices: StepChoices | None = None,
 ) -> LabeledLoss:
     """Return ``loss(model, tokens, positions, targets, weights, reference, labels, baseline)``.
 
@@ -73,11 +75,11 @@ def make_labeled_loss(
     it, z0 is 0.
 
     Args:
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         objective: The objective and its settings.
         choices: The size of the slices; by default that of the device.
     """
-    log_probs = make_log_probs(split, choices)
+    log_probs = make_log_probs(trunk_and_head, choices)
 
     def loss(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         *batch, reference, labels = arrays[:_ARRAYS]
@@ -124,14 +126,14 @@ def _sum_stats(
 
 
 def make_kl_sum(
-    split: TrunkAndHead | None, choices: StepChoices | None = None
+    trunk_and_head: TrunkAndHead | None, choices: StepChoices | None = None
 ) -> Callable[..., mx.array]:
     """Return ``kl_sum(model, tokens, positions, targets, weights, reference)``.
 
     ``kl_sum`` returns the sum of log pi(y') - log pi_ref(y') over the mismatched answers of a
     batch, a float32 scalar. It has no gradient.
     """
-    log_probs = make_log_probs(split, choices, learning=False)
+    log_probs = make_log_probs(trunk_and_head, choices, learning=False)
 
     def kl_sum(model: Any, *arrays: mx.array) -> mx.array:
         *batch, reference = arrays
@@ -146,7 +148,7 @@ class KLEstimate:
 
     Args:
         model: The model that trains.
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         choices: The size of the slices.
         objective: The objective.
         traces: What keeps the compiled forward passes; None to compute them eagerly.
@@ -155,13 +157,13 @@ class KLEstimate:
     def __init__(
         self,
         model: nn.Module,
-        split: TrunkAndHead | None,
+        trunk_and_head: TrunkAndHead | None,
         choices: StepChoices,
         objective: ObjectiveConfig,
         traces: Traces | None,
     ):
         self.is_needed = objective.is_labeled
-        kl_sum = make_kl_sum(split, choices)
+        kl_sum = make_kl_sum(trunk_and_head, choices)
 
         def measure(arrays: tuple[mx.array, ...]) -> mx.array:
             return kl_sum(model, *arrays)
@@ -221,7 +223,7 @@ def describe_labeled(sums: Sequence[float], examples: float, prefix: str = "") -
 
 def score_labeled(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     examples: LabeledExamples,
     batch_size: int,
     objective: ObjectiveConfig,
@@ -231,7 +233,7 @@ def score_labeled(
     """Score a model on all labeled answers, divided among the processes."""
     # Each process computes its part. The others' values are 0, so the sum joins the parts.
     columns = [
-        answer_log_probs(model, split, answers, batch_size, world, choices)
+        answer_log_probs(model, trunk_and_head, answers, batch_size, world, choices)
         for answers in examples.both
     ]
     log_probs = world.sum_shards(mx.array(np.stack(columns, axis=1)))
@@ -248,14 +250,17 @@ def score_labeled(
 
 
 def fraction_ranked_right(
-    model: nn.Module, split: TrunkAndHead | None, examples: LabeledExamples, batch_size: int
+    model: nn.Module,
+    trunk_and_head: TrunkAndHead | None,
+    examples: LabeledExamples,
+    batch_size: int,
 ) -> float | None:
     """Return the fraction of pairs of a desirable and an undesirable answer that are ranked right.
 
     The desirable one should have the higher mean log-probability per token. Returns None if there
     are no such pairs.
     """
-    means = answer_log_probs(model, split, examples, batch_size) / examples.target_counts
+    means = answer_log_probs(model, trunk_and_head, examples, batch_size) / examples.target_counts
     good = means[examples.is_desirable]
     bad = np.sort(means[~examples.is_desirable])
     if not len(good) or not len(bad):

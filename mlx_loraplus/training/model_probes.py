@@ -14,9 +14,9 @@ import mlx.nn as nn
 import pydantic
 
 from ..kernels.elementwise import GATES
-from ..kernels.head import TrunkAndHead, split_candidates, split_model
 from ..kernels.patch import find_gated_mlps
 from ..kernels.row_masks import takes_caches
+from ..kernels.trunk_and_head import TrunkAndHead, find_trunk_and_head, head_candidates
 from .distributed import World
 
 
@@ -25,7 +25,7 @@ class HeadLocation:
     """Where a model's output head is, and how the logits follow from its scores.
 
     Attributes:
-        candidate: The number of this split among ``split_candidates``.
+        candidate: The number of this trunk and head among ``head_candidates``.
         layer: The path of the head's module, or None if it is not part of the model's modules.
         multiplier: The factor of the scores.
         cap: The soft cap of the logits, or None.
@@ -53,14 +53,16 @@ class ModelProbes:
     takes_caches: bool
     checkpoint_sound: bool | None = None
 
-    def split(self, model: nn.Module) -> TrunkAndHead | None:
+    def trunk_and_head(self, model: nn.Module) -> TrunkAndHead | None:
         """Return the model's trunk and head, or None if full logits have to be computed."""
         if self.head is None:
             return None
 
-        candidates = list(split_candidates(model))
-        split = candidates[self.head.candidate]
-        return replace(split, takes_caches=self.takes_caches, candidate=self.head.candidate)
+        candidates = list(head_candidates(model))
+        trunk_and_head = candidates[self.head.candidate]
+        return replace(
+            trunk_and_head, takes_caches=self.takes_caches, candidate=self.head.candidate
+        )
 
     def match(self, model: nn.Module) -> bool:
         """Return whether the model has the modules and the head that the verdicts name."""
@@ -72,32 +74,36 @@ class ModelProbes:
             return True
 
         # The candidate of this number must still have the same head.
-        candidates = list(split_candidates(model))
+        candidates = list(head_candidates(model))
         if not 0 <= self.head.candidate < len(candidates):
             return False
-        split = replace(candidates[self.head.candidate], candidate=self.head.candidate)
-        return locate_head(model, split) == self.head
+        trunk_and_head = replace(candidates[self.head.candidate], candidate=self.head.candidate)
+        return locate_head(model, trunk_and_head) == self.head
 
 
 def probe_model(model: nn.Module, *, pack: bool) -> ModelProbes:
-    """Test the kernels and the split into trunk and head on a model.
+    """Test the kernels, and find the trunk and head, on a model.
 
     Args:
         model: The model with its adapters.
-        pack: Whether examples are packed. Then caches are tested even if no split is found.
+        pack: Whether examples are packed. Then caches are tested even if they are not found.
     """
-    split = split_model(model)
-    if split is None:
+    trunk_and_head = find_trunk_and_head(model)
+    if trunk_and_head is None:
         return ModelProbes(find_gated_mlps(model), None, pack and takes_caches(model))
 
-    return ModelProbes(find_gated_mlps(model), locate_head(model, split), split.takes_caches)
+    return ModelProbes(
+        find_gated_mlps(model), locate_head(model, trunk_and_head), trunk_and_head.takes_caches
+    )
 
 
-def locate_head(model: nn.Module, split: TrunkAndHead) -> HeadLocation:
-    """Return where the head of a split is, in a form that can be stored."""
+def locate_head(model: nn.Module, trunk_and_head: TrunkAndHead) -> HeadLocation:
+    """Return where a model's head is, in a form that can be stored."""
     path_of = {id(module): path for path, module in model.named_modules()}
-    head = split.head
-    return HeadLocation(split.candidate, path_of.get(id(head.layer)), head.multiplier, head.cap)
+    head = trunk_and_head.head
+    return HeadLocation(
+        trunk_and_head.candidate, path_of.get(id(head.layer)), head.multiplier, head.cap
+    )
 
 
 def reusable_probes(

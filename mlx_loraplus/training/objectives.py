@@ -9,7 +9,7 @@ from ..data.labeled import LabeledExamples
 from ..data.pairs import ComparedExamples, Pairs
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import Loss, make_loss
-from ..kernels.head import TrunkAndHead
+from ..kernels.trunk_and_head import TrunkAndHead
 from ..runs.state import Event
 from .distributed import ALONE, World
 from .kto import LABELED_SUMS, LabeledLoss, describe_labeled, make_labeled_loss, score_labeled
@@ -24,14 +24,16 @@ from .preferences import (
 
 
 def make_objective(
-    split: TrunkAndHead | None, objective: ObjectiveConfig, choices: StepChoices | None = None
+    trunk_and_head: TrunkAndHead | None,
+    objective: ObjectiveConfig,
+    choices: StepChoices | None = None,
 ) -> Loss | PairLoss | LabeledLoss:
     """Return the loss of an objective."""
     if objective.is_paired:
-        return make_pair_loss(split, objective, choices)
+        return make_pair_loss(trunk_and_head, objective, choices)
     if objective.is_labeled:
-        return make_labeled_loss(split, objective, choices)
-    return make_loss(split, choices)
+        return make_labeled_loss(trunk_and_head, objective, choices)
+    return make_loss(trunk_and_head, choices)
 
 
 def summed_stats(objective: ObjectiveConfig) -> tuple[str, ...]:
@@ -50,7 +52,7 @@ def describe_stats(objective: ObjectiveConfig, sums: Sequence[float], examples: 
 
 def score_preferences(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     examples: ComparedExamples,
     batch_size: int,
     objective: ObjectiveConfig,
@@ -62,7 +64,7 @@ def score_preferences(
     ``choices`` give the size of the slices; by default that of the device.
     """
     if isinstance(examples, LabeledExamples):
-        return score_labeled(model, split, examples, batch_size, objective, world, choices)
+        return score_labeled(model, trunk_and_head, examples, batch_size, objective, world, choices)
     if isinstance(examples, Pairs):
-        return score_pairs(model, split, examples, batch_size, objective, world, choices)
+        return score_pairs(model, trunk_and_head, examples, batch_size, objective, world, choices)
     raise TypeError(f"no preferences: {type(examples).__name__}")

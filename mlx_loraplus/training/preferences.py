@@ -36,8 +36,8 @@ from ..data.pairs import Pairs, pairs_in_order
 from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
-from ..kernels.head import TrunkAndHead, split_model
 from ..kernels.log_probs import make_log_probs
+from ..kernels.trunk_and_head import TrunkAndHead, find_trunk_and_head
 from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
@@ -106,7 +106,7 @@ def _log1mexp(values: mx.array) -> mx.array:
 
 
 def make_pair_loss(
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     objective: ObjectiveConfig,
     choices: StepChoices | None = None,
     *,
@@ -118,12 +118,12 @@ def make_pair_loss(
     arguments are those of ``Batch``; rows beyond the pairs are empty.
 
     Args:
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         objective: The objective and its settings.
         choices: The size of the slices; by default that of the device.
         learning: Whether the loss needs a gradient.
     """
-    log_probs = make_log_probs(split, choices, learning=learning)
+    log_probs = make_log_probs(trunk_and_head, choices, learning=learning)
 
     def loss(model: Any, *arrays: mx.array) -> tuple[mx.array, mx.array]:
         *batch, reference = arrays
@@ -172,7 +172,7 @@ class PreferenceScore:
 
 def score_pairs(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     pairs: Pairs,
     batch_size: int,
     objective: ObjectiveConfig,
@@ -181,7 +181,7 @@ def score_pairs(
 ) -> PreferenceScore:
     """Score a model on all pairs, shared among the processes."""
     start_inference(model)
-    loss_of = make_pair_loss(split, objective, choices, learning=False)
+    loss_of = make_pair_loss(trunk_and_head, objective, choices, learning=False)
     total = mx.zeros(1 + len(PAIR_SUMS))
     size = math.ceil(batch_size / world.data_shards)
     for batch in pairs_in_order(pairs, size, world.row_slice):
@@ -194,7 +194,7 @@ def score_pairs(
 
 def answer_log_probs(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     answers: Examples,
     batch_size: int,
     world: World = ALONE,
@@ -205,7 +205,7 @@ def answer_log_probs(
     ``choices`` give the size of the slices; by default that of the device.
     """
     start_inference(model)
-    log_probs = make_log_probs(split, choices, learning=False)
+    log_probs = make_log_probs(trunk_and_head, choices, learning=False)
     found = np.zeros(len(answers), np.float32)
     size = math.ceil(batch_size / world.data_shards)
     for members, length, targets in ordered_rows(answers, size, world.row_slice):
@@ -223,9 +223,13 @@ def fraction_preferred(model: nn.Module, pairs: Pairs, batch_size: int) -> float
 
     The mean is that of an answer's supervised tokens.
     """
-    split = split_model(model)
-    chosen = answer_log_probs(model, split, pairs.chosen, batch_size) / pairs.chosen.target_counts
+    trunk_and_head = find_trunk_and_head(model)
+    chosen = (
+        answer_log_probs(model, trunk_and_head, pairs.chosen, batch_size)
+        / pairs.chosen.target_counts
+    )
     rejected = (
-        answer_log_probs(model, split, pairs.rejected, batch_size) / pairs.rejected.target_counts
+        answer_log_probs(model, trunk_and_head, pairs.rejected, batch_size)
+        / pairs.rejected.target_counts
     )
     return float((chosen > rejected).mean())

@@ -79,7 +79,9 @@ class Probe:
         self._start = self.parameters()
         self._moments = self.state.optimizer.arrays()
         self._next = 0
-        self._loss = make_objective(self.state.split, self.state.objective, self.state.choices)
+        self._loss = make_objective(
+            self.state.trunk_and_head, self.state.objective, self.state.choices
+        )
 
     def parameters(self) -> dict[str, mx.array]:
         """Return the parameters that train, by name."""

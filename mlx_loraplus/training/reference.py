@@ -25,7 +25,7 @@ from ..data.pairs import ComparedExamples
 from ..errors import ConfigError, counted
 from ..files import cache_folder, cached_folder, read_bounded, remove_unused
 from ..kernels.choices import SMALLEST_SLICE, default_choices
-from ..kernels.head import split_model
+from ..kernels.trunk_and_head import find_trunk_and_head
 from ..models.loading import shared_copy
 from .distributed import World
 from .preferences import answer_log_probs
@@ -133,9 +133,11 @@ def _log_probs_of(
     if not is_stored:
         choices = replace(default_choices(), slice_bytes=SMALLEST_SLICE)
         with world.sync_errors(), world.computing():
-            split, size = split_model(model), config.data.batch_size
+            trunk_and_head, size = find_trunk_and_head(model), config.data.batch_size
             for column, answers in enumerate(examples.both):
-                found[:, column] = answer_log_probs(model, split, answers, size, world, choices)
+                found[:, column] = answer_log_probs(
+                    model, trunk_and_head, answers, size, world, choices
+                )
     if world.size > 1:
         found = np.array(world.sum_shards(mx.array(found)))
 

@@ -25,8 +25,8 @@ from ..device import kept_random_state
 from ..errors import ConfigError, ModelError
 from ..failures import failure_of, is_lost
 from ..kernels.float32_copy import in_float32
-from ..kernels.head import model_dtype
 from ..kernels.patch import grad_checkpointing
+from ..kernels.trunk_and_head import model_dtype
 from ..models.damaged_weights import describe_damage
 from ..models.weight_files import one_line
 

@@ -42,9 +42,9 @@ from ..errors import LoRAPlusError
 from ..failures import is_lost
 from ..kernels.choices import SMALLEST_SLICE, StepChoices
 from ..kernels.cross_entropy import make_loss
-from ..kernels.head import model_dtype
 from ..kernels.patch import memory_efficient
 from ..kernels.reduced_model import front_of
+from ..kernels.trunk_and_head import model_dtype
 from ..models.loading import shared_copy
 from .make_step import make_step
 from .model_probes import ModelProbes
@@ -335,7 +335,7 @@ def _our_way(
     """Return loss and gradients as a training step computes them."""
     paths = {path for path, _ in front.named_modules()}
     gates = {path: gate for path, gate in probes.gated_mlps.items() if path in paths}
-    loss = make_loss(probes.split(front), replace(choices, slice_bytes=SLICE))
+    loss = make_loss(probes.trunk_and_head(front), replace(choices, slice_bytes=SLICE))
 
     # Only ``accumulate`` is used, but a step also needs an optimizer.
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=1)

@@ -22,8 +22,8 @@ from ..data.batches import Batch, Batches, arrays_of, trimmed
 from ..data.tokenize import Example
 from ..device import bounded_memory, on_gpu
 from ..kernels.choices import StepChoices, default_choices
-from ..kernels.head import TrunkAndHead
 from ..kernels.patch import grad_checkpointing, memory_efficient
+from ..kernels.trunk_and_head import TrunkAndHead
 from ..memory.measured import MeasuredStep
 from ..models.derived_weights import start_inference
 from ..runs.state import Event, Outcome, Progress, StepStats
@@ -56,7 +56,7 @@ class TrainState:
 
     Attributes:
         model: The model with its adapters.
-        split: The model's trunk and head, or None.
+        trunk_and_head: The model's trunk and head, or None.
         optimizer: The optimizer with its state.
         batches: The training batches.
         schedule: The number of steps and batches.
@@ -72,7 +72,7 @@ class TrainState:
     """
 
     model: nn.Module
-    split: TrunkAndHead | None
+    trunk_and_head: TrunkAndHead | None
     optimizer: LoRAPlus
     batches: Batches
     schedule: Schedule
@@ -171,14 +171,14 @@ class TrainLoop:
         self._validation_seconds = 0.0  # of the last validation, with its answers
         # Padding makes shapes repeat, for compiled steps. Other steps remove it by ``trimmed``.
         self._compiled = should_compile(config) if state.compiled is None else state.compiled
-        loss = make_objective(state.split, state.objective, state.choices)
+        loss = make_objective(state.trunk_and_head, state.objective, state.choices)
         self.traces = Traces()
         self._accumulate, self._update = make_step(
             state.model, loss, state.optimizer, compiled=self._compiled, traces=self.traces
         )
         self.estimate_kl = KLEstimate(
             state.model,
-            state.split,
+            state.trunk_and_head,
             state.choices,
             state.objective,
             self.traces if self._compiled else None,
@@ -331,7 +331,7 @@ class TrainLoop:
         state, batch_size = self.state, self.config.data.batch_size
         loss, scores = validate(
             state.model,
-            state.split,
+            state.trunk_and_head,
             self.valid,
             batch_size,
             state.objective,

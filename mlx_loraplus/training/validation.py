@@ -14,7 +14,7 @@ from ..data.tokenize import Example
 from ..device import on_gpu
 from ..kernels.choices import StepChoices
 from ..kernels.cross_entropy import make_score
-from ..kernels.head import TrunkAndHead
+from ..kernels.trunk_and_head import TrunkAndHead
 from ..models.derived_weights import start_inference
 from ..runs.state import Event
 from .distributed import ALONE, World
@@ -36,7 +36,7 @@ class EvalResult:
 
 def score(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     examples: Sequence[Example],
     batch_size: int,
     world: World = ALONE,
@@ -47,7 +47,7 @@ def score(
     ``choices`` give the size of the slices; by default that of the device.
     """
     start_inference(model)
-    score_batch = make_score(split, choices)
+    score_batch = make_score(trunk_and_head, choices)
     size = math.ceil(batch_size / world.data_shards)
 
     # Sum the loss, the correct tokens and all tokens over this process's batches.
@@ -66,7 +66,7 @@ def score(
 
 def validate(
     model: nn.Module,
-    split: TrunkAndHead | None,
+    trunk_and_head: TrunkAndHead | None,
     examples: Sequence[Example],
     batch_size: int,
     objective: ObjectiveConfig,
@@ -75,9 +75,11 @@ def validate(
 ) -> tuple[float, Event]:
     """Return the loss of an objective on validation examples, and all scores by name."""
     if isinstance(examples, ComparedExamples):
-        ranked = score_preferences(model, split, examples, batch_size, objective, world, choices)
+        ranked = score_preferences(
+            model, trunk_and_head, examples, batch_size, objective, world, choices
+        )
         scores = {f"valid_{name}": value for name, value in ranked.stats.items()}
         return ranked.loss, {"valid_loss": ranked.loss, **scores}
 
-    found = score(model, split, examples, batch_size, world, choices)
+    found = score(model, trunk_and_head, examples, batch_size, world, choices)
     return found.loss, {"valid_loss": found.loss, "valid_accuracy": found.accuracy}

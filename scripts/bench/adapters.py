@@ -35,8 +35,8 @@ from mlx_loraplus.data.batches import Batches, arrays_of
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import on_gpu
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.make_step import make_step
@@ -102,13 +102,13 @@ def train(
     mx.eval(model.parameters())
     attach_seconds = time.perf_counter() - started
     dequantized = dequantize_bases(model)
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     optimizer = LoRAPlus(config.optimizer, updates)
     optimizer.init(model, trainable.groups)
     batches = Batches(examples, config.data.batch_size, config.seed)
-    before = score(model, split, held_out, config.data.batch_size).loss
+    before = score(model, trunk_and_head, held_out, config.data.batch_size).loss
     accumulate, learn = make_step(
-        model, make_loss(split), optimizer, compiled=should_compile(config)
+        model, make_loss(trunk_and_head), optimizer, compiled=should_compile(config)
     )
     model.train()
     alive = settled_memory()
@@ -133,7 +133,7 @@ def train(
         "seconds": None if dequantized else median(spent[1:]),
         "peak_above_weights": None if dequantized else peak - alive,
         "loss_before": before,
-        "loss_after": score(model, split, held_out, config.data.batch_size).loss,
+        "loss_after": score(model, trunk_and_head, held_out, config.data.batch_size).loss,
     }
 
 

@@ -23,7 +23,7 @@ from mlx_loraplus.data.sources import SPLITS, find_sources
 from mlx_loraplus.data.tokenize import Example, RowRenderer, encode
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.models.find_model import find_model
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 
 SEED = 0
 HELD_OUT = 16  # rows whose loss is measured after training
@@ -256,10 +256,10 @@ class Sizes:
 def sizes_of(model: nn.Module) -> Sizes:
     """Return the sizes of a model that has no adapters yet, from its modules."""
     targets = find_targets(model, TARGETS, -1)
-    split = split_model(model)
-    if split is None:
+    trunk_and_head = find_trunk_and_head(model)
+    if trunk_and_head is None:
         raise RuntimeError("could not locate this model's output head")
-    vocabulary, hidden = base_shape(split.head.layer)
+    vocabulary, hidden = base_shape(trunk_and_head.head.layer)
     return Sizes(
         linears=[base_shape(module) for module in targets.values()],
         queries=sum(

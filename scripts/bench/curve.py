@@ -25,8 +25,8 @@ from mlx_loraplus.data.batches import arrays_of, one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.training.make_step import make_step
 from scripts.bench.trainers import seconds, settled_memory
 
@@ -80,10 +80,10 @@ def measure_point(*, length: int, batch: int, rank: int, vocabulary: int) -> dic
     model = small_llama(vocabulary=vocabulary, **MODEL)
     sizes = sizes_of(model)
     trainable = attach_adapters(model, AdapterConfig(rank=rank))
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     optimizer = LoRAPlus(OptimizerConfig(), total_steps=100)
     optimizer.init(model, trainable.groups)
-    accumulate, learn = make_step(model, make_loss(split), optimizer, compiled=False)
+    accumulate, learn = make_step(model, make_loss(trunk_and_head), optimizer, compiled=False)
     made = one_per_row(random_rows(batch, length, vocabulary))
     arrays, tokens = arrays_of(made), mx.array(float(made.target_count))
     model.train()

@@ -35,7 +35,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.base_layers import blocks_of
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compensation import narrowed, widened
 from mlx_loraplus.training.schedule import Schedule
@@ -90,7 +90,7 @@ def measure_ours(dtype: str, updates: int) -> Repetition:
     trainable = attach_adapters(model, config.adapter)
     optimizer = LoRAPlus(config.optimizer, updates)
     optimizer.init(model, trainable.groups)
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     mx.eval(model.parameters(), optimizer.state)
     found.base_bytes = settled_memory()
     batches = Batches(task.examples, task.batch_size, SEED)
@@ -100,7 +100,7 @@ def measure_ours(dtype: str, updates: int) -> Repetition:
         found.seconds.append(event["seconds"])
 
     length = Schedule(steps=updates, batches=updates, batches_per_step=1)
-    state = TrainState(model, split, optimizer, batches, length)
+    state = TrainState(model, trunk_and_head, optimizer, batches, length)
     train(state, [], config, report=report, save=lambda: None)
     found.peak_bytes = mx.get_peak_memory()
     found.seconds = found.seconds[1:]
@@ -186,13 +186,13 @@ def measure_rounding(kept: str, steps: int) -> list[float]:
         compensate = kept.endswith("compensation")
         optimizer = RoundingLoRAPlus(config.optimizer, steps, compensate=compensate)
     optimizer.init(model, trainable.groups)
-    split = split_model(model)
-    before = score(model, split, task.held_out, 8).loss
+    trunk_and_head = find_trunk_and_head(model)
+    before = score(model, trunk_and_head, task.held_out, 8).loss
 
     length = Schedule(steps=steps, batches=steps, batches_per_step=1)
-    state = TrainState(model, split, optimizer, Batches(task.examples, size, SEED), length)
+    state = TrainState(model, trunk_and_head, optimizer, Batches(task.examples, size, SEED), length)
     train(state, [], config, report=lambda _: None, save=lambda: None)
-    return [before, score(model, split, task.held_out, 8).loss]
+    return [before, score(model, trunk_and_head, task.held_out, 8).loss]
 
 
 def measured(part: str, kind: str, count: int) -> Any:

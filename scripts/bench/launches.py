@@ -43,8 +43,8 @@ from mlx_loraplus.files import write_atomically
 from mlx_loraplus.kernels import elementwise
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_candidates
 from mlx_loraplus.kernels.patch import memory_efficient
+from mlx_loraplus.kernels.trunk_and_head import head_candidates
 from mlx_loraplus.models.skeleton import config_of, make_skeleton
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
@@ -147,9 +147,9 @@ def our_step(model: nn.Module, rows: int, length: int, choices: StepChoices) -> 
     optimizer = LoRAPlus(OptimizerConfig(learning_rate=1e-4, lr_ratio=1.0), total_steps=100)
     optimizer.init(model, trainable_summary(model).groups)
 
-    split = replace(next(split_candidates(model)), takes_caches=True)
+    trunk_and_head = replace(next(head_candidates(model)), takes_caches=True)
     gates = {path: "gelu_approx" for path, _ in model.named_modules() if path.endswith(".mlp")}
-    loss = make_loss(split, choices)
+    loss = make_loss(trunk_and_head, choices)
     accumulate, update = make_step(model, loss, optimizer, compiled=False)
 
     def function(*arrays: mx.array) -> tuple[mx.array, mx.array]:

@@ -22,8 +22,8 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import ObjectiveConfig, TrainConfig
 from mlx_loraplus.data.batches import Batch, arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import memory_efficient
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
 from mlx_loraplus.training.kto import make_kl_sum
@@ -49,13 +49,13 @@ def measure(folder: str, name: str, pairs: int, length: int, steps: int) -> tupl
     """Return the seconds of the fastest step and the bytes at the peak above the weights."""
     model, _ = ml.load(folder)
     trainable = attach_adapters(model, configure(TrainConfig, {}).adapter)
-    split = split_model(model)
-    assert split is not None
+    trunk_and_head = find_trunk_and_head(model)
+    assert trunk_and_head is not None
     config = configure(TrainConfig, {"objective": name})
     optimizer = LoRAPlus(config.optimizer, steps + 2)
     optimizer.init(model, trainable.groups)
     objective: ObjectiveConfig = config.objective
-    batch = random_batch(pairs, length, split.head.vocabulary)
+    batch = random_batch(pairs, length, trunk_and_head.head.vocabulary)
     if not objective.has_preferences:
         batch = replace(batch, pairs=0, reference=None)
     kl_arrays = arrays_of(batch)
@@ -67,9 +67,9 @@ def measure(folder: str, name: str, pairs: int, length: int, steps: int) -> tupl
     arrays = arrays_of(batch)
     model.train()
     with memory_efficient(model):
-        loss = make_objective(split, objective)
+        loss = make_objective(trunk_and_head, objective)
         accumulate, update = make_step(model, loss, optimizer, compiled=should_compile(config))
-        kl_sum = make_kl_sum(split)
+        kl_sum = make_kl_sum(trunk_and_head)
         mx.eval(model.parameters(), optimizer.state)
         mx.clear_cache()
         weights = mx.get_active_memory()

@@ -28,7 +28,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batch, Batches
 from mlx_loraplus.data.packing import PackedBatches
 from mlx_loraplus.kernels.cross_entropy import head_loss, make_loss
-from mlx_loraplus.kernels.head import TrunkAndHead, split_model
+from mlx_loraplus.kernels.trunk_and_head import TrunkAndHead, find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.make_batches import make_batches
 from mlx_loraplus.data.batches import arrays_of
@@ -122,7 +122,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
     config = packed_config(task) if "pack" in trainer else our_config(task.batch_size)
     trainable = attach_adapters(model, config.adapter)
     start_adapters(model, SEED)
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     batches = make_batches(model, task.examples, config, lambda _: None)
     updates = batches.per_epoch
     optimizer = LoRAPlus(config.optimizer, updates + 1)
@@ -137,7 +137,7 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
 
     length = Schedule(steps=updates + 1, batches=updates + 1, batches_per_step=1)
     rows = _FirstTwice(batches)
-    state = TrainState(model, split, optimizer, rows, length, grad_checkpoint=checkpoint)
+    state = TrainState(model, trunk_and_head, optimizer, rows, length, grad_checkpoint=checkpoint)
     train(state, [], config, report=report, save=lambda: None)
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
@@ -148,10 +148,12 @@ def measure_ours(trainer: str, task: Task, sizes: Sizes) -> Measured:
         measured.add_batch(
             [rows, width, batch.targets.size], batch.token_count, batch.target_count, 0, flops
         )
-    measured.held_out_loss = score(model, split, task.held_out, task.batch_size).loss
-    if trainer == "ours" and split is not None:  # last, since it updates the model once more
+    measured.held_out_loss = score(model, trunk_and_head, task.held_out, task.batch_size).loss
+    if (
+        trainer == "ours" and trunk_and_head is not None
+    ):  # last, since it updates the model once more
         typical = sorted(timed, key=lambda batch: batch.tokens.size)[len(timed) // 2]
-        measured.phases = phases(model, split, optimizer, typical)
+        measured.phases = phases(model, trunk_and_head, optimizer, typical)
     return measured
 
 
@@ -197,7 +199,9 @@ def measure_stock(task: Task, sizes: Sizes, updates: int) -> Measured:
     )
     measured.peak_bytes = mx.get_peak_memory()
     measured.timed(moments)
-    measured.held_out_loss = score(model, split_model(model), task.held_out, task.batch_size).loss
+    measured.held_out_loss = score(
+        model, find_trunk_and_head(model), task.held_out, task.batch_size
+    ).loss
     return measured
 
 
@@ -245,7 +249,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def phases(
-    model: nn.Module, split: TrunkAndHead, optimizer: LoRAPlus, batch: Batch
+    model: nn.Module, trunk_and_head: TrunkAndHead, optimizer: LoRAPlus, batch: Batch
 ) -> dict[str, float]:
     """Return the seconds of each part of an uncompiled step, each measured separately on one batch.
 
@@ -255,17 +259,19 @@ def phases(
     model.train()
     arrays = arrays_of(batch)
     tokens, positions, targets, weights = arrays
-    hidden = split.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
-    learn = nn.value_and_grad(model, make_loss(split))
+    hidden = trunk_and_head.trunk(tokens).flatten(0, 1)[positions]  # (targets, hidden)
+    learn = nn.value_and_grad(model, make_loss(trunk_and_head))
     gradients = learn(model, *arrays)[1]
     mx.eval(hidden, gradients)
-    head = mx.value_and_grad(lambda hidden: head_loss(split.head, hidden, targets, weights))
+    head = mx.value_and_grad(
+        lambda hidden: head_loss(trunk_and_head.head, hidden, targets, weights)
+    )
 
     def update() -> Any:
         optimizer.update(model, gradients)
         return model.trainable_parameters(), optimizer.state
 
-    trunk_forward = seconds(lambda: split.trunk(tokens))
+    trunk_forward = seconds(lambda: trunk_and_head.trunk(tokens))
     head_and_loss = seconds(lambda: head(hidden))
     both = seconds(lambda: learn(model, *arrays))
     return {
@@ -307,8 +313,8 @@ def measure_parity(task: Task, updates: int) -> dict[str, list[float]]:
     ours = LoRAPlus(config.optimizer, updates)
     ours.init(model, trainable.groups)
     length = Schedule(steps=updates, batches=updates, batches_per_step=1)
-    split = split_model(model)
-    state = TrainState(model, split, ours, batches, length)
+    trunk_and_head = find_trunk_and_head(model)
+    state = TrainState(model, trunk_and_head, ours, batches, length)
     train(
         state,
         [],

@@ -25,7 +25,7 @@ from mlx_loraplus.data.batches import one_per_row
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.inference.generate import load
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.make_step import make_step
 from scripts.tiny_model import write_tiny_model
@@ -117,7 +117,9 @@ def learn(folder: Path, case: Case, updates: int, *, plus: bool) -> tuple[np.nda
     assert settings.learning_rate is not None
     optimizer = LoRAPlus(settings, total_steps=updates)
     optimizer.init(model, trainable.groups)
-    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    accumulate, update = make_step(
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=False
+    )
     keep_a = 1 - settings.learning_rate * settings.weight_decay
     keep_b = 1 - RATIO * settings.learning_rate * settings.weight_decay
     batches = [one_per_row(random_rows(8, 24, seed)) for seed in range(4)]

@@ -33,7 +33,7 @@ from mlx_loraplus.data.eval_prompts import choose_eval_prompts
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import answer_questions, load
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.validation import score
 from scripts.provenance import provenance
@@ -127,7 +127,7 @@ class Evidence:
         self.train, self.valid = examples["train"], examples["valid"].take(np.sort(chosen))
         self.questions = choose_eval_prompts(examples["test"], config, self.tokenizer, QUESTIONS)
         self.untrained = score(
-            self.model, split_model(self.model), self.valid, SETTINGS["batch_size"]
+            self.model, find_trunk_and_head(self.model), self.valid, SETTINGS["batch_size"]
         ).loss
 
     def run(self) -> None:

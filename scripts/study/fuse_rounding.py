@@ -46,7 +46,7 @@ from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.data.batches import arrays_of
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 
 from scripts.provenance import provenance
 
@@ -142,7 +142,9 @@ def train(model: nn.Module, examples: Any, config: TrainConfig) -> None:
     trainable = attach_adapters(model, config.adapter)
     optimizer = LoRAPlus(config.optimizer, config.iters or 1)
     optimizer.init(model, trainable.groups)
-    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    accumulate, update = make_step(
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=False
+    )
     batches = Batches(examples, config.data.batch_size, config.seed)
     model.train()
     with memory_efficient(model):

@@ -30,7 +30,7 @@ from mlx_loraplus.kernels.patch import memory_efficient
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.patch import grad_checkpointing
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from scripts.study.memory_families import NEW, STUDIED, UNSEEN
 
 ITEMSIZE = 2 if on_gpu() else 4  # of activations: bfloat16, and float32 on a CPU
@@ -177,7 +177,7 @@ def peak_of(point: Point, what: str = "step") -> int:
 
 def _compute(point: Point, model: nn.Module, trainable: TrainableParams, *, train: bool) -> None:
     """Train on a batch, or validate on it; the peak starts when all that lasts is there."""
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     optimizer = LoRAPlus(point.config.optimizer, 10)
     optimizer.init(model, trainable.groups)
     mx.eval(model.parameters(), optimizer.state)
@@ -187,9 +187,11 @@ def _compute(point: Point, model: nn.Module, trainable: TrainableParams, *, trai
     with memory_efficient(model), grad_checkpointing(model) if point.checkpoint else nullcontext():
         mx.reset_peak_memory()
         if not train:
-            mx.eval(make_score(split)(model, *arrays[:4]))
+            mx.eval(make_score(trunk_and_head)(model, *arrays[:4]))
             return
-        accumulate, update = make_step(model, make_loss(split), optimizer, compiled=on_gpu())
+        accumulate, update = make_step(
+            model, make_loss(trunk_and_head), optimizer, compiled=on_gpu()
+        )
         carried = None
         for _ in range(point.config.grad_accumulation_steps - 1):
             carried = accumulate(arrays, carried)

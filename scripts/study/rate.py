@@ -39,7 +39,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.files import write_atomically
 from mlx_loraplus.inference.generate import load
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure, default_rate
 from mlx_loraplus.training.distributed import ALONE
 from mlx_loraplus.training.rate_search import STEPS as SEARCH_STEPS
@@ -105,7 +105,7 @@ class Bench:
         order = np.random.default_rng(0).permutation(len(examples["valid"]))
         valid = examples["valid"].take(np.sort(order[:VALID_ROWS]))
         self.examples = TrialExamples(examples["train"], valid)
-        self.untrained = score(self.model, split_model(self.model), valid, 4).loss
+        self.untrained = score(self.model, find_trunk_and_head(self.model), valid, 4).loss
 
     def study(self, case: Case) -> None:
         """Make what is missing of a case: the grid, the searches and the baselines."""

@@ -12,7 +12,7 @@ from mlx_loraplus.adapters.base_layers import full_weight
 from mlx_loraplus.adapters.combined_adapters import load_adapters, parse_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from tests.conftest import TinyModel, make_model, randomize_adapters, same
 
 TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
@@ -132,10 +132,10 @@ def test_mixtures_on_head_and_embeddings_predict_and_fuse(
         dict(zip((str(tmp_path / "a"), str(tmp_path / "b")), weights, strict=True)),
     )
     tokens = mx.array([[1, 5, 2, 7, 3]])
-    expected, split = mixed(tokens), split_model(mixed)
+    expected, trunk_and_head = mixed(tokens), find_trunk_and_head(mixed)
 
-    assert split is not None
-    assert mx.allclose(split.head(split.trunk(tokens)), expected, atol=1e-4)
+    assert trunk_and_head is not None
+    assert mx.allclose(trunk_and_head.head(trunk_and_head.trunk(tokens)), expected, atol=1e-4)
 
     fuse_adapter(mixed)
 

@@ -15,8 +15,8 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import TinyModel, same
@@ -57,7 +57,9 @@ def test_experts_learn_save_load_and_fuse(
     )
     optimizer = LoRAPlus(config, total_steps=10)
     optimizer.init(model, trainable.groups)
-    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+    accumulate, update = make_step(
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=False
+    )
     losses = [update(*accumulate(ROWS, None), mx.array(80.0))[0].item() for _ in range(5)]
 
     assert losses[-1] < 0.98 * losses[0]
@@ -94,7 +96,7 @@ def test_checkpointed_and_memory_efficient_gradients_equal_the_plain_ones(
         model = tiny("llama")
         mx.random.seed(2)
         attach_adapters(model, AdapterConfig(**{"rank": 4, **settings}))
-        loss = make_loss(split_model(model))
+        loss = make_loss(find_trunk_and_head(model))
         model.train()
         with context(model):
             found.append(dict(tree_flatten(nn.value_and_grad(model, loss)(model, *ROWS)[1])))
@@ -119,7 +121,7 @@ def test_a_compiled_step_equals_the_eager_step():
         optimizer = LoRAPlus(OptimizerConfig(warmup=0, schedule="constant"), total_steps=3)
         optimizer.init(model, trainable.groups)
         accumulate, update = make_step(
-            model, make_loss(split_model(model)), optimizer, compiled=compiled
+            model, make_loss(find_trunk_and_head(model)), optimizer, compiled=compiled
         )
         tokens = TOKENS[:1, :9] % 20
         for _ in range(3):

@@ -63,7 +63,7 @@ from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from tests.conftest import make_model
 
 config, _ = parse(TrainConfig, Switches, ["--adapter", "gain", "--warmup", "0"], "train")
@@ -87,7 +87,7 @@ with pytest.raises(ConfigError, match="^gain has no dropout 0.0"):
     configure(TrainConfig, {"adapter": "gain", "weight_decay": 0.5})
 optimizer = LoRAPlus(config.optimizer, total_steps=1)
 optimizer.init(model, trainable.groups)
-accumulate, step = make_step(model, make_loss(split_model(model)), optimizer, compiled=False)
+accumulate, step = make_step(model, make_loss(find_trunk_and_head(model)), optimizer, compiled=False)
 step(*accumulate((tokens[:, :-1], mx.arange(8), tokens[0, 1:], mx.ones(8)), None), mx.array(8.0))
 model.eval()
 wanted = model(tokens)

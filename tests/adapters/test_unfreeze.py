@@ -13,7 +13,7 @@ from mlx_loraplus import AdapterError, ConfigError, fuse_adapter, load_adapter, 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import model_dtype, split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head, model_dtype
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters, same
 
@@ -82,17 +82,17 @@ def test_a_step_too_small_for_bfloat16_is_not_lost(tiny: TinyModel):
     assert model(TOKENS).dtype == mx.bfloat16
     assert model.model.embed_tokens(TOKENS).dtype == mx.bfloat16
 
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
 
-    assert split is not None
-    assert not split.head.is_frozen
+    assert trunk_and_head is not None
+    assert not trunk_and_head.head.is_frozen
 
     optimizer = LoRAPlus(OptimizerConfig(schedule="constant", warmup=0), total_steps=2)
     optimizer.init(
         model, {name: "embedding" for name, _ in tree_flatten(model.trainable_parameters())}
     )
     rows = (TOKENS[:, :-1], mx.arange(9), TOKENS[0, 1:], mx.ones(9))
-    optimizer.update(model, nn.value_and_grad(model, make_loss(split))(model, *rows)[1])
+    optimizer.update(model, nn.value_and_grad(model, make_loss(trunk_and_head))(model, *rows)[1])
     for name, array in tree_flatten(model.trainable_parameters()):
         assert array.dtype == mx.float32
         if "lora" not in name:

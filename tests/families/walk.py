@@ -35,7 +35,7 @@ from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.training.optimizer import LoRAPlus
 from mlx_loraplus.kernels.row_masks import takes_caches
 from mlx_loraplus.training.self_consistency import check_caches, is_checkpoint_sound
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 
 CONFIGS: dict[str, dict[str, Any]] = json.loads(
     (Path(__file__).parent / "configs.json").read_text()
@@ -183,7 +183,7 @@ def train_gradients(family: Family) -> None:
     wanted_loss, wanted = gradients(model, make_loss(None), *arrays)
     model.train()
     with memory_efficient(model):
-        loss, found = gradients(model, make_loss(split_model(model)), *arrays)
+        loss, found = gradients(model, make_loss(find_trunk_and_head(model)), *arrays)
     model.eval()
     check(
         "losses of the training path and of stock layers",
@@ -197,11 +197,11 @@ def checkpointing(family: Family) -> None:
     if not is_checkpoint_sound(family.model):
         return  # training leaves it out, and says so
     model, arrays = family.model, arrays_of([FIRST, SECOND])
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     with memory_efficient(model):
-        _, wanted = gradients(model, make_loss(split), *arrays)
+        _, wanted = gradients(model, make_loss(trunk_and_head), *arrays)
         with grad_checkpointing(model):
-            _, found = gradients(model, make_loss(split), *arrays)
+            _, found = gradients(model, make_loss(trunk_and_head), *arrays)
     check("gradients with and without checkpointing", relative(found, wanted), 1e-4)
 
 
@@ -219,14 +219,14 @@ def packing(family: Family) -> None:
     model = family.model
     if not takes_caches(model):
         return  # packing refuses this family, in a line
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     tokens, positions, targets, weights = arrays_of([FIRST + SECOND])
     seam = positions == len(FIRST) - 1
     segments = mx.array([[1] * len(FIRST) + [2] * len(SECOND)])
     with memory_efficient(model):
-        _, wanted = gradients(model, make_loss(split), *arrays_of([FIRST, SECOND]))
+        _, wanted = gradients(model, make_loss(trunk_and_head), *arrays_of([FIRST, SECOND]))
         packed = (tokens, positions, targets, mx.where(seam, 0.0, weights), segments)
-        _, found = gradients(model, make_loss(split), *packed)
+        _, found = gradients(model, make_loss(trunk_and_head), *packed)
     check("gradients of packed and separate rows", relative(found, wanted), 1e-3)
 
 
@@ -236,10 +236,10 @@ def steps(family: Family) -> None:
     optimizer = LoRAPlus(family.config.optimizer, 2)
     groups = {name: name.rsplit(".", 1)[-1] for name, _ in tree_flatten(before)}
     optimizer.init(model, groups)
-    split, arrays = split_model(model), arrays_of([FIRST, SECOND])
+    trunk_and_head, arrays = find_trunk_and_head(model), arrays_of([FIRST, SECOND])
     with memory_efficient(model):
         for _ in range(2):
-            loss, found = gradients(model, make_loss(split), *arrays)
+            loss, found = gradients(model, make_loss(trunk_and_head), *arrays)
             optimizer.update(model, found, usable=mx.isfinite(mx.array(loss)))
             mx.eval(model.trainable_parameters(), optimizer.state)
     change = relative(model.trainable_parameters(), before)

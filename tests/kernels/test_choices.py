@@ -24,9 +24,9 @@ from mlx_loraplus.kernels.delta_rule import (
     has_delta_rule,
     loop_in_pieces,
 )
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
 from mlx_loraplus.kernels.patch import memory_efficient, replaced_attention
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.kernels.window_attention import window_attention
 from tests.conftest import make_model, randomize_adapters
 from tests.training.test_self_consistency import family
@@ -61,7 +61,7 @@ def learn(
     batch = lay_out([[row(17)], [row(21)]])
     if packed:
         batch = lay_out([[row(9), row(12)], [row(21)]], packed=24)
-    loss_and_gradients = nn.value_and_grad(model, make_loss(split_model(model), choices))
+    loss_and_gradients = nn.value_and_grad(model, make_loss(find_trunk_and_head(model), choices))
 
     def call(*arrays: mx.array) -> tuple[mx.array, dict]:
         return loss_and_gradients(model, *arrays)
@@ -144,10 +144,10 @@ def test_a_gpus_choices_round_in_bfloat16_as_a_cpus_do(kind: str):
 
 def test_scores_do_not_depend_on_the_choices():
     model = adapted("gemma2")
-    split, arrays = split_model(model), arrays_of(lay_out([[row(17)], [row(21)]]))
-    expected = make_score(split)(model, *arrays).tolist()
+    trunk_and_head, arrays = find_trunk_and_head(model), arrays_of(lay_out([[row(17)], [row(21)]]))
+    expected = make_score(trunk_and_head)(model, *arrays).tolist()
     for choices in CHOICES.values():
-        assert make_score(split, choices)(model, *arrays).tolist() == pytest.approx(
+        assert make_score(trunk_and_head, choices)(model, *arrays).tolist() == pytest.approx(
             expected, rel=1e-6
         )
 
@@ -159,7 +159,7 @@ def test_log_probabilities_of_answers_do_not_depend_on_the_choices(kind: str, co
     model, arrays = adapted(kind, 4), arrays_of(lay_out([[row(17)], [row(21)]]))
 
     def gradients(choices: StepChoices, compiled: bool = False) -> tuple[float, mx.array]:
-        log_probs = make_log_probs(split_model(model), choices)
+        log_probs = make_log_probs(find_trunk_and_head(model), choices)
 
         def loss(model: nn.Module, *arrays: mx.array) -> mx.array:
             return mx.sigmoid(log_probs(model, *arrays)[0] / 100).sum()
@@ -325,7 +325,7 @@ def test_attention_over_shared_keys_keeps_no_scores():
 def test_one_trace_serves_every_step():
     """The kernels depend on no Python value that changes from step to step."""
     model = adapted("gemma3")
-    loss = make_loss(split_model(model), GPU)
+    loss = make_loss(find_trunk_and_head(model), GPU)
     traces = 0
 
     def call(*arrays: mx.array) -> mx.array:

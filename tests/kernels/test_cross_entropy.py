@@ -18,8 +18,8 @@ from mlx_loraplus.kernels import cross_entropy
 from mlx_loraplus.kernels.choices import StepChoices
 from mlx_loraplus.kernels.cross_entropy import make_loss, make_score
 from mlx_loraplus.kernels.elementwise import exp
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
 from tests.training.test_self_consistency import family
 
@@ -47,15 +47,15 @@ CHOICES = StepChoices(slice_bytes=4 * 128 * 3)  # a few tokens of the vocabulary
 
 
 def compare(model: nn.Module, tolerance: float) -> None:
-    split = split_model(model)
-    assert split is not None
+    trunk_and_head = find_trunk_and_head(model)
+    assert trunk_and_head is not None
     arrays = arrays_of(BATCH)
-    value, gradients = nn.value_and_grad(model, make_loss(split, CHOICES))(model, *arrays)
+    value, gradients = nn.value_and_grad(model, make_loss(trunk_and_head, CHOICES))(model, *arrays)
     full, expected = nn.value_and_grad(model, make_loss(None))(model, *arrays)
     assert abs(value.item() / full.item() - 1) < tolerance
     logits = model(arrays[0]).flatten(0, 1)[arrays[1]]
     likeliest = (logits.argmax(axis=-1) == arrays[2]) * arrays[3]
-    for score in (make_score(split, CHOICES), make_score(None)):
+    for score in (make_score(trunk_and_head, CHOICES), make_score(None)):
         loss, right = np.array(score(model, *arrays)).tolist()
         assert abs(loss / full.item() - 1) < tolerance
         assert right == likeliest.sum().item()
@@ -98,11 +98,11 @@ def test_an_adapter_on_the_head_gets_its_gradient(tiny: TinyModel, kind: str, ta
 
 def test_padding_of_rows_and_targets_changes_nothing(tiny: TinyModel):
     model = tiny("gemma3")
-    split = split_model(model)
-    single = [make_loss(split, CHOICES)(model, *arrays_of(one_per_row([row]))).item() for row in (
+    trunk_and_head = find_trunk_and_head(model)
+    single = [make_loss(trunk_and_head, CHOICES)(model, *arrays_of(one_per_row([row]))).item() for row in (
         example([1, 5, 2, 7, 3, 9, 11, 100, 50, 3], [3, 4, 8, 9]), example([4, 4, 2, 6, 1], [2, 3, 4])
     )]  # fmt: skip
-    assert make_loss(split, CHOICES)(model, *arrays_of(BATCH)).item() == pytest.approx(
+    assert make_loss(trunk_and_head, CHOICES)(model, *arrays_of(BATCH)).item() == pytest.approx(
         sum(single), rel=1e-6
     )
 
@@ -122,10 +122,10 @@ def test_a_model_whose_head_is_not_found_still_trains(tiny: TinyModel):
         def __call__(self, tokens: mx.array) -> mx.array:
             return self.inner(tokens)
 
-    assert split_model(Wrapped()) is None
+    assert find_trunk_and_head(Wrapped()) is None
     full = make_loss(None)(Wrapped(), *arrays_of(BATCH)).item()
     assert full == pytest.approx(
-        make_loss(split_model(model), CHOICES)(model, *arrays_of(BATCH)).item(), rel=1e-5
+        make_loss(find_trunk_and_head(model), CHOICES)(model, *arrays_of(BATCH)).item(), rel=1e-5
     )
 
 
@@ -136,9 +136,9 @@ def test_a_head_in_half_precision_is_found_in_float32(tiny: TinyModel):
 
     model = tiny("llama")
     model.set_dtype(mx.bfloat16)
-    assert split_model(model) is not None
+    assert find_trunk_and_head(model) is not None
     model.__class__ = Larger
-    assert split_model(model) is None, "bfloat16 rounds by as much"
+    assert find_trunk_and_head(model) is None, "bfloat16 rounds by as much"
 
 
 def test_too_many_logits_for_a_gpu_are_refused(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch):
@@ -160,7 +160,7 @@ def test_too_many_logits_for_a_gpu_are_refused(tiny: TinyModel, monkeypatch: pyt
 def test_a_head_that_is_more_than_linear_is_not_mistaken(tiny: TinyModel):
     model = tiny("gemma2")
     model.final_logit_softcapping = 5.0  # the model now caps at 5, its config still says 30
-    assert split_model(model) is None
+    assert find_trunk_and_head(model) is None
 
 
 def test_the_exponential_is_accurate_to_its_bound():
@@ -187,9 +187,9 @@ def test_a_trunk_that_demands_caches_is_called_without_any(tiny: TinyModel):
 
     model.model.__class__ = Demanding
     tokens = mx.array([[1, 2, 3]])
-    split = split_model(model)
-    assert split is not None
-    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-5)
+    trunk_and_head = find_trunk_and_head(model)
+    assert trunk_and_head is not None
+    assert mx.allclose(trunk_and_head.head(trunk_and_head.trunk(tokens)), model(tokens), atol=1e-5)
 
 
 FAMILIES = [
@@ -209,6 +209,6 @@ FAMILIES = [
 def test_the_head_is_found_under_other_names(name: str):
     """Their trunks and heads have names of their own, and some have other embeddings beside."""
     model, tokens = family(name), mx.array([[1, 2, 3]])
-    split = split_model(model)
-    assert split is not None
-    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-4)
+    trunk_and_head = find_trunk_and_head(model)
+    assert trunk_and_head is not None
+    assert mx.allclose(trunk_and_head.head(trunk_and_head.trunk(tokens)), model(tokens), atol=1e-4)

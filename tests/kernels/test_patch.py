@@ -15,8 +15,8 @@ from mlx_loraplus.config import AdapterConfig, OptimizerConfig
 from mlx_loraplus.kernels.attention import CausalMask, attention
 from mlx_loraplus.kernels.cross_entropy import make_loss
 from mlx_loraplus.kernels.elementwise import GATES
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing, memory_efficient, replaced_attention
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.training.make_step import make_step
 from mlx_loraplus.training.optimizer import LoRAPlus
 from tests.conftest import CONFIGS, TinyModel, randomize_adapters
@@ -221,7 +221,7 @@ def peak_of_a_checkpointed_step(layers: int, *, compiled: bool) -> int:
     optimizer = LoRAPlus(OptimizerConfig(learning_rate=1e-4), total_steps=10)
     optimizer.init(model, groups)
     accumulate, update = make_step(
-        model, make_loss(split_model(model)), optimizer, compiled=compiled
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=compiled
     )
     tokens, targets = mx.zeros((8, 128), mx.int32), mx.arange(16)
     mx.eval(model.parameters(), optimizer.state)

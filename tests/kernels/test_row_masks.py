@@ -23,9 +23,9 @@ from mlx_loraplus.data.batches import arrays_of, inputs_of, lay_out, one_per_row
 from mlx_loraplus.data.packing import PackedBatches, best_fit, choose_length
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
 from mlx_loraplus.kernels.row_masks import RowCache, check_packing, row_caches
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.make_batches import make_batches
 from mlx_loraplus.training.schedule import schedule_of
@@ -128,7 +128,7 @@ def test_packed_gradients_are_the_unpacked_ones(
     randomize_adapters(
         model, size=0.02
     )  # larger ones make Gemma 3's gradient of rounding larger than 1e-5
-    loss = make_loss(split_model(model) if split else None)
+    loss = make_loss(find_trunk_and_head(model) if split else None)
     expected, slopes = gradients_of(model, loss, [one_per_row([row]) for row in rows])
     batches = PackedBatches(rows, 2, seed=0, max_length=48)
     together = [batches[n] for n in range(batches.per_epoch)]
@@ -260,7 +260,12 @@ def trained(
     optimizer.init(model, trainable_summary(model).groups)
     events: list[dict] = []
     state = TrainState(
-        model, split_model(model), optimizer, batches, length, grad_checkpoint=grad_checkpoint
+        model,
+        find_trunk_and_head(model),
+        optimizer,
+        batches,
+        length,
+        grad_checkpoint=grad_checkpoint,
     )
     train(state, rows[:3], config, report=events.append, save=lambda: None)
     return model, events

@@ -14,7 +14,7 @@ from mlx_loraplus.device import Machine
 from mlx_loraplus.kernels.attention import CausalMask
 from mlx_loraplus.kernels.choices import default_choices
 from mlx_loraplus.kernels.cross_entropy import head_loss
-from mlx_loraplus.kernels.head import Head
+from mlx_loraplus.kernels.trunk_and_head import Head
 from mlx_loraplus.kernels.window_attention import Blocks, window_attention
 from mlx_loraplus.memory.blocks import Block
 from mlx_loraplus.memory.estimate import BatchShape, Coefficients

@@ -16,7 +16,7 @@ from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.device import Machine, simulate_mac
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.memory.plan import memory_plan_of
 from mlx_loraplus.memory.trace_memory import MAX_TRACES, trace_bytes
@@ -58,7 +58,9 @@ def test_a_trace_takes_what_the_law_says(kind: str):
     sizes = measure(model, AdapterConfig(rank=4))
     optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
-    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=True)
+    accumulate, update = make_step(
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=True
+    )
 
     taken: list[int] = []
     for length in (16, 32, 600):
@@ -87,7 +89,9 @@ def test_a_trace_that_is_replaced_gives_its_memory_back():
     sizes = measure(model, AdapterConfig(rank=4))
     optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
-    accumulate, update = make_step(model, make_loss(split_model(model)), optimizer, compiled=True)
+    accumulate, update = make_step(
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=True
+    )
 
     def heap_after(times: int, shapes: range) -> int:
         for shape in shapes:

@@ -21,7 +21,7 @@ from mlx_loraplus.adapters.trainable import trainable_summary
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.data.packing import PackedBatches
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.runs.history import SCHEMA
 from mlx_loraplus.runs.run_folder import FILES, FOLDERS
 from mlx_loraplus.runs.state import Event, Progress
@@ -83,7 +83,7 @@ def session(folder: Path, config: TrainConfig, *, stop_after: int | None, kind: 
             os.kill(os.getpid(), signal.SIGINT)
 
     state = TrainState(
-        model, split_model(model), optimizer, batches, length, progress, grad_checkpoint
+        model, find_trunk_and_head(model), optimizer, batches, length, progress, grad_checkpoint
     )
     with interruptible() as stop_requested:
         outcome = train(

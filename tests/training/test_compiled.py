@@ -18,7 +18,7 @@ from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.memory.trace_memory import MAX_TRACES
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import CompiledByShape, Traces
@@ -96,7 +96,7 @@ def test_the_update_is_compiled_however_many_shapes_the_batches_have():
     trainable = attach_adapters(model, AdapterConfig(rank=4))
     optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
-    loss = make_loss(split_model(model))
+    loss = make_loss(find_trunk_and_head(model))
     accumulate, update = make_step(model, loss, optimizer, compiled=True)
     assert isinstance(accumulate, CompiledByShape)
     assert isinstance(update, CompiledByShape)
@@ -121,7 +121,7 @@ def steps(
     optimizer = LoRAPlus(configure(TrainConfig, {"warmup": 0}).optimizer, 1000)
     optimizer.init(model, trainable.groups)
     accumulate, update = make_step(
-        model, make_loss(split_model(model)), optimizer, compiled=compiled
+        model, make_loss(find_trunk_and_head(model)), optimizer, compiled=compiled
     )
     losses: list[float] = []
     memory: list[int] = []
@@ -184,7 +184,7 @@ def test_resident_memory_stays_flat_over_validations_and_answers(tmp_path: Path)
         lengths = chance.integers(2, 300, 4)
         prompts = [chance.integers(3, 90, length).tolist() for length in lengths]
         answer_all(model, tokenizer, prompts, max_tokens=2)
-        score(model, split_model(model), valid, 4)
+        score(model, find_trunk_and_head(model), valid, 4)
         memory.append(psutil.Process().memory_info().rss)
     assert memory[-1] - memory[10] < 8e6
 

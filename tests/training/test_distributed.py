@@ -63,7 +63,7 @@ def failing(folder: Path) -> dict[str, tuple[str, dict[str, Any]]]:
         "finetune.choose_grad_checkpoint": ("1", {}),
         "step_choices.check_step": ("0", {"selfcheck": "on"}),
         # Rows whose reference no other run has stored.
-        "reference.split_model": ("1", {"data": str(folder / "new pairs"), **PAIRS}),
+        "reference.find_trunk_and_head": ("1", {"data": str(folder / "new pairs"), **PAIRS}),
         "reference.answer_log_probs": ("1", {"data": str(folder / "new labeled"), **LABELED}),
     }
 

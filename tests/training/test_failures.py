@@ -16,9 +16,9 @@ from mlx_loraplus import cli
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import one_per_row
 from mlx_loraplus.failures import DISPLAY, GPU, MEMORY, TIMEOUT, failure_of, is_lost
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import find_gated_mlps
 from mlx_loraplus.kernels.row_masks import takes_caches
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.runs.next_steps import next_commands
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.interrupts import explain_failure
@@ -83,8 +83,8 @@ def test_a_probe_does_not_take_a_failed_gpu_for_a_verdict(
 ):
     """Lack of memory for an array is a verdict; after a failed command buffer nothing can be computed."""
     model = tiny("llama")
-    split = split_model(model)
-    assert split is not None
+    trunk_and_head = find_trunk_and_head(model)
+    assert trunk_and_head is not None
     assert takes_caches(model)
     assert not is_lost(RuntimeError("[malloc] Unable to allocate 4294967296 bytes."))
     assert not is_lost(RuntimeError("another bug"))
@@ -109,7 +109,7 @@ def test_a_probe_does_not_take_a_failed_gpu_for_a_verdict(
 
     probe_fails(type(model), 1, lambda: check_caches(model))
     probe_fails(type(model), 0, lambda: takes_caches(model))
-    probe_fails(type(model.model), 1, lambda: split_model(model))
+    probe_fails(type(model.model), 1, lambda: find_trunk_and_head(model))
     probe_fails(type(model.layers[0].mlp), 0, lambda: find_gated_mlps(model))
 
 

@@ -15,7 +15,7 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches
 from mlx_loraplus.kernels.choices import StepChoices
-from mlx_loraplus.kernels.head import Head, TrunkAndHead
+from mlx_loraplus.kernels.trunk_and_head import Head, TrunkAndHead
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.fastest_step import (
     SECONDS,
@@ -135,7 +135,9 @@ def state_of(model: nn.Module, config: TrainConfig) -> TrainState:
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     probes = probe_model(model, pack=False)
-    return TrainState(model, probes.split(model), optimizer, batches, schedule, probes=probes)
+    return TrainState(
+        model, probes.trunk_and_head(model), optimizer, batches, schedule, probes=probes
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -204,8 +206,8 @@ def test_a_lack_of_memory_is_recorded(tiny: TinyModel):
 
     config = configure(TrainConfig, {"model": "tiny"})
     state = state_of(tiny("llama"), config)
-    assert state.split is not None
-    broken = TrunkAndHead(trunk, Head(state.split.head.layer))
+    assert state.trunk_and_head is not None
+    broken = TrunkAndHead(trunk, Head(state.trunk_and_head.head.layer))
     batch = largest_batch(state.batches, slice(None))
     failing = TrainState(
         state.model, broken, state.optimizer, state.batches, state.schedule, probes=state.probes
@@ -228,8 +230,10 @@ def test_a_gpu_that_failed_times_no_other_way(tiny: TinyModel):
             calls.append(1)
             raise RuntimeError(text)
 
-        assert state.split is not None
-        broken = replace(state, split=TrunkAndHead(trunk, Head(state.split.head.layer)))
+        assert state.trunk_and_head is not None
+        broken = replace(
+            state, trunk_and_head=TrunkAndHead(trunk, Head(state.trunk_and_head.head.layer))
+        )
         with pytest.raises(RuntimeError, match="Command buffer execution failed"):
             tune_step(broken, batch, START, ALL, 10**12)
     assert len(calls) == 3

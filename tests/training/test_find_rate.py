@@ -63,7 +63,9 @@ def state_of(model: Any, config: TrainConfig, count: int = 60) -> TrainState:
     optimizer = LoRAPlus(config.optimizer, schedule.steps)
     optimizer.init(model, trainable.groups)
     probes = probe_model(model, pack=False)
-    return TrainState(model, probes.split(model), optimizer, batches, schedule, probes=probes)
+    return TrainState(
+        model, probes.trunk_and_head(model), optimizer, batches, schedule, probes=probes
+    )
 
 
 def config_of(**settings: Any) -> TrainConfig:

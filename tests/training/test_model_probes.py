@@ -13,9 +13,9 @@ import pytest
 
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import find_gated_mlps, memory_efficient
 from mlx_loraplus.kernels.row_masks import takes_caches
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.training.checkpoint import checkpoint_folder, find_checkpoint, read_checkpoint
 from mlx_loraplus.training.model_probes import ModelProbes, probe_model
 from tests.conftest import CONFIGS, TinyModel, same
@@ -52,7 +52,7 @@ def test_the_verdicts_give_the_split_that_was_found(tiny: TinyModel, kind: str):
     model = tiny(kind)
     attach_adapters(model, AdapterConfig(rank=4))
     probes = probe_model(model, pack=True)
-    assert probes.split(model) == split_model(model)
+    assert probes.trunk_and_head(model) == find_trunk_and_head(model)
     assert probes.takes_caches == takes_caches(model)
     assert probes.gated_mlps == find_gated_mlps(model)
     assert probes.match(model)
@@ -63,10 +63,10 @@ def test_verdicts_on_a_trunk_that_is_no_plain_module_can_be_stored(name: str):
     model, tokens = family(name), mx.array([[1, 2, 3]])
     stored = json.loads(json.dumps(asdict(probe_model(model, pack=False))))
     probes = pydantic.TypeAdapter(ModelProbes).validate_python(stored)
-    split = probes.split(model)
-    assert split is not None
+    trunk_and_head = probes.trunk_and_head(model)
+    assert trunk_and_head is not None
     assert probes.match(model)
-    assert mx.allclose(split.head(split.trunk(tokens)), model(tokens), atol=1e-4)
+    assert mx.allclose(trunk_and_head.head(trunk_and_head.trunk(tokens)), model(tokens), atol=1e-4)
 
 
 def test_a_run_stores_the_verdicts(place: Place):

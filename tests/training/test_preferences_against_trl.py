@@ -19,8 +19,8 @@ from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, ObjectiveConfig
 from mlx_loraplus.data.batches import arrays_of, lay_out
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.log_probs import make_log_probs
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.training.kto import describe_labeled, make_kl_sum, make_labeled_loss
 from mlx_loraplus.training.preferences import make_pair_loss
 
@@ -62,7 +62,7 @@ def with_reference(rows: list[list[Example]]) -> tuple[mx.array, ...]:
     """The arrays of a batch, with the reference of the model without its adapter."""
     arrays = arrays_of(lay_out(rows))
     base = start(with_adapter=False)
-    reference, _ = make_log_probs(split_model(base), learning=False)(base, *arrays)
+    reference, _ = make_log_probs(find_trunk_and_head(base), learning=False)(base, *arrays)
     return *arrays, reference
 
 
@@ -100,7 +100,7 @@ def cases_of(*objectives: str) -> list[dict[str, Any]]:
 def test_losses_rewards_and_gradients_are_those_of_trl(case: dict[str, Any], sliced: bool):
     objective = ObjectiveConfig(**case["settings"])
     model = start()
-    loss = make_pair_loss(split_model(model) if sliced else None, objective)
+    loss = make_pair_loss(find_trunk_and_head(model) if sliced else None, objective)
 
     # One pair at a time, as TRL had them.
     for pair, expected, rewards in zip(
@@ -123,7 +123,7 @@ def test_losses_rewards_and_gradients_are_those_of_trl(case: dict[str, Any], sli
 def test_labeled_answers_give_what_they_give_in_trl(case: dict[str, Any], sliced: bool):
     objective = ObjectiveConfig(**case["settings"])
     rows, model = GOLDEN["labeled"], start()
-    split = split_model(model) if sliced else None
+    trunk_and_head = find_trunk_and_head(model) if sliced else None
 
     # Each prompt with the answer of the row before gives the estimate of the KL.
     answers = [row["completion_ids"] for row in rows]
@@ -131,14 +131,14 @@ def test_labeled_answers_give_what_they_give_in_trl(case: dict[str, Any], sliced
     mismatched = with_reference(
         [row_of(*each) for each in zip(prompts, answers[-1:] + answers[:-1], strict=True)]
     )
-    baseline = make_kl_sum(split)(model, *mismatched) / len(rows)
+    baseline = make_kl_sum(trunk_and_head)(model, *mismatched) / len(rows)
     assert baseline.item() == pytest.approx(case["kl"], rel=1e-5)
 
     # The losses are summed here, and averaged in TRL.
     batch = with_reference([row_of(*each) for each in zip(prompts, answers, strict=True)])
     padding = [0.0] * (batch[0].shape[0] - len(rows))
     labels = mx.array([float(row["label"]) for row in rows] + padding)
-    loss = make_labeled_loss(split, objective)
+    loss = make_labeled_loss(trunk_and_head, objective)
     (total, sums), gradients = nn.value_and_grad(model, loss)(model, *batch, labels, baseline)
     assert total.item() / len(rows) == pytest.approx(case["losses"][0], rel=1e-5)
     found = describe_labeled(sums.tolist(), len(rows))

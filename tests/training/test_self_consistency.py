@@ -14,7 +14,7 @@ from mlx_lm.utils import _get_classes
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.kernels import float32_copy
-from mlx_loraplus.kernels.head import model_dtype
+from mlx_loraplus.kernels.trunk_and_head import model_dtype
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import self_consistency, step_choices
 from mlx_loraplus.training.self_consistency import (

@@ -15,7 +15,7 @@ from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels import cross_entropy, elementwise, patch
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
-from mlx_loraplus.kernels.head import model_dtype
+from mlx_loraplus.kernels.trunk_and_head import model_dtype
 from mlx_loraplus.kernels.window_attention import Blocks
 from mlx_loraplus.models.skeleton import make_skeleton
 from mlx_loraplus.training import selfcheck

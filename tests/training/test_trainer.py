@@ -21,8 +21,8 @@ from mlx_loraplus.config import AdapterConfig, TrainConfig
 from mlx_loraplus.data.batches import Batches, arrays_of, in_order, one_per_row, round_up
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
 from mlx_loraplus.kernels.patch import grad_checkpointing
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
 from mlx_loraplus.training.interrupts import interruptible
@@ -53,7 +53,7 @@ def prepared(tiny: TinyModel, rows: list[Example], kind: str = "llama", **settin
     length = schedule_of(config, batches.per_epoch)
     optimizer = LoRAPlus(config.optimizer, length.steps)
     optimizer.init(model, trainable_summary(model).groups)
-    state = TrainState(model, split_model(model), optimizer, batches, length)
+    state = TrainState(model, find_trunk_and_head(model), optimizer, batches, length)
     return state, rows[:3], config
 
 
@@ -100,7 +100,7 @@ def test_checkpointing_gives_the_finite_differences(
     model = tiny("gemma3")
     attach_adapters(model, AdapterConfig(rank=4, dropout=dropout))
     randomize_adapters(model)
-    loss, arrays = make_loss(split_model(model)), arrays_of(one_per_row(examples(2)))
+    loss, arrays = make_loss(find_trunk_and_head(model)), arrays_of(one_per_row(examples(2)))
     model.train()
     name = "model.layers.0.mlp.up_proj.lora_b"
     weight = dict(tree_flatten(model.trainable_parameters()))[name]
@@ -152,12 +152,14 @@ def test_the_same_seed_gives_the_same_run_to_the_bit(tiny: TinyModel):
 
 def test_validation_is_the_mean_over_tokens_of_the_whole_set(tiny: TinyModel):
     model, rows = tiny("llama"), examples(5)
-    split = split_model(model)
-    by_row = [score(model, split, [row], 1).loss for row in rows]
+    trunk_and_head = find_trunk_and_head(model)
+    by_row = [score(model, trunk_and_head, [row], 1).loss for row in rows]
     tokens = [int(row.supervised.sum()) for row in rows]
     expected = sum(a * b for a, b in zip(by_row, tokens, strict=True)) / sum(tokens)
     for batch_size in (1, 2, 5, 8):
-        assert score(model, split, rows, batch_size).loss == pytest.approx(expected, rel=1e-5)
+        assert score(model, trunk_and_head, rows, batch_size).loss == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 def test_events_come_at_their_cadence(tiny: TinyModel):

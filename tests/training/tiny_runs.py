@@ -21,7 +21,7 @@ from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batch, arrays_of
 from mlx_loraplus.data.tokenize import Example
 from mlx_loraplus.kernels.cross_entropy import make_loss
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.runs.state import Event
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training import trainer
@@ -183,7 +183,7 @@ def assert_same_step(model: Any, ways: Sequence[Sequence[Batch]]) -> None:
         model.load_weights(list(before.items()), strict=False)
         optimizer = LoRAPlus(configure(TrainConfig, {"optimizer": "sgd"}).optimizer, 10)
         optimizer.init(model, trainable_summary(model).groups)
-        loss = make_loss(split_model(model))
+        loss = make_loss(find_trunk_and_head(model))
         accumulate, update = make_step(model, loss, optimizer, compiled=False)
         carried, tokens = None, mx.array(float(sum(batch.target_count for batch in batches)))
         for batch in batches[:-1]:

@@ -18,7 +18,7 @@ from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.tokenize import Example
-from mlx_loraplus.kernels.head import split_model
+from mlx_loraplus.kernels.trunk_and_head import find_trunk_and_head
 from mlx_loraplus.models.loading import load_base
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.compiled import should_compile
@@ -37,16 +37,18 @@ def train(task: Task, clock: Clock) -> None:
     optimizer.init(model, trainable.groups)
     clock.start(model)
 
-    split = split_model(model)
+    trunk_and_head = find_trunk_and_head(model)
     batches = batches_of(task)
     if isinstance(batches, PairBatches):
         pairs, started = batches.pairs, time.perf_counter()
         for column, answers in enumerate(pairs.both):
-            pairs.reference[:, column] = answer_log_probs(model, split, answers, task.batch_size)
+            pairs.reference[:, column] = answer_log_probs(
+                model, trunk_and_head, answers, task.batch_size
+            )
         clock.reference_seconds = time.perf_counter() - started
     state = TrainState(
         model,
-        split,
+        trunk_and_head,
         optimizer,
         batches,
         Schedule(steps=task.steps, batches=task.steps, batches_per_step=1),

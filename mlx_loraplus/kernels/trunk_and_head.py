@@ -1,4 +1,4 @@
-"""Split a model into trunk and head, so that logits are computed at supervised positions only.
+"""Find a model's trunk and head, so that logits are computed at supervised positions only.
 
     hidden = trunk(tokens)                      # (batch, seq, hidden)
     logits = cap * tanh(m * (hidden Wᵀ) / cap)  # (batch, seq, vocabulary)
@@ -78,7 +78,7 @@ class Head:
 
 @dataclass(frozen=True)
 class TrunkAndHead:
-    """A checked split: ``head(trunk(tokens))`` equals ``model(tokens)``.
+    """A model as trunk and head, checked: ``head(trunk(tokens))`` equals ``model(tokens)``.
 
     ``takes_caches`` is true if the trunk can be called with ``row_caches``, which determine the
     tokens that each token sees.
@@ -87,10 +87,10 @@ class TrunkAndHead:
     trunk: Callable[..., mx.array]
     head: Head
     takes_caches: bool = False
-    candidate: int = 0  # index in ``split_candidates``
+    candidate: int = 0  # index in ``head_candidates``
 
 
-def split_model(model: nn.Module) -> TrunkAndHead | None:
+def find_trunk_and_head(model: nn.Module) -> TrunkAndHead | None:
     """Return the trunk and head of a model, or None if no candidate gives the model's logits.
 
     Each candidate's logits are compared with the model's on a few tokens, in float32 if possible.
@@ -100,8 +100,8 @@ def split_model(model: nn.Module) -> TrunkAndHead | None:
     number = in_float32(model, _matching_candidate)
     if number is None:
         return None
-    split = list(split_candidates(model))[number]
-    return replace(split, takes_caches=takes_caches(model), candidate=number)
+    trunk_and_head = list(head_candidates(model))[number]
+    return replace(trunk_and_head, takes_caches=takes_caches(model), candidate=number)
 
 
 def _matching_candidate(model: nn.Module) -> int | None:
@@ -113,9 +113,9 @@ def _matching_candidate(model: nn.Module) -> int | None:
         expected = model(tokens).astype(mx.float32)
         relative = 1e-3 if model_dtype(model) == mx.float32 else 1e-2
         tolerance = relative * mx.abs(expected).max()
-        for number, split in enumerate(split_candidates(model)):
+        for number, trunk_and_head in enumerate(head_candidates(model)):
             try:
-                logits = split.head(split.trunk(tokens)).astype(mx.float32)
+                logits = trunk_and_head.head(trunk_and_head.trunk(tokens)).astype(mx.float32)
             # Skip a trunk that can't be called like this, for example one that requires a cache.
             except Exception as problem:
                 if is_lost(problem):
@@ -140,8 +140,8 @@ def model_dtype(model: nn.Module) -> mx.Dtype:
     return mx.float32
 
 
-def split_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
-    """Yield possible splits into trunk and head, because mlx-lm's models name these differently."""
+def head_candidates(model: nn.Module) -> Iterator[TrunkAndHead]:
+    """Yield possible pairs of trunk and head, because mlx-lm's models name these differently."""
     outer: Any = getattr(model, "language_model", model)
     args = getattr(outer, "args", None)
     cap = getattr(args, "final_logit_softcapping", None)
