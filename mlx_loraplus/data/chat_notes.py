@@ -24,7 +24,7 @@ def note_left_out(
     others = [
         message for turn, message in enumerate(rendered.form.messages) if turn not in chat.turns
     ]
-    for message, part in zip(others, split_by_message(others, text), strict=True):
+    for message, part in zip(others, divide_by_message(others, text), strict=True):
         missing = find_lost(message, part)
         if "content" in missing:
             lost.add(f"{message['role']} messages")
@@ -149,7 +149,7 @@ def _has_swapped_results(messages: Sequence[Message]) -> bool:
     return False
 
 
-def split_by_message(messages: Sequence[Message], text: str) -> list[str]:
+def divide_by_message(messages: Sequence[Message], text: str) -> list[str]:
     """Return, for each message, the text that follows the content of the previous message."""
     parts: list[str] = []
     start = 0

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from jinja2.exceptions import SecurityError
 
-from .chat_notes import note_left_out, split_by_message
+from .chat_notes import divide_by_message, note_left_out
 from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
 from .lost_content import find_lost
 from .messages import BadRowError, assistant_turns
@@ -177,7 +177,7 @@ class ChatRenderer:
             raise BadRowError("the chat template renders two blocks of thoughts for one turn")
 
         notes: list[str] = []
-        parts = split_by_message(chat.messages, text)
+        parts = divide_by_message(chat.messages, text)
         for turn in assistant_turns(chat.messages):
             notes += _check_turn(chat.messages[turn], turn, parts[turn])
             notes += self._note_inside(chat, form, turn)

@@ -242,7 +242,7 @@ class ChatTemplate:
         # With most templates, the chat begins with the prompt. Take the answer with its end token,
         # then correct its block of thoughts.
         if whole.startswith(prompt):
-            answer, rest = self._split_turn(whole[len(prompt) :], message)
+            answer, rest = self._divide_turn(whole[len(prompt) :], message)
             answer = fill_empty_block(without_second_opening(answer, prompt), prompt, message)
             answer = close_block(answer, prompt, message)
             return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block), rest)
@@ -250,7 +250,7 @@ class ChatTemplate:
         # With other templates, the turn begins after the header that the prompt adds.
         history = self.render(messages[:turn], ask=False, thinking=thinking, tools=tools)
         start = _find_start(messages, whole, prompt, history)
-        answer, _ = self._split_turn(whole[start:], message)
+        answer, _ = self._divide_turn(whole[start:], message)
         answer = fit_to_prompt(fill_empty_block(answer, prompt, message), prompt, message)
         return Turn(prompt, put_before(answer, prompt, thoughts, self.thought_block))
 
@@ -286,7 +286,7 @@ class ChatTemplate:
             )
         return header
 
-    def _split_turn(self, text: str, message: Message) -> tuple[str, str]:
+    def _divide_turn(self, text: str, message: Message) -> tuple[str, str]:
         """Divide the text after a prompt into the turn with its end token, and the rest.
 
         Args:

@@ -14,7 +14,7 @@ that more than ``MOST_BRANCHES`` other conversations continue is a common openin
 instruction to which each row's system message adds a document, and joins no conversations. Up to
 that many rows that ask the same question are joined, also if their system messages hold different
 documents. The same limit holds for texts that are equal as far as they are compared, and for equal
-parts of rows that are split at the maximum length.
+parts of rows that are cut at the maximum length.
 
 The time is linear in the data, except for sorting a few numbers of each row, and only these numbers
 are in memory.
@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .dataset import Examples, Shard
+from .dataset import EncodedTable, Examples
 from .join_groups import MOST_BRANCHES, distinct_pairs, join_pairs
 from .pairs import Pairs
 from .shared_parts import join_shared_parts
@@ -44,9 +44,9 @@ def group_examples(*splits: Examples, with_parts: bool = True) -> list[np.ndarra
         For each split, the conversations of its examples, (examples,) int64.
     """
     # Start with the conversation of each example's row
-    shards = [shard for split in splits for shard in split.shards]
-    found = iter(find_conversations(shards, with_parts=with_parts))
-    of_splits = [split.pick([next(found) for _ in split.shards]) for split in splits]
+    tables = [table for split in splits for table in split.tables]
+    found = iter(find_conversations(tables, with_parts=with_parts))
+    of_splits = [split.pick([next(found) for _ in split.tables]) for split in splits]
     conversations = np.concatenate([np.zeros(0, np.int64), *of_splits])
 
     # Join the conversations of examples that were cut to the same tokens
@@ -86,28 +86,28 @@ def _is_cut(examples: Examples) -> np.ndarray:
     """
     is_cut = np.zeros(len(examples), bool)
     uncut = _uncut_spans(examples)
-    for number, shard in enumerate(examples.shards):
-        if not shard.documents:
-            in_shard = examples.spans["shard"] == number
-            stops = shard.spans["stop"][uncut[in_shard]]
-            is_cut[in_shard] = examples.spans["stop"][in_shard] < stops
+    for number, table in enumerate(examples.tables):
+        if not table.documents:
+            in_table = examples.spans["table"] == number
+            stops = table.spans["stop"][uncut[in_table]]
+            is_cut[in_table] = examples.spans["stop"][in_table] < stops
     return is_cut
 
 
 def _is_part(examples: Examples) -> np.ndarray:
-    """Return whether each example is one of several that a row was split into, (examples,) bool."""
-    numbers = (examples.spans["shard"].astype(np.int64) << 48) | _uncut_spans(examples)
+    """Return whether each example is one of several that a row was cut into, (examples,) bool."""
+    numbers = (examples.spans["table"].astype(np.int64) << 48) | _uncut_spans(examples)
     _, inverse, counts = np.unique(numbers, return_inverse=True, return_counts=True)
     return counts[inverse] > 1
 
 
 def _uncut_spans(examples: Examples) -> np.ndarray:
-    """Return the index of the span of its shard that each example is from, (examples,)."""
+    """Return the index of the span of its table that each example is from, (examples,)."""
     indices = np.zeros(len(examples), np.int64)
-    for number, shard in enumerate(examples.shards):
-        in_shard = examples.spans["shard"] == number
-        starts = examples.spans["start"][in_shard]
-        indices[in_shard] = np.searchsorted(shard.spans["start"], starts, side="right") - 1
+    for number, table in enumerate(examples.tables):
+        in_table = examples.spans["table"] == number
+        starts = examples.spans["start"][in_table]
+        indices[in_table] = np.searchsorted(table.spans["start"], starts, side="right") - 1
     return indices
 
 
@@ -123,36 +123,38 @@ def _is_common(texts: np.ndarray, conversations: np.ndarray, count: int) -> np.n
     return np.bincount(distinct, minlength=1)[texts] > MOST_BRANCHES + 1
 
 
-def find_conversations(shards: Sequence[Shard], *, with_parts: bool = True) -> list[np.ndarray]:
+def find_conversations(
+    tables: Sequence[EncodedTable], *, with_parts: bool = True
+) -> list[np.ndarray]:
     """Return the conversation of each row, as a number that all rows of a conversation share.
 
     Args:
-        shards: The shards.
+        tables: The tables.
         with_parts: Whether a row belongs to another that contains it; see ``shared_parts``.
 
     Returns:
-        For each shard, the conversations of its rows, (rows,) int64.
+        For each table, the conversations of its rows, (rows,) int64.
     """
-    if not shards:
+    if not tables:
         return []
 
     # Start with one conversation for all rows that begin with the same messages
-    openings, is_greeting = _openings(shards)
+    openings, is_greeting = _openings(tables)
     _, groups = np.unique(openings, return_inverse=True)
     is_joinable = np.ones(len(groups), bool)
     is_joinable[groups[is_greeting]] = False
 
     # Join those whose texts continue each other, with the same system message and with any
-    systems = _of_all(shards, "system_digest")
-    joins = [_find_joins(shards, groups, systems)]
+    systems = _of_all(tables, "system_digest")
+    joins = [_find_joins(tables, groups, systems)]
     if systems.any():
-        joins.append(_find_joins(shards, groups, np.zeros_like(systems)))
+        joins.append(_find_joins(tables, groups, np.zeros_like(systems)))
     first, second = (np.concatenate(each) for each in zip(*joins, strict=True))
 
     # Join those with the same text and system message, however many there are. Of a long text, only
     # a part is compared, which unrelated texts may share
-    texts = _of_all(shards, "text_digest")
-    is_whole = (texts > 0) & (_of_all(shards, "is_whole") > 0)
+    texts = _of_all(tables, "text_digest")
+    is_whole = (texts > 0) & (_of_all(tables, "is_whole") > 0)
     _, owners, inverse = np.unique(
         (texts + systems)[is_whole], return_index=True, return_inverse=True
     )
@@ -164,20 +166,20 @@ def find_conversations(shards: Sequence[Shard], *, with_parts: bool = True) -> l
 
     # Join those that are windows of one conversation
     if with_parts:
-        joined = join_shared_parts(shards, joined, is_joinable[groups])
+        joined = join_shared_parts(tables, joined, is_joinable[groups])
     groups = joined
-    stops = np.cumsum([len(shard.rows) for shard in shards])
+    stops = np.cumsum([len(table.rows) for table in tables])
     return np.split(groups, stops[:-1])
 
 
-def _openings(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
+def _openings(tables: Sequence[EncodedTable]) -> tuple[np.ndarray, np.ndarray]:
     """Return a digest of each row's first messages, and whether it is only a greeting.
 
     If a short first message has more than ``MOST_BRANCHES`` different second ones, it is a
     greeting, and the conversations that it begins are told apart by their second message. Rows
     that consist of the greeting and its answer count as one conversation, which joins no others.
     """
-    openings, deeper = _of_all(shards, "opening_digest"), _of_all(shards, "deeper_digest")
+    openings, deeper = _of_all(tables, "opening_digest"), _of_all(tables, "deeper_digest")
     goes_on = deeper > 0
     if not goes_on.any():
         return openings, goes_on
@@ -191,18 +193,18 @@ def _openings(shards: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find_joins(
-    shards: Sequence[Shard], groups: np.ndarray, systems: np.ndarray
+    tables: Sequence[EncodedTable], groups: np.ndarray, systems: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return pairs of conversations to join, because a text of one begins a text of the other.
 
     Args:
-        shards: The shards.
-        groups: The conversation of each row of all shards, (rows,).
+        tables: The tables.
+        groups: The conversation of each row of all tables, (rows,).
         systems: A number that is added to the digests of each row, so that only rows with the same
             number are compared, (rows,) uint64.
     """
     # The digests of all texts and prompts
-    texts, prompts = _of_all(shards, "text_digest"), _of_all(shards, "prompt_text_digest")
+    texts, prompts = _of_all(tables, "text_digest"), _of_all(tables, "prompt_text_digest")
     texts, prompts = (np.where(each > 0, each + systems, each) for each in (texts, prompts))
     known, first = np.unique(np.concatenate([texts, prompts]), return_index=True)
     owners = np.concatenate([groups, groups])[first]
@@ -211,10 +213,10 @@ def _find_joins(
     has_text = texts > 0
     own = np.searchsorted(known, texts[has_text])
     pairs: list[np.ndarray] = [np.stack([own, groups[has_text]], axis=1)]
-    stops = np.cumsum([len(shard.rows) for shard in shards])[:-1]
+    stops = np.cumsum([len(table.rows) for table in tables])[:-1]
     groups_and_systems = zip(np.split(groups, stops), np.split(systems, stops), strict=True)
-    for shard, (own_groups, own_systems) in zip(shards, groups_and_systems, strict=True):
-        pairs += _continuations(shard, own_groups, own_systems, known, owners)
+    for table, (own_groups, own_systems) in zip(tables, groups_and_systems, strict=True):
+        pairs += _continuations(table, own_groups, own_systems, known, owners)
     begun, conversations = distinct_pairs(pairs, len(groups))
 
     # Leave out common openings
@@ -224,13 +226,13 @@ def _find_joins(
     return owners[begun[is_rare]], conversations[is_rare]
 
 
-def _of_all(shards: Sequence[Shard], name: str) -> np.ndarray:
-    """Return a field of ROW for the rows of all shards, one shard after another."""
-    return np.concatenate([shard.rows[name] for shard in shards])
+def _of_all(tables: Sequence[EncodedTable], name: str) -> np.ndarray:
+    """Return a field of ROW for the rows of all tables, one table after another."""
+    return np.concatenate([table.rows[name] for table in tables])
 
 
 def _continuations(
-    shard: Shard,
+    table: EncodedTable,
     groups: np.ndarray,
     systems: np.ndarray,
     known: np.ndarray,
@@ -241,22 +243,22 @@ def _continuations(
     Of a growing conversation, each row is paired only with the next longer one.
 
     Args:
-        shard: The shard.
+        table: The table.
         groups: The conversation of each row, (rows,).
         systems: A number to add to the digests of each row, (rows,) uint64.
         known: The digests that are looked up, sorted.
         owners: The conversation of each known digest.
     """
-    stops = np.cumsum(shard.rows["beginning_count"], dtype=np.int64)
+    stops = np.cumsum(table.rows["beginning_count"], dtype=np.int64)
     for first in range(0, len(groups), _BLOCK):
         # Read the digests of the beginnings of a block of rows
         block = slice(first, first + _BLOCK)
         start = int(stops[first - 1]) if first else 0
         count = int(stops[block][-1]) - start
         digests = np.zeros(0, np.uint64)
-        if shard.beginnings is not None:
-            digests = np.fromfile(shard.beginnings, np.uint64, count, offset=8 * start)
-            digests += np.repeat(systems[block], shard.rows["beginning_count"][block])
+        if table.beginnings is not None:
+            digests = np.fromfile(table.beginnings, np.uint64, count, offset=8 * start)
+            digests += np.repeat(systems[block], table.rows["beginning_count"][block])
 
         # Find the digests that are known, and the rows that contain them
         places = np.minimum(np.searchsorted(known, digests), len(known) - 1)

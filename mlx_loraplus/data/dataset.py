@@ -1,14 +1,14 @@
 """The examples of a split, whose tokens stay on disk.
 
-``open_shard`` encodes a table once, and keeps its tokens in a ``Shard`` in the cache. ``Examples``
-reads the examples of some shards when they are indexed.
+``open_encoded_table`` encodes a table once, and keeps its tokens in an ``EncodedTable`` in the
+cache. ``Examples`` reads the examples of some encoded tables when they are indexed.
 
 The cache key is a digest of the file's contents and of what determines its tokens
 (``EncodingSettings``), such as the tokenizer, its chat template and the choice of supervised
-tokens. A change to any of them creates a new shard; a change to ``max_seq_length`` or ``on_long``
+tokens. A change to any of them creates a new folder; a change to ``max_seq_length`` or ``on_long``
 does not.
 
-A shard is written under a temporary name and renamed once it is complete. During writing, only a
+A folder is written under a temporary name and renamed once it is complete. During writing, only a
 few hundred rows are in memory. Afterwards, the arrays are memory-mapped.
 """
 
@@ -39,16 +39,16 @@ from .sources import Table
 from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, RowRenderer, encode
 
-# Version of the shard format, including its notes; a new number invalidates all cached shards
+# Version of the format, including its notes; a new number invalidates all encoded tables
 _VERSION = 25
 
-# The files of a shard; the arrays are those of a ``Chunk``
+# The files of an encoded table; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings", "parts")
 PROBLEMS = "problems.json"
 LARGEST = "largest_id"
 SYSTEMS = "systems.json"
 
-# Maximum number of system messages that a shard keeps
+# Maximum number of system messages that an encoded table keeps
 _MOST_SYSTEMS = 100
 
 # Limits on the rows that are encoded together
@@ -60,15 +60,15 @@ _PROGRESS_ROWS = 100_000
 
 
 class Span(NamedTuple):
-    """One example: a row, or a part of one."""
+    """Where the tokens of one example are: those of a row, or of a part of one."""
 
     row: int  # index of its row
     start: int  # its first token
     stop: int  # the end of its tokens
     inputs: int  # number of input tokens, which end before the last supervised token
     targets: int  # number of supervised tokens
-    source: int = 0  # index of its source, set when shards are combined
-    shard: int = 0  # index of its shard, set when shards are combined
+    source: int = 0  # index of its source, set when tables are combined
+    table: int = 0  # index of its table, set when tables are combined
 
 
 _SPAN_TYPES = ("i8", "i8", "i8", "i4", "i4", "i4", "i4")
@@ -76,12 +76,12 @@ SPAN = np.dtype(list(zip(Span._fields, _SPAN_TYPES, strict=True)))
 
 
 @dataclass(frozen=True)
-class Shard:
+class EncodedTable:
     """The tokens of one table.
 
     Attributes:
         name: The table's name.
-        documents: Whether the table contains documents, which may be joined and split anywhere.
+        documents: Whether the table contains documents, which may be joined and cut anywhere.
         tokens: Token ids of all rows, one after another, (tokens,) int32.
         supervised: Whether each token is supervised, (tokens,) bool.
         rows: Line, kind and digests of each row, (rows,) ``stored_rows.ROW``.
@@ -111,16 +111,16 @@ class Examples(Sequence[Example]):
     """A sequence of examples that are read from disk when they are indexed.
 
     Args:
-        shards: The shards that hold the tokens.
-        spans: The position of each example in the shards, (examples,) SPAN.
+        tables: The encoded tables that hold the tokens.
+        spans: The position of each example in the tables, (examples,) SPAN.
 
     Attributes:
         lengths: Number of input tokens, which end before the last supervised token, (examples,).
         target_counts: Number of supervised tokens, (examples,).
     """
 
-    def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
-        self.shards = shards
+    def __init__(self, tables: Sequence[EncodedTable], spans: np.ndarray):
+        self.tables = tables
         self.spans = spans
         self.lengths = spans["inputs"]
         self.target_counts = spans["targets"]
@@ -132,23 +132,23 @@ class Examples(Sequence[Example]):
         self, index: int
     ) -> Example:
         span = self.spans[index]
-        shard = self.shards[span["shard"]]
+        table = self.tables[span["table"]]
         where = slice(span["start"], span["stop"])
 
         # If the example continues a row, its first token is already predicted in the part before
-        supervised = np.array(shard.supervised[where])
+        supervised = np.array(table.supervised[where])
         supervised[:1] = False
-        return Example(np.array(shard.tokens[where]), supervised, self.place(index))
+        return Example(np.array(table.tokens[where]), supervised, self.place(index))
 
     def place(self, index: int) -> str:
         """Return the location of an example's row, such as "train.jsonl:17"."""
         span = self.spans[index]
-        shard = self.shards[span["shard"]]
-        return f"{shard.name}:{shard.rows['line'][span['row']]}"
+        table = self.tables[span["table"]]
+        return f"{table.name}:{table.rows['line'][span['row']]}"
 
     def take(self, indices: np.ndarray) -> "Examples":
         """Return the examples with these indices, in this order."""
-        return Examples(self.shards, self.spans[indices])
+        return Examples(self.tables, self.spans[indices])
 
     def first_of_rows(self) -> np.ndarray:
         """Return the index of the first example of each row, in ascending order, (rows,)."""
@@ -156,35 +156,35 @@ class Examples(Sequence[Example]):
 
     def row_numbers(self) -> np.ndarray:
         """Return a number for each example, which is the same for those of one row, (examples,)."""
-        return (self.spans["shard"].astype(np.int64) << 48) | self.spans["row"]
+        return (self.spans["table"].astype(np.int64) << 48) | self.spans["row"]
 
     def fingerprint(self) -> str:
         """Return a digest of the examples: their tokens, their supervision and their order."""
         digest = hashlib.blake2b(self.spans.tobytes(), digest_size=16)
-        for shard in self.shards:
-            digest.update(shard.tokens.data)
-            digest.update(shard.supervised.data)
+        for table in self.tables:
+            digest.update(table.tokens.data)
+            digest.update(table.supervised.data)
         return digest.hexdigest()
 
     def of_rows(self, name: str) -> np.ndarray:
         """Return a field of ROW for each example's row, (examples,)."""
-        return self.pick([shard.rows[name] for shard in self.shards])
+        return self.pick([table.rows[name] for table in self.tables])
 
     def pick(self, values: Sequence[np.ndarray]) -> np.ndarray:
         """Return the value of each example's row, (examples,).
 
         Args:
-            values: For each shard, a value of each row.
+            values: For each table, a value of each row.
         """
         picked = np.zeros(len(self), values[0].dtype if values else np.int64)
-        for number, of_shard in enumerate(values):
-            in_shard = self.spans["shard"] == number
-            picked[in_shard] = of_shard[self.spans["row"][in_shard]]
+        for number, of_table in enumerate(values):
+            in_table = self.spans["table"] == number
+            picked[in_table] = of_table[self.spans["row"][in_table]]
         return picked
 
 
-def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
-    """Return a table's shard from the cache; encode the table first if it is not cached.
+def open_encoded_table(table: Table, encoding: EncodingSettings) -> EncodedTable:
+    """Return an encoded table from the cache; encode the table first if it is not there.
 
     Raises:
         DataError: The table can't be read, or its file changed during reading.
@@ -196,7 +196,7 @@ def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
     # The file may change while it is read.
     def build(folder: Path) -> None:
         remove_unused("tokens")
-        write_shard(folder, table, encoding)
+        write_encoded_table(folder, table, encoding)
         if table.identity() != identity:
             raise DataError(
                 f"{table.name} changed while it was read: start again once it is complete"
@@ -204,14 +204,14 @@ def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
 
     folder = cached_folder("tokens", cache_key(parts), build)
 
-    # Mark the shard as used, unless the cache is read-only
+    # Mark the folder as used, unless the cache is read-only
     with suppress(OSError):
         os.utime(folder)
 
     # Map the arrays, and read the rest
     problems = json.loads((folder / PROBLEMS).read_text(encoding="utf-8"))
     systems = json.loads((folder / SYSTEMS).read_text(encoding="utf-8"))
-    return Shard(
+    return EncodedTable(
         name=table.name,
         documents=bool(table.documents),
         tokens=_map_array(folder / "tokens", np.int32),
@@ -227,7 +227,7 @@ def open_shard(table: Table, encoding: EncodingSettings) -> Shard:
 
 
 class Chunk(NamedTuple):
-    """Arrays to append to the files of a shard; their indices are relative to the chunk's start."""
+    """Arrays to append to a table's files; their indices are relative to the chunk's start."""
 
     tokens: np.ndarray
     supervised: np.ndarray
@@ -237,8 +237,8 @@ class Chunk(NamedTuple):
     parts: np.ndarray = np.zeros(0, PART)
 
 
-def write_shard(folder: Path, table: Table, encoding: EncodingSettings) -> None:
-    """Encode a table and write its shard into a folder."""
+def write_encoded_table(folder: Path, table: Table, encoding: EncodingSettings) -> None:
+    """Encode a table, and write its tokens into a folder."""
     problems = RowProblems()
     systems: dict[int, str] = {}
     if table.documents:
@@ -251,7 +251,7 @@ def write_shard(folder: Path, table: Table, encoding: EncodingSettings) -> None:
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in ARRAYS}
         for chunk in chunks:
-            # Make the indices relative to the start of the shard
+            # Make the indices relative to the start of the table
             chunk.spans["start"] += tokens_written
             chunk.spans["stop"] += tokens_written
             chunk.spans["row"] += rows_written

@@ -53,7 +53,7 @@ def choose_eval_prompts(
         example = examples[int(index)]
 
         # Skip long answers, which take too much time, and truncated answers, which have no end.
-        prompt, answer, end = _split_last_turn(example)
+        prompt, answer, end = _divide_last_turn(example)
         if len(answer) >= _LONGEST_ANSWER or end not in tokenizer.eos_token_ids:
             continue
         eval_prompts.append(
@@ -69,7 +69,7 @@ def choose_eval_prompts(
     return eval_prompts
 
 
-def _split_last_turn(example: Example) -> tuple[list[int], list[int], int]:
+def _divide_last_turn(example: Example) -> tuple[list[int], list[int], int]:
     """Return the tokens before the last turn, the turn's own tokens, and its end token."""
     # The last turn is the last run of supervised tokens.
     supervised = np.flatnonzero(example.supervised)
@@ -130,7 +130,7 @@ def choose_format(
 def _choose_system(examples: Examples) -> tuple[str | None, bool]:
     """Return the system prompt of more than half of the rows, and whether the prompts are mixed.
 
-    They are mixed if no prompt is that common, or if no shard has kept it. A row without a system
+    They are mixed if no prompt is that common, or if no table has kept it. A row without a system
     prompt counts as one with an empty prompt, which is returned as None. Rows of kind text do not
     count.
     """
@@ -144,9 +144,9 @@ def _choose_system(examples: Examples) -> tuple[str | None, bool]:
         return None, True
 
     common = int(found[np.argmax(counts)])
-    for shard in examples.shards:
-        if common in shard.systems:
-            return shard.systems[common], False
+    for table in examples.tables:
+        if common in table.systems:
+            return table.systems[common], False
     return None, common != 0
 
 

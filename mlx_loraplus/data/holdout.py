@@ -77,8 +77,8 @@ def group_conversations(examples: Examples, *, with_parts: bool = True) -> np.nd
     rows_of_group = np.bincount(pairs[:, 0])
     is_single = rows_of_group[groups] == 1
 
-    has_documents = np.array([shard.documents for shard in examples.shards], bool)
-    is_divided = has_documents[examples.spans["shard"]] & is_single
+    has_documents = np.array([table.documents for table in examples.tables], bool)
+    is_divided = has_documents[examples.spans["table"]] & is_single
     conversations[is_divided] = -1 - np.flatnonzero(is_divided)
     return conversations
 

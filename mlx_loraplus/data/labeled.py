@@ -16,7 +16,7 @@ import numpy as np
 from ..config import ObjectiveConfig
 from ..errors import counted
 from .batches import Batch, Batches, lay_out
-from .dataset import Examples, Shard
+from .dataset import EncodedTable, Examples
 from .pairs import ComparedExamples
 from .stored_rows import KIND_NAMES
 from .tokenize import Example
@@ -29,16 +29,16 @@ class LabeledExamples(ComparedExamples):
     """The labeled answers of a split.
 
     Args:
-        shards: The shards that hold the tokens.
-        spans: The position of each answer in the shards, (examples,) SPAN.
+        tables: The tables that hold the tokens.
+        spans: The position of each answer in the tables, (examples,) SPAN.
 
     Attributes:
         is_desirable: The label of each answer, (examples,) bool.
         prompts: A digest of each prompt, (examples,).
     """
 
-    def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
-        super().__init__(shards, spans)
+    def __init__(self, tables: Sequence[EncodedTable], spans: np.ndarray):
+        super().__init__(tables, spans)
         self.is_desirable = self.of_rows("kind") == KIND_NAMES.index("desirable")
         self.prompts = self.of_rows("prompt_digest")
 
@@ -60,11 +60,11 @@ class LabeledExamples(ComparedExamples):
     @cached_property
     def desirable(self) -> Examples:
         """The desirable answers."""
-        return Examples(self.shards, self.spans[self.is_desirable])
+        return Examples(self.tables, self.spans[self.is_desirable])
 
     def take(self, indices: np.ndarray) -> "LabeledExamples":
         """Return the examples with these indices, in this order, without their reference."""
-        return LabeledExamples(self.shards, self.spans[indices])
+        return LabeledExamples(self.tables, self.spans[indices])
 
     def fingerprint(self) -> str:
         """Return a digest of the examples: their tokens, labels and order."""
@@ -95,13 +95,13 @@ class MismatchedAnswers(Examples):
     """
 
     def __init__(self, examples: Examples, others: np.ndarray):
-        super().__init__(examples.shards, examples.spans.copy())
+        super().__init__(examples.tables, examples.spans.copy())
         self.examples = examples
         self.others = others
         self.longest = int(examples.lengths.max(initial=0)) + 1
 
         # Compute the sizes of the mismatched answers before they are cut.
-        supervised = [SupervisedRuns(shard.supervised) for shard in examples.shards]
+        supervised = [SupervisedRuns(table.supervised) for table in examples.tables]
         prompts = _prompt_lengths(examples, supervised)
         self.lengths[:] = prompts + (examples.lengths - prompts)[others]
         self.target_counts[:] = examples.target_counts[others]
@@ -109,9 +109,9 @@ class MismatchedAnswers(Examples):
         # Correct the sizes of those that are cut.
         starts = (examples.spans["start"] + prompts)[others]
         stops = starts + self.longest - prompts
-        of_shard = examples.spans["shard"][others]
+        of_table = examples.spans["table"][others]
         for number, runs in enumerate(supervised):
-            cut = np.flatnonzero((self.lengths >= self.longest) & (of_shard == number))
+            cut = np.flatnonzero((self.lengths >= self.longest) & (of_table == number))
             start, stop = starts[cut], stops[cut]
             self.lengths[cut] = prompts[cut] + runs.last_before(stop) - start
             self.target_counts[cut] = runs.count(start, stop)
@@ -172,7 +172,7 @@ def note_labels(examples: LabeledExamples, objective: ObjectiveConfig, split: st
 
 
 class SupervisedRuns:
-    """The supervised tokens of a shard as runs of adjacent tokens, to look up many at once.
+    """The supervised tokens of a table as runs of adjacent tokens, to look up many at once.
 
     Args:
         supervised: Whether each token is supervised, (tokens,) bool.
@@ -214,9 +214,9 @@ def _prompt_lengths(examples: Examples, supervised: Sequence[SupervisedRuns]) ->
     """
     lengths = np.zeros(len(examples), np.int64)
     for number, runs in enumerate(supervised):
-        in_shard = np.flatnonzero(examples.spans["shard"] == number)
-        starts = examples.spans["start"][in_shard]
-        lengths[in_shard] = runs.first_from(starts + 1) - starts
+        in_table = np.flatnonzero(examples.spans["table"] == number)
+        starts = examples.spans["start"][in_table]
+        lengths[in_table] = runs.first_from(starts + 1) - starts
     return lengths
 
 

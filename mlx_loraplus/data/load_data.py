@@ -14,13 +14,13 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import ObjectiveConfig, TrainConfig
 from ..errors import DataError
 from .data_problems import find_problems
-from .dataset import SPAN, Examples, open_shard
+from .dataset import SPAN, EncodedTable, Examples, open_encoded_table
 from .encoding_settings import EncodingSettings
 from .fields_setting import parse_names
 from .holdout import has_holdout, hold_out
 from .labeled import LabeledExamples, note_labels
 from .labeled_rows import make_labeled
-from .long_rows import truncate_or_split
+from .long_rows import limit_lengths
 from .overlaps import find_overlaps
 from .pairs import Pairs, limit_pairs
 from .preference_rows import make_pair
@@ -163,8 +163,8 @@ def _load_split(
     report: SplitReport,
 ) -> Examples:
     """Return a split's examples, limited to the maximum length, and report on their rows."""
-    # Open the shard of each table. A source is one name of --data: split → tables
-    shards = []
+    # Encode each table. A source is one name of --data: split → tables
+    tables: list[EncodedTable] = []
     spans = []
     for number, source in enumerate(sources):
         for table in source.get(split, ()):
@@ -174,25 +174,25 @@ def _load_split(
                     f"{table.name} holds text and no preferences: give a file whose rows have"
                     f" {needed}, or --objective sft"
                 )
-            shard = open_shard(table, encoding)
-            report.add(shard)
+            encoded = open_encoded_table(table, encoding)
+            report.add(encoded)
             report.notes += table.notes
 
             # Limit the examples to the maximum length, which is stored in the report
-            limit = limit_pairs if objective.is_paired else truncate_or_split
-            limited = limit(shard, report)
+            limit = limit_pairs if objective.is_paired else limit_lengths
+            limited = limit(encoded, report)
             limited["source"] = number
-            limited["shard"] = len(shards)
-            shards.append(shard)
+            limited["table"] = len(tables)
+            tables.append(encoded)
             spans.append(limited)
 
-    # Join the examples of all shards
+    # Join the examples of all tables
     if objective.is_paired:
-        return Pairs(shards, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
+        return Pairs(tables, np.concatenate([np.zeros((0, 2), SPAN), *spans]))
     if objective.is_labeled:
-        return LabeledExamples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
+        return LabeledExamples(tables, np.concatenate([np.zeros(0, SPAN), *spans]))
 
     # A single array is not copied, because it may be large
     if len(spans) == 1:
-        return Examples(shards, spans[0])
-    return Examples(shards, np.concatenate([np.zeros(0, SPAN), *spans]))
+        return Examples(tables, spans[0])
+    return Examples(tables, np.concatenate([np.zeros(0, SPAN), *spans]))

@@ -1,4 +1,4 @@
-"""Limit the rows of a shard to the maximum length, as the setting ``on_long`` says.
+"""Limit the rows of a table to the maximum length, as the setting ``on_long`` says.
 
 A longer row is truncated, dropped, split or refused, and the report counts it. When a row is split,
 each part begins with the last token of the previous part, so that every supervised token is
@@ -9,59 +9,59 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .dataset import SPAN, Shard, Span
+from .dataset import SPAN, EncodedTable, Span
 from .split_report import SplitReport
 
 
-def truncate_or_split(shard: Shard, report: SplitReport) -> np.ndarray:
-    """Return a new array: the spans of a shard's examples, limited to the maximum length.
+def limit_lengths(table: EncodedTable, report: SplitReport) -> np.ndarray:
+    """Return a new array: the spans of a table's examples, limited to the maximum length.
 
     Every example has a supervised token. ``on_long`` does not apply to documents, which are always
     split.
 
     Args:
-        shard: The shard.
+        table: The table.
         report: Provides the maximum length and ``on_long``, and counts the long rows.
     """
     limit = report.max_seq_length
-    if shard.documents:
-        return _split_documents(shard, limit)
+    if table.documents:
+        return _cut_documents(table, limit)
 
-    lengths = shard.spans["stop"] - shard.spans["start"]
+    lengths = table.spans["stop"] - table.spans["start"]
     is_long = lengths > limit
     if not is_long.any():
-        return np.array(shard.spans)
+        return np.array(table.spans)
 
     # Cut each long row into one or more pieces; a piece without a supervised token is dropped
     pieces: list[tuple[int, int, int]] = []
-    for span in shard.spans[is_long]:
+    for span in table.spans[is_long]:
         row, start, stop = int(span["row"]), int(span["start"]), int(span["stop"])
         if report.on_long == "truncate":
             pieces.append((row, start, start + limit))
         elif report.on_long == "split":
             pieces += _overlapping_pieces(row, start, stop, limit)
-    cut = _spans(shard, pieces)
+    cut = _spans(table, pieces)
 
     # Count the rows; with "error", they are reported as long and not as dropped
-    is_dropped = ~np.isin(shard.spans["start"][is_long], cut["start"])
+    is_dropped = ~np.isin(table.spans["start"][is_long], cut["start"])
     if report.on_long in ("split", "error"):
         is_dropped[:] = False
-    report.add_long(shard, np.flatnonzero(is_long), is_dropped)
+    report.add_long(table, np.flatnonzero(is_long), is_dropped)
     if report.on_long == "truncate":
         report.cut_rows += len(cut)
         report.cut_tokens += int(lengths[is_long][~is_dropped].sum()) - limit * len(cut)
 
     # Put the pieces where their rows were
-    spans = np.concatenate([shard.spans[~is_long], cut])
+    spans = np.concatenate([table.spans[~is_long], cut])
     return spans[np.argsort(spans["start"], kind="stable")]
 
 
-def _split_documents(shard: Shard, limit: int) -> np.ndarray:
+def _cut_documents(table: EncodedTable, limit: int) -> np.ndarray:
     """Return the spans of joined documents, cut at the maximum length."""
-    starts = np.arange(0, max(len(shard.tokens) - 1, 0), limit - 1)
-    rows = np.searchsorted(shard.spans["stop"], starts, side="right")
+    starts = np.arange(0, max(len(table.tokens) - 1, 0), limit - 1)
+    rows = np.searchsorted(table.spans["stop"], starts, side="right")
     pieces = zip(rows.tolist(), starts.tolist(), (starts + limit).tolist(), strict=True)
-    return _spans(shard, list(pieces))
+    return _spans(table, list(pieces))
 
 
 def _overlapping_pieces(row: int, start: int, stop: int, limit: int) -> list[tuple[int, int, int]]:
@@ -70,14 +70,14 @@ def _overlapping_pieces(row: int, start: int, stop: int, limit: int) -> list[tup
     return [(row, first, min(first + limit, stop)) for first in starts]
 
 
-def _spans(shard: Shard, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
+def _spans(table: EncodedTable, pieces: Sequence[tuple[int, int, int]]) -> np.ndarray:
     """Return a span for each (row, start, stop) with a supervised token after its first token."""
     spans = np.zeros(len(pieces), SPAN)
     used = 0
     for row, start, stop in pieces:
-        targets = np.flatnonzero(shard.supervised[start + 1 : stop])
+        targets = np.flatnonzero(table.supervised[start + 1 : stop])
         if len(targets):
-            stop = min(stop, len(shard.tokens))  # noqa: PLW2901
+            stop = min(stop, len(table.tokens))  # noqa: PLW2901
             inputs = int(targets[-1]) + 1
             spans[used] = Span(row, start, stop, inputs, len(targets))
             used += 1

@@ -228,15 +228,15 @@ def _check_tokenizer(limits: Limits, tokenizer: TokenizerWrapper) -> None:
 def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) -> None:
     """Check that examples hold no token id that the model can't read or predict."""
     sizes = {"embedding": limits.embedding, "head": limits.logits}
-    for number, shard in enumerate(examples.shards):
-        for table, rows in sizes.items():
-            if rows is None or shard.largest < rows:
+    for number, table in enumerate(examples.tables):
+        for layer, rows in sizes.items():
+            if rows is None or table.largest < rows:
                 continue
 
             # The model does not have to predict tokens that are not supervised.
-            places = np.flatnonzero(shard.tokens >= rows)
-            if table == "head":
-                places = places[shard.supervised[places]]
+            places = np.flatnonzero(table.tokens >= rows)
+            if layer == "head":
+                places = places[table.supervised[places]]
 
             # A token may be in the part of a row that was cut off.
             holders = _examples_with(examples, number, places)
@@ -247,7 +247,7 @@ def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) 
             starts = examples.spans["start"][holders]
             first = int(holders[np.argmin(starts)])
             place = places[np.searchsorted(places, starts.min())]
-            problem = _describe_unknown_token(int(shard.tokens[place]), tokenizer, table, rows)
+            problem = _describe_unknown_token(int(table.tokens[place]), tokenizer, layer, rows)
             message = f"{examples.place(first)}: {problem}"
             if len(holders) > 1:
                 count = f"{len(holders):,} examples hold such tokens"
@@ -255,15 +255,15 @@ def _check_ids(limits: Limits, examples: Examples, tokenizer: TokenizerWrapper) 
             raise DataError(message)
 
 
-def _examples_with(examples: Examples, shard_number: int, places: np.ndarray) -> np.ndarray:
-    """Return the indices of the examples that contain any of these tokens of a shard.
+def _examples_with(examples: Examples, table_number: int, places: np.ndarray) -> np.ndarray:
+    """Return the indices of the examples that contain any of these tokens of a table.
 
     Args:
         examples: The examples.
-        shard_number: The index of the shard.
-        places: Sorted indices into the shard's tokens.
+        table_number: The index of the table.
+        places: Sorted indices into the table's tokens.
     """
-    indices = np.flatnonzero(examples.spans["shard"] == shard_number)
+    indices = np.flatnonzero(examples.spans["table"] == table_number)
     before_start = np.searchsorted(places, examples.spans["start"][indices])
     before_stop = np.searchsorted(places, examples.spans["stop"][indices])
     return indices[before_stop > before_start]

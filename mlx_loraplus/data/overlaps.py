@@ -108,10 +108,10 @@ def _leaks(
 
     # The parts of one document may be in both splits
     is_part_of_both = np.zeros(len(examples), bool)
-    if examples.shards is others.shards:
-        has_documents = np.array([shard.documents for shard in examples.shards], bool)
+    if examples.tables is others.tables:
+        has_documents = np.array([table.documents for table in examples.tables], bool)
         is_in_both = np.isin(examples.row_numbers(), others.row_numbers())
-        is_part_of_both = is_in_both & has_documents[examples.spans["shard"]]
+        is_part_of_both = is_in_both & has_documents[examples.spans["table"]]
 
     # Count each row only for the first kind of overlap that it has
     is_counted = is_part_of_both.copy()

@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from .batches import Batch, Batches, lay_out, ordered_rows
-from .dataset import Examples, Shard
-from .long_rows import truncate_or_split
+from .dataset import EncodedTable, Examples
+from .long_rows import limit_lengths
 from .split_report import SplitReport
 from .tokenize import Example
 
@@ -24,8 +24,8 @@ class ComparedExamples(Examples):
         reference: log pi_ref of both answers, (examples, 2) float32; 0 until it is computed.
     """
 
-    def __init__(self, shards: Sequence[Shard], spans: np.ndarray):
-        super().__init__(shards, spans)
+    def __init__(self, tables: Sequence[EncodedTable], spans: np.ndarray):
+        super().__init__(tables, spans)
         self.reference = np.zeros((len(spans), 2), np.float32)
 
     @property
@@ -38,8 +38,8 @@ class Pairs(ComparedExamples):
     """The pairs of a split; an index returns the chosen answer.
 
     Args:
-        shards: The shards that hold the tokens.
-        answers: The position of both answers in the shards, (pairs, 2) SPAN.
+        tables: The tables that hold the tokens.
+        answers: The position of both answers in the tables, (pairs, 2) SPAN.
 
     Attributes:
         chosen: The chosen answers, as examples.
@@ -48,17 +48,17 @@ class Pairs(ComparedExamples):
         target_counts: Number of supervised tokens of both answers, (pairs,).
     """
 
-    def __init__(self, shards: Sequence[Shard], answers: np.ndarray):
+    def __init__(self, tables: Sequence[EncodedTable], answers: np.ndarray):
         # The tokens of the rejected answer follow those of the chosen one.
         spans = answers[:, 0].copy()
         spans["stop"] = answers["stop"][:, 1]
         spans["inputs"] = answers["inputs"].max(axis=1)
         spans["targets"] = answers["targets"].sum(axis=1)
-        super().__init__(shards, spans)
+        super().__init__(tables, spans)
 
         self.answers = answers
-        self.chosen = Examples(shards, answers[:, 0])
-        self.rejected = Examples(shards, answers[:, 1])
+        self.chosen = Examples(tables, answers[:, 0])
+        self.rejected = Examples(tables, answers[:, 1])
 
     @property
     def both(self) -> tuple[Examples, Examples]:
@@ -72,7 +72,7 @@ class Pairs(ComparedExamples):
 
     def take(self, indices: np.ndarray) -> "Pairs":
         """Return the pairs with these indices, in this order, without their reference."""
-        return Pairs(self.shards, self.answers[indices])
+        return Pairs(self.tables, self.answers[indices])
 
     def fingerprint(self) -> str:
         """Return a digest of the pairs: their tokens, their supervision and their order."""
@@ -88,17 +88,17 @@ class Pairs(ComparedExamples):
         return rows
 
 
-def limit_pairs(shard: Shard, report: SplitReport) -> np.ndarray:
-    """Return the answers of a shard's pairs, limited to the maximum length, (pairs, 2) SPAN.
+def limit_pairs(table: EncodedTable, report: SplitReport) -> np.ndarray:
+    """Return the answers of a table's pairs, limited to the maximum length, (pairs, 2) SPAN.
 
     A pair is dropped if one of its answers is, or if truncation has made both equal.
 
     Args:
-        shard: The shard, with two adjacent examples for each row.
-        report: As for ``truncate_or_split``; a truncated answer counts as a row.
+        table: The table, with two adjacent examples for each row.
+        report: As for ``limit_lengths``; a truncated answer counts as a row.
     """
     dropped = report.dropped
-    spans = truncate_or_split(shard, report)
+    spans = limit_lengths(table, report)
     first = np.flatnonzero(spans["row"][:-1] == spans["row"][1:])
     pairs = np.stack([spans[first], spans[first + 1]], axis=1)
 
@@ -106,13 +106,13 @@ def limit_pairs(shard: Shard, report: SplitReport) -> np.ndarray:
     is_cut = (pairs["stop"] - pairs["start"] == report.max_seq_length).any(axis=1)
     differs = np.ones(len(pairs), bool)
     for index in np.flatnonzero(is_cut):
-        one, other = (shard.tokens[span["start"] : span["stop"]] for span in pairs[index])
+        one, other = (table.tokens[span["start"] : span["stop"]] for span in pairs[index])
         differs[index] = not np.array_equal(one, other)
     report.equal += len(pairs) - int(differs.sum())
 
     # Count rows, not answers. With on_long "error", long rows are reported, and not dropped.
     if report.on_long != "error":
-        report.dropped = dropped + len(shard.rows) - len(pairs)
+        report.dropped = dropped + len(table.rows) - len(pairs)
     return pairs[differs]
 
 

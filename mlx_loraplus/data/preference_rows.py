@@ -39,7 +39,7 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     # Make a row for each answer.
     notes = found.notes
     if "prompt" not in fields:
-        fields |= _split_conversations(fields["chosen"], fields["rejected"])
+        fields |= _divide_conversations(fields["chosen"], fields["rejected"])
         notes = (*notes, _SHARED)
     chosen = make_answer(fields, "chosen", line)
     rejected = make_answer(fields, "rejected", line)
@@ -55,7 +55,7 @@ def make_pair(row: object, line: int, names: Mapping[str, str] | None = None) ->
     )
 
 
-def _split_conversations(chosen: object, rejected: object) -> dict[str, Any]:
+def _divide_conversations(chosen: object, rejected: object) -> dict[str, Any]:
     """Return the prompt and the two answers of two conversations that begin with the same messages.
 
     Raises:

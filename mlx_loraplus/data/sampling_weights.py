@@ -71,7 +71,7 @@ class WeightedExamples(Examples):
     """
 
     def __init__(self, examples: Examples, weights: Sequence[float], seed: int):
-        super().__init__(examples.shards, examples.spans)
+        super().__init__(examples.tables, examples.spans)
         self._sources: list[_WeightedSource] = []
         for number, weight in enumerate(weights):
             indices = np.flatnonzero(examples.spans["source"] == number)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from .dataset import Shard
+from .dataset import EncodedTable
 from .join_groups import MOST_BRANCHES, Joins
 from .prefix_digests import PART, inverses
 
@@ -21,25 +21,25 @@ _SHORTEST_OVERLAP = 64  # characters of an end that begins another row, without 
 
 
 def join_shared_parts(
-    shards: Sequence[Shard], groups: np.ndarray, is_joinable: np.ndarray
+    tables: Sequence[EncodedTable], groups: np.ndarray, is_joinable: np.ndarray
 ) -> np.ndarray:
     """Return the group of each row, after joining the groups that share a part.
 
     Args:
-        shards: The shards.
-        groups: The group of each row of all shards, (rows,).
+        tables: The tables.
+        groups: The group of each row of all tables, (rows,).
         is_joinable: Whether the group of each row may be joined, (rows,) bool.
     """
-    keys = np.concatenate([shard.rows["part_key"] for shard in shards])
+    keys = np.concatenate([table.rows["part_key"] for table in tables])
     keys[~is_joinable] = 0
     known = np.unique(keys)
-    found = np.concatenate(list(_contained(shards, known)))
+    found = np.concatenate(list(_contained(tables, known)))
     found = found[is_joinable[found[:, 1]]]
     if not len(found):
         return groups
 
     # The longest row of each group that contains a key
-    lengths = np.concatenate([shard.rows["part_count"] for shard in shards])
+    lengths = np.concatenate([table.rows["part_count"] for table in tables])
     found = found[np.argsort(-lengths[found[:, 1]], kind="stable")]
     containing = _rare(found, groups, len(known))
 
@@ -51,7 +51,7 @@ def join_shared_parts(
     beginning = _rare(first, groups, len(known))
 
     # Compare the texts of the pairs that are not joined yet
-    texts = _Texts(shards)
+    texts = _Texts(tables)
     joins = Joins()
     stops = np.searchsorted(beginning[:, 0], np.arange(len(known) + 1))
     for key, container, place in containing.tolist():
@@ -62,17 +62,17 @@ def join_shared_parts(
     return joins.apply(groups)
 
 
-def _contained(shards: Sequence[Shard], known: np.ndarray) -> Iterator[np.ndarray]:
+def _contained(tables: Sequence[EncodedTable], known: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the known keys after the beginning of each row, (found, 3): key, row, place in it."""
     yield np.zeros((0, 3), np.int64)
     first_row = 0
-    for shard in shards:
-        counts = shard.rows["part_count"].astype(np.int64)
+    for table in tables:
+        counts = table.rows["part_count"].astype(np.int64)
         stops = np.cumsum(counts)
         for first in range(0, len(counts), _BLOCK):
             block = slice(first, first + _BLOCK)
             start = int(stops[first - 1]) if first else 0
-            parts = _read_parts(shard, start, int(stops[block][-1]) - start)
+            parts = _read_parts(table, start, int(stops[block][-1]) - start)
 
             # Row and place of each part; the first place of a row is its beginning
             rows = np.repeat(np.arange(len(counts[block])), counts[block])
@@ -105,24 +105,24 @@ def _rare(found: np.ndarray, groups: np.ndarray, keys: int) -> np.ndarray:
 class _Texts:
     """Reads the parts of single rows."""
 
-    def __init__(self, shards: Sequence[Shard]):
-        self.shards = shards
-        self.first_rows = np.cumsum([0, *(len(shard.rows) for shard in shards)])
-        self.stops = [np.cumsum(shard.rows["part_count"], dtype=np.int64) for shard in shards]
+    def __init__(self, tables: Sequence[EncodedTable]):
+        self.tables = tables
+        self.first_rows = np.cumsum([0, *(len(table.rows) for table in tables)])
+        self.stops = [np.cumsum(table.rows["part_count"], dtype=np.int64) for table in tables]
 
     def read(self, row: int) -> np.ndarray:
-        """Return the places of a row of all shards, (parts,) PART."""
+        """Return the places of a row of all tables, (parts,) PART."""
         number = int(np.searchsorted(self.first_rows, row, side="right")) - 1
         stops = self.stops[number]
         own = row - int(self.first_rows[number])
         start = int(stops[own - 1]) if own else 0
-        return _read_parts(self.shards[number], start, int(stops[own]) - start)
+        return _read_parts(self.tables[number], start, int(stops[own]) - start)
 
 
-def _read_parts(shard: Shard, start: int, count: int) -> np.ndarray:
-    if shard.parts is None or not count:
+def _read_parts(table: EncodedTable, start: int, count: int) -> np.ndarray:
+    if table.parts is None or not count:
         return np.zeros(0, PART)
-    return np.fromfile(shard.parts, PART, count, offset=PART.itemsize * start)
+    return np.fromfile(table.parts, PART, count, offset=PART.itemsize * start)
 
 
 def _agree(text: np.ndarray, container: np.ndarray, place: int) -> bool:

@@ -22,11 +22,11 @@ from typing import Any, Literal
 from ..errors import DataError
 from ..files import describe_entry, is_not_ordinary_file
 from ..hub_access import hub_reachable
+from .data_file_names import check_shards, find_unused, stem_of
 from .demo import demo_rows
 from .hub_rows import dataset_rows
 from .missing_data import check_spaces, file_type_hint, missing_hint, show_name
 from .readers import READERS, RawRow
-from .shard_files import check_shards, find_unused, stem_of
 
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
@@ -55,7 +55,7 @@ class Table:
         name: Prefix of each row's location, for example "train.jsonl".
         rows: Returns a new iterator over (row number, row) at each call.
         identity: Returns a digest of the data that the rows are read from.
-        documents: Text files that are joined and split into examples. They replace ``rows``.
+        documents: Text files that are joined and cut into examples. They replace ``rows``.
         notes: Notes for the report, for example on files that are not used.
     """
 

@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from ..errors import counted
-from .dataset import Examples, Shard
+from .dataset import EncodedTable, Examples
 from .row_problems import MOST_KEPT
 from .stored_rows import KIND_NAMES
 
@@ -108,28 +108,28 @@ class SplitReport:
         for kind, count in zip(kinds, counts, strict=True):
             self.kinds[KIND_NAMES[kind]] = int(count)
 
-    def add(self, shard: Shard) -> None:
-        """Add a shard's bad rows and notes."""
-        problems = shard.problems
+    def add(self, table: EncodedTable) -> None:
+        """Add a table's bad rows and notes."""
+        problems = table.problems
         self.bad += problems.bad
-        self.bad_rows += problems.places(shard.name)
+        self.bad_rows += problems.places(table.name)
         self.lacks_fields |= problems.lacks_fields
         for note, (count, line) in problems.notes.items():
-            self.notes.append(f"{note} ({counted(count, 'row')}, for example {shard.name}:{line})")
+            self.notes.append(f"{note} ({counted(count, 'row')}, for example {table.name}:{line})")
 
-    def add_long(self, shard: Shard, long: np.ndarray, dropped: np.ndarray) -> None:
-        """Add a shard's long rows.
+    def add_long(self, table: EncodedTable, long: np.ndarray, dropped: np.ndarray) -> None:
+        """Add a table's long rows.
 
         Args:
-            shard: The shard.
+            table: The table.
             long: Indices of the examples that are too long.
             dropped: Which of them are dropped, (long examples,) bool.
         """
         self.long += len(long)
         self.dropped += int(dropped.sum())
         for index, is_dropped in zip(long[:MOST_KEPT], dropped[:MOST_KEPT], strict=True):
-            span = shard.spans[index]
-            line = shard.rows["line"][span["row"]]
+            span = table.spans[index]
+            line = table.rows["line"][span["row"]]
             length = span["stop"] - span["start"]
             outcome = ", dropped" if is_dropped else ""
-            self.long_rows.append(f"{shard.name}:{line} ({length:,} tokens{outcome})")
+            self.long_rows.append(f"{table.name}:{line} ({length:,} tokens{outcome})")

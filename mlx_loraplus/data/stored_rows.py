@@ -1,4 +1,4 @@
-"""What a shard keeps of each row: its line, its kind, and digests of its text.
+"""What an encoded table keeps of each row: its line, its kind, and digests of its text.
 
 The digests find duplicates, leaks and conversations without reading the tokens.
 """

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.eval_prompts import _split_last_turn
+from mlx_loraplus.data.eval_prompts import _divide_last_turn
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.load_data import load_data
 from mlx_loraplus.inference.generate import load, system_message
@@ -50,7 +50,7 @@ def main() -> int:
             form=format_of(model),
             tools=row.get("tools", ()),
         )
-        same += ids == _split_last_turn(example)[0]
+        same += ids == _divide_last_turn(example)[0]
     print(f"{same} of {len(rows)} prompts are those of training")
     return int(same != len(rows))
 

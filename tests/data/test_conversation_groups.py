@@ -123,8 +123,8 @@ def test_a_row_that_continues_or_begins_one_of_train_is_reported(
 def group(tmp_path: Path, letters: LetterTokenizer, *texts: str) -> list[int]:
     """Return the conversation of each text, as numbers in the order of the first texts."""
     rows = "\n".join(json.dumps({"text": text}) for text in texts)
-    (shard,) = load(letters(), write(tmp_path / "data", train=rows)).examples["train"].shards
-    (found,) = find_conversations([shard])
+    (table,) = load(letters(), write(tmp_path / "data", train=rows)).examples["train"].tables
+    (found,) = find_conversations([table])
     return [found.tolist().index(number) for number in found]
 
 
@@ -168,8 +168,8 @@ def test_prompts_with_many_answers_are_no_common_opening(tmp_path: Path, letters
     rows = [{"prompt": prompt, "completion": f"joke {n}"} for n in range(20)]
     rows.append({"prompt": f"{prompt} It must be short.", "completion": "no"})
     file = write(tmp_path / "data", train="\n".join(map(json.dumps, rows))) / "train.jsonl"
-    shards = load(letters(), file).examples["train"].shards
-    assert len(set(find_conversations(shards)[0].tolist())) == 1
+    tables = load(letters(), file).examples["train"].tables
+    assert len(set(find_conversations(tables)[0].tolist())) == 1
 
 
 @pytest.mark.parametrize(
@@ -232,8 +232,8 @@ def test_a_long_opening_that_many_rows_share_ties_nothing(
         folder = write(tmp_path / "data", train="\n".join(map(json.dumps, rows[form])))
 
     tokenizer = letters("chatml", **CHATML) if form == "chat" else letters()
-    shards = load(tokenizer, folder, max_seq_length=2**17).examples["train"].shards
-    (found,) = find_conversations(shards)
+    tables = load(tokenizer, folder, max_seq_length=2**17).examples["train"].tables
+    (found,) = find_conversations(tables)
     assert len(set(found.tolist())) == len(texts)
 
 
@@ -285,7 +285,7 @@ def test_a_conversation_with_other_system_messages_stays_together(
     for count in (MOST_BRANCHES, 2 * MOST_BRANCHES + 4):
         rows = [persona(number, 1 + number % 2) for number in range(count)]
         folder = write(tmp_path / str(count), train="\n".join(map(json.dumps, rows)))
-        (found,) = find_conversations(load(tokenizer, folder).examples["train"].shards)
+        (found,) = find_conversations(load(tokenizer, folder).examples["train"].tables)
         assert len(set(found.tolist())) == (1 if count == MOST_BRANCHES else count)
 
 

@@ -1,4 +1,4 @@
-"""The token cache: shards are written once and completely, and only reused if nothing changed."""
+"""The token cache: tables are written once and completely, and only reused if nothing changed."""
 
 import os
 import subprocess
@@ -50,13 +50,13 @@ def test_what_makes_other_tokens_makes_another_shard(tmp_path: Path, cache: Path
     assert texts(examples, tokenizer) == ["ac</s>"]
 
 
-def test_a_crash_halfway_leaves_no_shard(
+def test_a_crash_halfway_leaves_no_table(
     tmp_path: Path, cache: Path, letters, monkeypatch: pytest.MonkeyPatch
 ):
-    import mlx_loraplus.data.dataset as shards
+    from mlx_loraplus.data import dataset
 
     folder = write(tmp_path / "data", train="\n".join([GOOD] * 2000))
-    real, calls = shards.encode, []
+    real, calls = dataset.encode, []
 
     def encode(*arguments: Any) -> Any:
         calls.append(1)
@@ -64,7 +64,7 @@ def test_a_crash_halfway_leaves_no_shard(
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(shards, "encode", encode)
+    monkeypatch.setattr(dataset, "encode", encode)
     with pytest.raises(KeyboardInterrupt):
         load(letters(), folder)
     assert list(cache.iterdir()) == []
@@ -76,17 +76,17 @@ def test_a_killed_build_is_not_taken_for_a_shard(tmp_path: Path, cache: Path, le
     code = f"""
 import os, sys
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-import mlx_loraplus.data.dataset as shards
+from mlx_loraplus.data import dataset
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.settings import configure
 from mlx_loraplus.data.load_data import load_data
 from tests.data.conftest import make_letters
-shards._MAX_ROWS = 10
-real = shards.encode
+dataset._MAX_ROWS = 10
+real = dataset.encode
 def encode(*arguments, calls=[]):
     calls.append(1)
     return os._exit(9) if len(calls) == 5 else real(*arguments)
-shards.encode = encode
+dataset.encode = encode
 load_data(configure(TrainConfig, {{"data": {str(folder)!r}}}), make_letters())
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 9
@@ -98,16 +98,16 @@ load_data(configure(TrainConfig, {{"data": {str(folder)!r}}}), make_letters())
 def test_a_file_that_changes_while_it_is_read_is_refused(
     tmp_path: Path, letters, monkeypatch: pytest.MonkeyPatch
 ):
-    import mlx_loraplus.data.dataset as shards
+    from mlx_loraplus.data import dataset
 
-    file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", shards.encode
+    file, real = write(tmp_path / "data", train=GOOD) / "train.jsonl", dataset.encode
 
     def encode(*arguments: Any) -> Any:
         with file.open("a") as opened:
             opened.write(f"\n{GOOD}")
         return real(*arguments)
 
-    monkeypatch.setattr(shards, "encode", encode)
+    monkeypatch.setattr(dataset, "encode", encode)
     with pytest.raises(DataError, match=r"train\.jsonl changed while it was read"):
         load(letters(), file)
 

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
-from mlx_loraplus.data.long_rows import truncate_or_split
+from mlx_loraplus.data.long_rows import limit_lengths
 from mlx_loraplus.data.sampling_weights import WeightedExamples
 from mlx_loraplus.data.split_report import SplitReport
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.make_batches import plan_batches
 from tests.data.reading import GOOD, load, texts, write
-from tests.data.test_long_rows import shard_of, supervision
+from tests.data.test_long_rows import supervision, table_of
 
 # --- valid_split and weights
 
@@ -94,9 +94,9 @@ def test_a_split_that_can_not_be(tmp_path: Path, letters):
 def test_any_split_parts_the_rows(asked, share, seed):
     if len(set(asked)) < 2:
         return
-    shard = shard_of([[False, True]] * len(asked))
-    shard.rows["prompt_digest"] = shard.rows["opening_digest"] = asked
-    examples = Examples([shard], shard.spans)
+    table = table_of([[False, True]] * len(asked))
+    table.rows["prompt_digest"] = table.rows["opening_digest"] = asked
+    examples = Examples([table], table.spans)
     train, valid = split_holdout(examples, group_conversations(examples), share, seed)
     rows = [examples.spans["row"].tolist() for examples in (train, valid)]
     assert sorted(rows[0] + rows[1]) == list(range(len(asked)))
@@ -127,16 +127,16 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     assert {sum(epoch.count(f"b{n}") for epoch in epochs) for n in range(4)} == {9}
     again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
     assert again.fingerprint() == train.fingerprint()
-    shard = shard_of([[False, True]] * 3)
+    table = table_of([[False, True]] * 3)
     with pytest.raises(DataError, match=r"data_weights 0\.1 selects none of 3 rows"):
-        WeightedExamples(Examples([shard], shard.spans), [0.1], 0)
+        WeightedExamples(Examples([table], table.spans), [0.1], 0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows=supervision, weight=st.floats(0.1, 2.9), pack=st.booleans(), seed=st.integers(0, 3))
 def test_every_row_is_seen_equally_often_whatever_the_weight(rows, weight, pack, seed):
-    shard = shard_of(rows)
-    whole = Examples([shard], truncate_or_split(shard, SplitReport(64, "split")))
+    table = table_of(rows)
+    whole = Examples([table], limit_lengths(table, SplitReport(64, "split")))
     if round(weight % 1 * len(whole)) + int(weight) == 0:
         return
     config = configure(TrainConfig, {"batch_size": 3, "max_seq_length": 64, "pack": pack})

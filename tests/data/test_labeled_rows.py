@@ -10,7 +10,7 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import SPAN, Examples, Shard
+from mlx_loraplus.data.dataset import SPAN, EncodedTable, Examples
 from mlx_loraplus.data.fields_setting import parse_names
 from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.data.labeled import LabeledBatches, LabeledExamples
@@ -175,10 +175,10 @@ def test_mismatched_answers_with_unsupervised_tokens_between(folder: Path):
         spans["row"], spans["start"] = np.arange(30), 20 * np.arange(30)
         spans["stop"] = spans["start"] + 20
         examples.append(
-            Shard("rows", False, np.arange(600), supervised, rows, spans, RowProblems(), 600)
+            EncodedTable("rows", False, np.arange(600), supervised, rows, spans, RowProblems(), 600)
         )
-    spans = np.concatenate([shard.spans for shard in examples])
-    spans["shard"][30:] = 1
+    spans = np.concatenate([table.spans for table in examples])
+    spans["table"][30:] = 1
     spans = np.random.default_rng(1).permutation(spans)
     whole = [example.supervised for example in Examples(examples, spans)]
     spans["inputs"] = [np.flatnonzero(each)[-1] for each in whole]

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_loraplus.config import TrainConfig
-from mlx_loraplus.data.dataset import SPAN, Examples, Shard
-from mlx_loraplus.data.long_rows import truncate_or_split
+from mlx_loraplus.data.dataset import SPAN, EncodedTable, Examples
+from mlx_loraplus.data.long_rows import limit_lengths
 from mlx_loraplus.data.row_problems import RowProblems
 from mlx_loraplus.data.split_report import SplitReport
 from mlx_loraplus.data.stored_rows import ROW
@@ -67,8 +67,8 @@ def test_long_rows(tmp_path: Path, letters):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")
 
 
-def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
-    """Return a shard of examples with this supervision, whose token ids are their positions."""
+def table_of(supervised: list[list[bool]], *, documents: bool = False) -> EncodedTable:
+    """Return a table of examples with this supervision, whose token ids are their positions."""
     lengths = [len(row) for row in supervised]
     stops = np.cumsum(lengths)
     spans = np.zeros(len(supervised), SPAN)
@@ -80,7 +80,7 @@ def shard_of(supervised: list[list[bool]], *, documents: bool = False) -> Shard:
     numbers = np.arange(len(rows)) + 1
     for name in ("line", "row_digest", "prompt_digest", "opening_digest"):
         rows[name] = numbers
-    return Shard(
+    return EncodedTable(
         "train.jsonl",
         documents,
         tokens,
@@ -110,9 +110,9 @@ def learned_tokens(examples: Examples) -> list[int]:
     on_long=st.sampled_from(["truncate", "drop", "split"]),
 )
 def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
-    shard, report = shard_of(rows), SplitReport(limit, on_long)
-    examples = Examples([shard], truncate_or_split(shard, report))
-    got, every = learned_tokens(examples), np.flatnonzero(shard.supervised)
+    table, report = table_of(rows), SplitReport(limit, on_long)
+    examples = Examples([table], limit_lengths(table, report))
+    got, every = learned_tokens(examples), np.flatnonzero(table.supervised)
     assert len(set(got)) == len(got), "none is learned twice"
     assert set(got) <= set(every.tolist()), "and none that is not supervised"
     for index, example in enumerate(examples):
@@ -125,15 +125,15 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
     if on_long == "split":
         assert got == every.tolist(), "all are learned"
     else:
-        starts = shard.spans["start"]
-        fits = shard.spans["stop"] - starts <= limit
+        starts = table.spans["start"]
+        fits = table.spans["stop"] - starts <= limit
         kept = [
             token
-            for start, stop, whole in zip(starts, shard.spans["stop"], fits, strict=True)
+            for start, stop, whole in zip(starts, table.spans["stop"], fits, strict=True)
             for token in range(
                 start, stop if whole else start + limit if on_long == "truncate" else start
             )
-            if shard.supervised[token]
+            if table.supervised[token]
         ]
         assert got == kept
         cut = [
@@ -143,7 +143,7 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
         ]
         assert (report.cut_rows, report.dropped) == (len(cut), int((~fits).sum()) - len(cut))
         assert report.cut_tokens == sum(len(rows[n]) - limit for n in cut)
-    assert report.long == (shard.spans["stop"] - shard.spans["start"] > limit).sum()
+    assert report.long == (table.spans["stop"] - table.spans["start"] > limit).sum()
 
 
 @settings(max_examples=100, deadline=None)
@@ -153,16 +153,16 @@ def test_no_supervised_token_is_lost_twice_or_wrong(rows, limit, on_long):
     bos=st.booleans(),
 )
 def test_joined_documents_lose_no_token(lengths, limit, bos):
-    shard = shard_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
-    examples = Examples([shard], truncate_or_split(shard, SplitReport(limit, "error")))
-    assert learned_tokens(examples) == [n for n in np.flatnonzero(shard.supervised) if n > 0]
+    table = table_of([[not bos, *[True] * (length - 1)] for length in lengths], documents=True)
+    examples = Examples([table], limit_lengths(table, SplitReport(limit, "error")))
+    assert learned_tokens(examples) == [n for n in np.flatnonzero(table.supervised) if n > 0]
     assert all(len(example.tokens) == limit for example in list(examples)[:-2]) or limit == 2
     for index in range(len(examples)):
         line = int(examples.place(index).split(":")[1])
         assert (
-            shard.spans["start"][line - 1]
+            table.spans["start"][line - 1]
             <= examples.spans["start"][index]
-            < shard.spans["stop"][line - 1]
+            < table.spans["stop"][line - 1]
         )
 
 
@@ -177,8 +177,8 @@ def test_joined_documents_lose_no_token(lengths, limit, bos):
 def test_an_epoch_of_batches_holds_every_supervised_token_once(
     rows, limit, pack, batch_size, epoch
 ):
-    shard = shard_of(rows)
-    examples = Examples([shard], truncate_or_split(shard, SplitReport(limit, "split")))
+    table = table_of(rows)
+    examples = Examples([table], limit_lengths(table, SplitReport(limit, "split")))
     config = configure(
         TrainConfig, {"batch_size": batch_size, "max_seq_length": limit, "pack": pack}
     )
@@ -189,7 +189,7 @@ def test_an_epoch_of_batches_holds_every_supervised_token_once(
         targets += batch.targets[batch.weights > 0].tolist()
         before = batch.tokens.flatten()[batch.positions[batch.weights > 0]]
         np.testing.assert_array_equal(before + 1, batch.targets[batch.weights > 0])
-    assert sorted(targets) == np.flatnonzero(shard.supervised).tolist()
+    assert sorted(targets) == np.flatnonzero(table.supervised).tolist()
 
 
 def test_documents_from_files(tmp_path: Path, letters):

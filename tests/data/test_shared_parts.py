@@ -162,14 +162,14 @@ ALIKE: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-def shards_of(letters: LetterTokenizer, folder: Path, rows: list[Any], **options: Any) -> Any:
+def examples_of(letters: LetterTokenizer, folder: Path, rows: list[Any], **options: Any) -> Any:
     file = write(folder, train="\n".join(map(json.dumps, rows)))
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     return load(tokenizer, file, max_seq_length=2**15, **options).examples
 
 
 def count_groups(letters: LetterTokenizer, folder: Path, rows: list[Any]) -> int:
-    (found,) = find_conversations(shards_of(letters, folder, rows)["train"].shards)
+    (found,) = find_conversations(examples_of(letters, folder, rows)["train"].tables)
     return len(set(found.tolist()))
 
 
@@ -265,7 +265,7 @@ def test_rows_that_hold_examples_of_other_rows_can_be_held_out(
         for before, own in zip(pairs[-1:] + pairs, pairs, strict=False)
     ]
     rows += [{"prompt": question, "completion": answer} for question, answer in pairs]
-    examples = shards_of(letters, tmp_path / "data", rows, valid_split=0.2)
+    examples = examples_of(letters, tmp_path / "data", rows, valid_split=0.2)
     assert len(set(group_conversations(examples["train"]).tolist())) < 10
     assert (len(examples["train"]), len(examples["valid"])) == (32, 8)
     (found,) = [str(each) for each in find_overlaps(examples) if each.count]

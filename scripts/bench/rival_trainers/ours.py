@@ -13,7 +13,7 @@ from mlx_loraplus import LoRAPlus
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.batches import Batches, trimmed
-from mlx_loraplus.data.dataset import SPAN, Shard
+from mlx_loraplus.data.dataset import SPAN, EncodedTable
 from mlx_loraplus.data.stored_rows import ROW
 from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.row_problems import RowProblems
@@ -87,7 +87,7 @@ def batches_of(task: Task) -> Batches:
 
 
 def pairs_of(task: Task) -> Pairs:
-    """Return the task's pairs as a table's shard has them."""
+    """Return the task's pairs as a table's table has them."""
     spans, start = np.zeros(len(task.rows), SPAN), 0
     for index, row in enumerate(task.rows):
         stop = start + len(row["tokens"])
@@ -99,8 +99,10 @@ def pairs_of(task: Task) -> Pairs:
         [np.arange(len(row["tokens"])) >= row["offset"] for row in task.rows]
     )
     rows = np.zeros(len(task.rows) // 2, ROW)
-    shard = Shard("pairs", False, tokens, supervised, rows, spans, RowProblems(), int(tokens.max()))
-    return Pairs([shard], spans.reshape(-1, 2))
+    table = EncodedTable(
+        "pairs", False, tokens, supervised, rows, spans, RowProblems(), int(tokens.max())
+    )
+    return Pairs([table], spans.reshape(-1, 2))
 
 
 if __name__ == "__main__":
