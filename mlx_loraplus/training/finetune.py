@@ -1,6 +1,7 @@
 """A run from data to adapter, for the train command and for a notebook's ``finetune``."""
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,14 +12,14 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.attach import attach_adapters
-from ..adapters.storage import write_trained
 from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
+from ..data.eval_prompts import EvalPrompt
 from ..data.load_data import load_examples
 from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
-from ..errors import DeviceError, OutputError
+from ..errors import DeviceError
 from ..files import locked
 from ..kernels.delta_rule import choices_for
 from ..keyword_types import TrainOptions
@@ -30,6 +31,7 @@ from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, no_log
 from ..runs.start_event import versions
+from ..runs.state import Outcome
 from ..runs.trackers import check_trackers, tracking
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import check_folder, find_run, read_checkpoint
@@ -58,7 +60,7 @@ from .run_fingerprint import (
     model_config,
     model_fingerprint,
 )
-from .run_writer import RunWriter, restore_best, start_folder, with_choices
+from .run_writer import RunWriter, start_folder, with_choices
 from .schedule import Schedule, schedule_of
 from .self_consistency import check_caches
 from .session import Session
@@ -198,53 +200,62 @@ def _choose_outputs(
 
 def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
-    world, run, checkpoint = session.world, session.run, session.checkpoint
+    # Attach the adapters. Search the learning rate if it is auto; otherwise, nothing changes.
     start = start_state(model, session)
-    trainable = start.trainable
-    # Search the learning rate if it is auto; otherwise, nothing changes.
-    state = choose_rate(session, start.state)
+    start = replace(start, state=choose_rate(session, start.state))
 
     # From the first write to the folder, Ctrl-C ends the run in order, so that it can be resumed.
     with interruptible() as stop_requested:
-        # Start or resume the history.
-        with world.sync_errors(), world.computing():
-            eval_prompts = choose_prompts(model, session)
-            if checkpoint is None:
-                start_history(session, state, trainable, eval_prompts, start.reference)
-            else:
-                resume_history(session, state, checkpoint)
-            if world.is_main:
-                start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
-        world.broadcast(model)
+        eval_prompts = _start_folder(model, session, start)
+        identity = with_choices(start.identity, start.state, session.run.config)
+        writer = RunWriter(session, start.state, identity)
+        session.show(session.run.start)
+        session.log(f"report: {session.run.folder / REPORT} shows the run while it trains")
+        outcome = _run_loop(session, start.state, writer, eval_prompts, stop_requested)
 
-        # Train.
-        writer = RunWriter(session, state, with_choices(start.identity, state, run.config))
-        session.show(run.start)
-        session.log(f"report: {run.folder / REPORT} shows the run while it trains")
-        try:
-            outcome = train(
-                state,
-                session.examples["valid"],
-                run.config,
-                report=record_events(session, state, eval_prompts),
-                save=writer.save,
-                world=world,
-                stop_requested=stop_requested,
-            )
-        except DeviceError as error:
-            raise writer.record_failure(error) from error.__cause__
-        except Exception as error:
-            writer.record_error(error)
-            raise
+    # Write the adapter and the report.
+    writer.finish(outcome)
 
-    # ``ending`` records the end. If the run is complete, put back the adapter of the best
-    # validation, and write it. The plot and the report follow.
+
+def _start_folder(model: nn.Module, session: Session, start: StartState) -> list[EvalPrompt]:
+    """Start or resume the history in the run's folder, and return the prompts to answer."""
+    world, run, checkpoint = session.world, session.run, session.checkpoint
+    with world.sync_errors(), world.computing():
+        eval_prompts = choose_prompts(model, session)
+        if checkpoint is None:
+            start_history(session, start.state, start.trainable, eval_prompts, start.reference)
+        else:
+            resume_history(session, start.state, checkpoint)
+        if world.is_main:
+            residuals = start.trainable.residuals
+            start_folder(run, start.state, anew=checkpoint is None, residuals=residuals)
+
+    # All processes start from the same parameters.
+    world.broadcast(model)
+    return eval_prompts
+
+
+def _run_loop(
+    session: Session,
+    state: TrainState,
+    writer: RunWriter,
+    eval_prompts: list[EvalPrompt],
+    stop_requested: Callable[[], bool],
+) -> Outcome:
+    """Train until the end or a stop, and return why training ended; record an error."""
     try:
-        with world.sync_errors(), writer.ending(outcome):
-            if world.is_main and run.finished:
-                restore_best(run, model, session.log)
-                write_trained(model, session.tokenizer, run.folder)
-    except OutputError as error:
+        return train(
+            state,
+            session.examples["valid"],
+            session.run.config,
+            report=record_events(session, state, eval_prompts),
+            save=writer.save,
+            world=session.world,
+            stop_requested=stop_requested,
+        )
+    except DeviceError as error:
+        raise writer.record_failure(error) from error.__cause__
+    except Exception as error:
         writer.record_error(error)
         raise
 

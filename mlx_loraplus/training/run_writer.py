@@ -1,8 +1,8 @@
 """What a run writes into its folder: checkpoints and the adapter, and at the end its report."""
 
 import json
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
@@ -113,23 +113,29 @@ class RunWriter:
         write_trained(state.model, self.session.tokenizer, run.folder)
         write_history(run.folder, run.history)
 
-    @contextmanager
-    def ending(self, outcome: Outcome) -> Generator[None]:
-        """Record how the run ended, and write the plot and the report after the block.
-
-        Inside the block, ``run.finished`` is already true if the run is complete.
+    def finish(self, outcome: Outcome) -> None:
+        """Record how the run ended, and write the adapter, the plot and the report.
 
         Raises:
             LoRAPlusError: On all processes, if no step took effect.
             OutputError: The last checkpoint or one of these files can't be written.
         """
+        try:
+            with self.session.world.sync_errors():
+                self._finish(outcome)
+        except OutputError as error:
+            self.record_error(error)
+            raise
+
+    def _finish(self, outcome: Outcome) -> None:
+        """Record the end and write the last files; see ``finish``."""
         run, progress = self.session.run, self.state.progress
         if self.save_error is not None:
             raise OutputError(
                 f"the last steps are not saved: {self.save_error}; then repeat them with --resume"
             )
 
-        # Record the end.
+        # Record the end. If the run is complete, ``run.finished`` is true from here on.
         no_effect = outcome in COMPLETE and progress.skipped >= progress.step
         event = self._end_event("failed" if no_effect else outcome)
         if no_effect:
@@ -138,11 +144,8 @@ class RunWriter:
 
         # Write the files that are complete only now.
         try:
-            yield
             if self.session.world.is_main:
-                write_history(run.folder, run.history)
-                write_picture(run.plot(), run.folder / PLOT)
-                write_report(run)
+                self._write_results()
         except KeyboardInterrupt:
             self.session.log(
                 f"warning: {outcome}: all steps are saved, but some files are not written yet;"
@@ -158,6 +161,21 @@ class RunWriter:
                 " with a lower --learning-rate or --lr-ratio, and check the model's answers"
                 " with mlx_loraplus.generate"
             )
+
+    def _write_results(self) -> None:
+        """Write the final adapter if the run is complete, then the history and its pictures."""
+        run = self.session.run
+        if run.finished:
+            self._write_final_adapter()
+        write_history(run.folder, run.history)
+        write_picture(run.plot(), run.folder / PLOT)
+        write_report(run)
+
+    def _write_final_adapter(self) -> None:
+        """Restore the adapter of the best validation if it is not the last one, and write it."""
+        model = self.state.model
+        _restore_best(self.session.run, model, self.session.log)
+        write_trained(model, self.session.tokenizer, self.session.run.folder)
 
     def record_error(self, error: Exception, *, checkpointing_helps: bool = False) -> None:
         """Record in the history and on the page that an error has ended the run.
@@ -288,7 +306,7 @@ def _describe_machine(state: TrainState) -> str:
     return f"# Machine: {', '.join(parts)}\n"
 
 
-def restore_best(run: Run, model: nn.Module, log: Log) -> None:
+def _restore_best(run: Run, model: nn.Module, log: Log) -> None:
     """Restore the adapter of the best validation if it is not the last one."""
     progress = run.progress
     best = progress.best_step
