@@ -1,8 +1,16 @@
 """Make an MLX model compute in float64, so that a comparison shows the formulas and not rounding.
 
-MLX's own norms and rotations compute in float32 whatever the type of their input, so they are
-replaced by the same formulas in MLX's basic operations. This works on the CPU only.
+MLX's own norms, rotations and attention compute in float32 whatever the type of their input, so
+they are replaced by the same formulas in MLX's basic operations. Our losses cast to ``mx.float32``,
+and use an exponential made for float32; within ``double_losses`` both are float64. MLX's exponential
+has a relative error of 2e-6 in float64, so a power of e stands for it. This works on the CPU only.
 """
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -43,6 +51,35 @@ class DoubleRoPE(nn.Module):
         return mx.concatenate(
             [one * cosines - other * sines, one * sines + other * cosines], axis=-1
         )
+
+
+@contextmanager
+def double_losses() -> Iterator[None]:
+    """Let everything that names ``mx.float32``, and the softmax of our losses, compute in float64."""
+    with (
+        mock.patch.object(mx, "float32", mx.float64),
+        mock.patch.object(mx.fast, "scaled_dot_product_attention", _attention),
+        mock.patch("mlx_loraplus.kernels.cross_entropy.exp", _exp),
+    ):
+        yield
+
+
+def _attention(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Any = None, **_: Any
+) -> mx.array:
+    """Return softmax(s q kᵀ) v with a causal mask; query heads may share a head of k and v."""
+    if mask != "causal":
+        raise ValueError("only causal masks are known here")
+    repeats = q.shape[1] // k.shape[1]
+    k, v = mx.repeat(k, repeats, axis=1), mx.repeat(v, repeats, axis=1)
+    scores = mx.array(scale, mx.float64) * (q @ k.swapaxes(-1, -2))
+    is_seen = mx.tri(q.shape[2], dtype=mx.bool_)
+    exps = mx.where(is_seen, _exp(scores - scores.max(axis=-1, keepdims=True)), 0.0)
+    return exps / exps.sum(axis=-1, keepdims=True) @ v
+
+
+def _exp(x: mx.array) -> mx.array:
+    return mx.power(mx.array(math.e, mx.float64), x)
 
 
 def use_double(model: nn.Module) -> None:

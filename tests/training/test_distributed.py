@@ -38,8 +38,8 @@ EQUAL: dict[str, dict[str, Any]] = {
     "accumulated": {
         "grad_accumulation_steps": 3,
         "iters": None,
-        "epochs": 5,
-    },  # 40 batches: the last window has one
+        "epochs": 2,
+    },  # 16 batches: the last window has one
     "packed": {
         "pack": True,
         "batch_size": 5,
