@@ -70,6 +70,8 @@ _TOKENIZED_ALONE = (
 class Example:
     """Tokens that are trained on together: a row, or a part of one.
 
+    ``dataset.Examples`` is a sequence of these, which reads each from disk.
+
     Args:
         tokens: Token ids, int32, shape (length,).
         supervised: Whether each token is a training target, bool, shape (length,). It is predicted
