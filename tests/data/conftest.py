@@ -58,8 +58,8 @@ def letters() -> LetterTokenizer:
     return make_letters
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where encoded rows are kept, empty."""
+    """Where encoded rows are kept: an empty folder, so that no test reads what older code has encoded."""
     monkeypatch.setenv("MLX_LORAPLUS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"

@@ -19,8 +19,6 @@ from mlx_loraplus.data.rows import make_row
 from tests.data.conftest import LetterTokenizer
 from tests.data.reading import load, write
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 CHATML = {"special": "<|im_start|>", "ends": "<|im_end|>"}
 
 

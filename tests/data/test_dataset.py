@@ -11,8 +11,6 @@ import pytest
 from mlx_loraplus.errors import DataError
 from tests.data.reading import GOOD, LONG, load, texts, write
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 def test_a_table_is_encoded_once(tmp_path: Path, cache: Path, letters):
     folder, tokenizer = write(tmp_path / "data", train=f"{GOOD}\n{LONG}", valid=GOOD), letters()

@@ -22,8 +22,6 @@ from tests.data.test_long_rows import supervision, table_of
 
 # --- valid_split and weights
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 def test_rows_are_held_out_by_prompt_and_seed(tmp_path: Path, letters):
     rows = [json.dumps({"prompt": f"p{n % 40}", "completion": f"c{n}"}) for n in range(80)]

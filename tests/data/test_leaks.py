@@ -122,7 +122,7 @@ def test_the_form_of_a_row_hides_no_leak(tmp_path: Path, letters):
 def test_rows_that_share_only_a_system_message_are_apart(tmp_path: Path, letters):
     system = {"role": "system", "content": "A long message of the system"}
     chats = [{"messages": [system, {"role": "assistant", "content": f"a{n}"}]} for n in range(5)]
-    prompts = [{"system": f"Article {n}", "prompt": "Summarize", "completion": "a"} for n in range(5)]  # fmt: skip
+    prompts = [{"system": system["content"], "prompt": f"Article {n}", "completion": "a"} for n in range(5)]  # fmt: skip
     tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
     for name, rows in (("chats", chats), ("prompts", prompts)):
         folder = write(tmp_path / name, train="\n".join(map(json.dumps, rows)))

@@ -13,9 +13,6 @@ from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, load, write
 
-pytestmark = pytest.mark.usefixtures("cache")
-
-
 # --- what is reported
 
 

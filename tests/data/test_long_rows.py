@@ -19,8 +19,6 @@ from mlx_loraplus.settings import configure
 from mlx_loraplus.training.make_batches import plan_batches
 from tests.data.reading import GOOD, LONG, load, texts, write
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 
 def test_long_rows(tmp_path: Path, letters):
     folder = write(

@@ -13,8 +13,6 @@ from mlx_loraplus.data.overlaps import find_overlaps
 from tests.data.conftest import LetterTokenizer
 from tests.data.reading import load, write
 
-pytestmark = pytest.mark.usefixtures("cache")
-
 Messages = list[dict[str, str]]
 
 
