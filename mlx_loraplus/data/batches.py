@@ -130,8 +130,8 @@ class Batches:
         epochs = min(LADDER_EPOCHS, math.ceil(LADDER_BATCHES / self.per_epoch))
         sizes: list[np.ndarray] = []
         for epoch in range(epochs):
-            examples, _ = self._shuffle(epoch)
-            lengths, targets = self.lengths[examples], self.target_counts[examples]
+            indices, _ = self._shuffle(epoch)
+            lengths, targets = self.lengths[indices], self.target_counts[indices]
             sizes.append(batch_sizes(lengths, targets, self.batch_size, self.processes))
         return ShapeLadder.fit(*np.concatenate(sizes, axis=1), longest=int(self.lengths.max()))
 
@@ -141,12 +141,12 @@ class Batches:
 
     def _rows(self, number: int) -> list[np.ndarray]:
         """Return the rows of a batch by its number in the current epoch."""
-        examples, batch_order = self._order
+        indices, batch_order = self._order
         start = batch_order[number] * self.batch_size
-        members = examples[start : start + self.batch_size]
+        members = indices[start : start + self.batch_size]
 
         # Without packing, each row holds one example.
-        return [np.array([example]) for example in members]
+        return [np.array([index]) for index in members]
 
     def _of_epoch(self, epoch: int) -> np.ndarray:
         """Return the indices of the examples that an epoch uses; without weights, of all."""
@@ -157,14 +157,14 @@ class Batches:
     def _shuffle(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the order of the examples before batching, and the order of the batches."""
         generator = np.random.default_rng([self.seed, epoch])
-        examples = generator.permutation(self._of_epoch(epoch))
+        indices = generator.permutation(self._of_epoch(epoch))
 
         # Sort each section by length, so that a batch has examples of similar length.
-        for start in range(0, len(examples), SORTED_TOGETHER * self.batch_size):
-            section = examples[start : start + SORTED_TOGETHER * self.batch_size]
+        for start in range(0, len(indices), SORTED_TOGETHER * self.batch_size):
+            section = indices[start : start + SORTED_TOGETHER * self.batch_size]
             section[:] = section[np.argsort(self.lengths[section], kind="stable")]
 
-        return examples, generator.permutation(self.per_epoch)
+        return indices, generator.permutation(self.per_epoch)
 
 
 def in_order(
@@ -231,13 +231,14 @@ def lay_out(
     for row, examples in enumerate(rows):
         start = 0
         for segment, example in enumerate(examples, start=1):
-            learned = np.flatnonzero(example.supervised)
-            end = start + int(learned[-1])
+            supervised = np.flatnonzero(example.supervised)
+            end = start + int(supervised[-1])
             tokens[row, start:end] = example.tokens[: end - start]
             segments[row, start:end] = segment
-            # The hidden state at one token predicts the next token.
-            positions.append(row * width + start + learned - 1)
-            targets.append(example.tokens[learned])
+            # The hidden state at one token predicts the next token; positions count from the
+            # first token of the first row.
+            positions.append(row * width + start + supervised - 1)
+            targets.append(example.tokens[supervised])
             start = end
 
     # Pad the list of targets.

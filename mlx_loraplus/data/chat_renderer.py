@@ -207,24 +207,26 @@ class ChatRenderer:
         generation, because the model does not generate what a template puts after that token.
         """
         # Find each turn's prompt and answer.
-        turns: dict[int, Turn] = {}
+        rendered: dict[int, Turn] = {}
         notes: list[str] = []
-        for turn in chat.turns:
-            turns[turn] = self.template.render_turn(form, turn, chat.tools)
-            notes += _check_turn(chat.messages[turn], turn, turns[turn].answer)
-            notes += _check_place(turns[turn], chat.messages[turn], self.template.thought_block)
+        for index in chat.turns:
+            turn = self.template.render_turn(form, index, chat.tools)
+            notes += _check_turn(chat.messages[index], index, turn.answer)
+            notes += _check_place(turn, chat.messages[index], self.template.thought_block)
+            rendered[index] = turn
 
         # Begin with the last turn, because its prompt contains most of the other turns.
         thinking = _answers_with_thoughts(chat)
         texts: list[RenderedText] = []
         left = list(chat.turns)
         while left:
-            last = left[-1]
-            text = turns[last].text + turns[last].rest
-            inside = [turn for turn in left if text.startswith(turns[turn].text)]
-            ranges = [(len(turns[turn].prompt), len(turns[turn].text)) for turn in inside]
+            last = rendered[left[-1]]
+            text = last.text + last.rest
+            inside = [index for index in left if text.startswith(rendered[index].text)]
+            marked = [rendered[index] for index in inside]
+            ranges = [(len(turn.prompt), len(turn.text)) for turn in marked]
             texts.append(RenderedText(text, ranges, thinking=thinking))
-            left = [turn for turn in left if turn not in inside]
+            left = [index for index in left if index not in inside]
 
         return RenderedChat(form, texts, list(dict.fromkeys(notes)))
 

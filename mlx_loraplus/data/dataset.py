@@ -191,7 +191,7 @@ def open_encoded_table(table: Table, encoding: EncodingSettings) -> EncodedTable
         OutputError: The cache can't be written.
     """
     identity = table.identity()
-    parts = [identity, bool(table.documents), encoding.digest, ROW.descr, SPAN.descr, _VERSION]
+    key = [identity, bool(table.documents), encoding.digest, ROW.descr, SPAN.descr, _VERSION]
 
     # The file may change while it is read.
     def build(folder: Path) -> None:
@@ -202,7 +202,7 @@ def open_encoded_table(table: Table, encoding: EncodingSettings) -> EncodedTable
                 f"{table.name} changed while it was read: start again once it is complete"
             )
 
-    folder = cached_folder("tokens", cache_key(parts), build)
+    folder = cached_folder("tokens", cache_key(key), build)
 
     # Mark the folder as used, unless the cache is read-only
     with suppress(OSError):
@@ -287,7 +287,7 @@ class _ChunkBuilder:
         """Add a row and its encoded examples."""
         # The examples, one after another
         for example in examples:
-            learned = np.flatnonzero(example.supervised)
+            supervised = np.flatnonzero(example.supervised)
             stop = self.length + len(example.tokens)
             self.spans.append(
                 Span(
@@ -295,8 +295,8 @@ class _ChunkBuilder:
                     start=self.length,
                     stop=stop,
                     # The inputs are the tokens before the last supervised one.
-                    inputs=int(learned[-1]),
-                    targets=len(learned),
+                    inputs=int(supervised[-1]),
+                    targets=len(supervised),
                 )
             )
             self.tokens.append(example.tokens)

@@ -357,6 +357,7 @@ def _find_supervised(offsets: np.ndarray, learned: Sequence[CharRange]) -> tuple
     supervised = np.zeros(len(offsets), bool)
     straddled = False
     for start, stop in learned:
+        # A token overlaps the range; or it begins before the range, and ends inside.
         supervised |= (ends > start) & (starts < stop)
         straddled |= bool(((starts < start) & (ends > start)).any())
     return supervised, straddled

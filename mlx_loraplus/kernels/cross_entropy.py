@@ -35,7 +35,7 @@ from .patch import replaces_attention
 from .row_masks import row_caches
 from .trunk_and_head import Head, TrunkAndHead
 
-CHUNK_ROWS = 512  # positions whose logits are computed together
+CHUNK_POSITIONS = 512  # positions whose logits are computed together
 TILE = 64  # the width of a slice is a multiple of this, as MLX's kernels for matrices prefer
 _SPREAD = 0.05  # a remainder up to this fraction of a slice is spread over the other slices
 
@@ -170,13 +170,13 @@ def head_loss(
 def chunks_of(
     head: Head, arrays: tuple[mx.array, ...], choices: StepChoices
 ) -> Iterator[list[mx.array]]:
-    """Yield chunks of the rows of ``arrays``, small ones if the head is not frozen."""
-    rows = CHUNK_ROWS
+    """Yield chunks of the positions of ``arrays``, small ones if the head is not frozen."""
+    size = CHUNK_POSITIONS
     if not head.is_frozen:
         # The full logits of a chunk may take as much memory as eight slices.
-        rows = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
-    for start in range(0, arrays[0].shape[0], rows):
-        yield [array[start : start + rows] for array in arrays]
+        size = max(8, 8 * choices.slice_bytes // (4 * head.vocabulary))
+    for start in range(0, arrays[0].shape[0], size):
+        yield [array[start : start + size] for array in arrays]
 
 
 def chunk_loss(head: Head, choices: StepChoices) -> Loss:
@@ -322,7 +322,8 @@ def _losses_in_slices(
         else:
             higher = _largest_logit(head, shift, scores)
         scores = scores.astype(mx.float32)
-        rescale, exps = exp(shift - higher), exp(head.finish(scores) - higher)
+        rescale = exp(shift - higher)
+        exps = exp(head.finish(scores) - higher)
         shift = higher
 
         if not native:
@@ -339,9 +340,9 @@ def _losses_in_slices(
     chosen = head.finish(target_score)
     losses = (shift + mx.log(total) - chosen).squeeze(-1) * weights
     likeliest = (chosen >= shift).squeeze(-1) * weights
-    rows = full_weight(head.layer, mx.float32, targets[:, 0])  # W[target]: (targets, hidden)
+    target_weights = full_weight(head.layer, mx.float32, targets[:, 0])  # (targets, hidden)
     target_slope = head.pull_back(target_score, mx.ones_like(target_score))
-    gradient = (gradient_sum / total - target_slope * rows) * weights[:, None]
+    gradient = (gradient_sum / total - target_slope * target_weights) * weights[:, None]
     return losses, likeliest, gradient.astype(hidden.dtype)
 
 

@@ -24,7 +24,7 @@ from ..config import TrainConfig
 from ..device import Backend, backend
 from ..files import cache_folder, read_bounded
 from ..kernels.choices import StepChoices, default_choices
-from ..kernels.cross_entropy import CHUNK_ROWS
+from ..kernels.cross_entropy import CHUNK_POSITIONS
 from .blocks import BatchShape, Block, Coefficients
 
 # File in the cache folder with the coefficients of this machine, from scripts/study/calibrate.
@@ -144,7 +144,7 @@ class Sizes:
         targets, with the gradients of both, take e H (2 T + 2 targets).
         """
         slice_bytes = self.choices.slice_bytes
-        logits = 4 * self.vocabulary * min(targets, CHUNK_ROWS)
+        logits = 4 * self.vocabulary * min(targets, CHUNK_POSITIONS)
         arrays = parts.slices
         if self.choices.cross_entropy == "native":
             arrays = _NATIVE_SLICES * self.itemsize

@@ -13,7 +13,7 @@ grow by half as much again. The width of a model does not matter.
 
 import math
 
-from ..kernels.cross_entropy import CHUNK_ROWS
+from ..kernels.cross_entropy import CHUNK_POSITIONS
 from .estimate import Sizes
 
 MAX_TRACES = 16
@@ -42,7 +42,7 @@ def trace_bytes(sizes: Sizes, targets: int, *, checkpoint: bool) -> int:
         checkpoint: Whether blocks are checkpointed.
     """
     blocks = len(sizes.blocks) * _BLOCK + sizes.learning * _AGAIN * checkpoint
-    logits = 4 * sizes.vocabulary * min(targets, CHUNK_ROWS)
+    logits = 4 * sizes.vocabulary * min(targets, CHUNK_POSITIONS)
     slices = math.ceil(logits / sizes.choices.slice_bytes)
-    chunks = math.ceil(targets / CHUNK_ROWS)
+    chunks = math.ceil(targets / CHUNK_POSITIONS)
     return _BYTES * (blocks + chunks * (_CHUNK + _SLICE * slices))

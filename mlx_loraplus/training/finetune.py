@@ -213,7 +213,7 @@ def _train(model: nn.Module, session: Session) -> None:
         session.log(f"report: {session.run.folder / REPORT} shows the run while it trains")
         outcome = _run_loop(session, start.state, writer, eval_prompts, stop_requested)
 
-    # Write the adapter and the report.
+    # Write the report and, if the run is complete, its best adapter.
     writer.finish(outcome)
 
 

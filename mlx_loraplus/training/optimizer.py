@@ -141,7 +141,7 @@ class LoRAPlus:
                 self._add(f"{group}_vectors", group, vectors, rule_of_vectors)
 
     def _fill_default_rates(self, model: nn.Module) -> None:
-        """Fill in the rates that were not given, as the adapters on the model need them."""
+        """Fill in the rates that were not given, as the adapters need them; a run has done so."""
         before: Any = mx.array(self.config.learning_rate or 0.0, mx.float32)
         filled = fill_rates(self._given, trained_with(model))
         rate, ratio = filled.learning_rate, filled.lr_ratio
@@ -201,10 +201,10 @@ class LoRAPlus:
         # Update each group at its own rate.
         rates = self._rates(self.state["step"])
         for key, members in self._members.items():
-            clipped = joined[key]
+            stepped = joined[key]
             if self.config.max_grad_norm > 0:
-                clipped = {name: gradient * shrink for name, gradient in clipped.items()}
-            after = self._apply_rule(key, clipped, members.join(exact), rates, finite)
+                stepped = {name: gradient * shrink for name, gradient in stepped.items()}
+            after = self._apply_rule(key, stepped, members.join(exact), rates, finite)
             stored = self._narrowed(members.split(after), parameters, finite)
             model.update(tree_unflatten(list(stored.items())))
 

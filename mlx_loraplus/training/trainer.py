@@ -234,14 +234,14 @@ class TrainLoop:
         self.read_batches(number)
         total, gradients, sizes = self.sum_batches()
 
-        # Update with the mean over all supervised tokens, or over all pairs or labeled answers.
+        # Update with the mean over all supervised tokens, or over all pairs or labeled answers;
+        # ``total`` stays the sum.
         count = sizes[PAIRS if state.objective.has_preferences else SUPERVISED]
         total, norm = self._update(total, gradients, count)
         del gradients  # so that their memory is reused while the update is computed
         mx.eval(state.model.trainable_parameters(), state.optimizer.state, total, norm)
 
-        counts: Any = sizes.tolist()
-        supervised, useful, padded, pairs = map(int, counts)
+        supervised, useful, padded, pairs = map(int, np.array(sizes))
         loss, *pair_sums = np.array(total).reshape(-1).tolist()
         return StepStats(
             loss=loss,
@@ -285,12 +285,12 @@ class TrainLoop:
             sizes += (batch.target_count, batch.token_count, batch.tokens.size, batch.pairs)
 
         # Sum over the processes.
-        (total, gradients), counts = world.sum_shards(
+        (total, gradients), summed_sizes = world.sum_shards(
             (sums or self.no_sums(), mx.array(sizes, mx.float32))
         )
         if world.is_tensor_parallel:
             gradients = world.sum_all(gradient_shares(state.model, gradients, world.size))
-        return total, gradients, counts
+        return total, gradients, summed_sizes
 
     def no_sums(self) -> Sums:
         """Return the loss and the gradients of no batch: zeros."""
