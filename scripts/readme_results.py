@@ -28,6 +28,11 @@ the change. *Cosine*: between the change that was wanted and the one that the fu
 outputs; 1 is best. *KL*: how far the next-token probabilities are from those of base + adapter, in nats per token; 0 is
 best. *Elsewhere*: on unrelated prose."""
 
+FULL_LEGEND = """\
+Embeddings and the last norm are frozen, because `mlx_lm.lora` does not train them. *Rows*: in a batch. *s/step*:
+seconds for a step, and *peak*: the highest memory of the run; lower is better. *Largest difference*: of the training
+losses of both, relative to the loss; it should be rounding alone."""
+
 
 def demo_part() -> str:
     """Return what the demo did, from scripts/demo --publish: its picture, its time and its answers."""
@@ -206,8 +211,8 @@ def full_tables() -> str:
     """Return how training all weights compares, as scripts/bench/full measures it."""
     result = _result("bench", "full")
     lines = [
-        "| weights | rows | s/step, mlx_lm | ours | ours / mlx_lm | peak, mlx_lm | ours | ours / mlx_lm | largest difference of a loss |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| weights | rows | steps | s/step, mlx_lm | ours | ours / mlx_lm | peak, mlx_lm | ours | ours / mlx_lm | largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for dtype, both in result["training"].items():
         stock, ours = both["stock"], both["ours"]
@@ -219,7 +224,7 @@ def full_tables() -> str:
         if math.isnan(times[0]):
             speed = "- | - | -"
         lines.append(
-            f"| {dtype} | {both['rows']} | {speed}"
+            f"| {dtype} | {both['rows']} | {len(ours['losses'])} | {speed}"
             f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
         )
 
@@ -227,12 +232,12 @@ def full_tables() -> str:
     before = next(iter(rounding.values()))[0]
     lines += [
         "",
-        f"{result['model']}, every weight trained for {result['steps']} steps at η = {result['rate']:g}, by"
-        " `mlx_lm.lora` and here.\n*s/step*: seconds for a step, and *peak*: the highest memory of the run; lower is better."
-        " *Largest difference*: of the\ntraining losses of both, relative to the loss; it should be rounding alone.",
+        f"{result['model']}: the weights of all blocks, trained by `mlx_lm.lora` and here at η = {result['rate']:g}.",
+        FULL_LEGEND,
         "",
         "The next table shows what is lost if bfloat16 weights are rounded at every step, and how much of it the"
-        " compensation of\nthis package gets back. Lower is better; before training, the held-out loss was"
+        f" compensation of\nthis package gets back. Every weight trains here, for {result['steps']} steps at the"
+        " same η. Lower is better; before training,\nthe held-out loss was"
         f" {before:.4f} nats per token.",
         "",
         "| the weights are kept in | held-out loss after |",
