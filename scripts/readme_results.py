@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.rivals_table import markdown
+from scripts.provenance import source_line
 
 SCRIPTS = Path(__file__).parent
 SPEED_CASES = {
@@ -32,6 +33,11 @@ FULL_LEGEND = """\
 Embeddings and the last norm are frozen, because `mlx_lm.lora` does not train them. *Rows*: in a batch. *s/step*:
 seconds for a step, and *peak*: the highest memory of the run; lower is better. *Largest difference*: of the training
 losses of both, relative to the loss; it should be rounding alone."""
+
+STEP_LEGEND = """\
+*s/step*: seconds of the fastest step. *z₀*: the seconds of a step that estimate it. *Peak*: the highest memory of a
+step, without the weights. *To sft*: the column before it, divided by that of `sft`, which learns the same answers as
+examples of their own. Lower is better. Half of the tokens of a row are supervised."""
 
 
 def demo_part() -> str:
@@ -247,6 +253,25 @@ def full_tables() -> str:
     cpu, versions = result["machine"]["cpu"], result["versions"]
     source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
     return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
+
+
+def preference_steps_table() -> str:
+    """Return what a step of each objective takes, as scripts/bench/preferences measured it."""
+    if not (SCRIPTS / "bench" / "results" / "preferences.json").exists():
+        return "Not measured yet: run `scripts/bench/preferences`.\n"
+    result = _result("bench", "preferences")
+    lines = ["| objective | s/step | to sft | z₀ | peak | to sft |", "|---|--:|--:|--:|--:|--:|"]
+    plain = result["objectives"]["sft"]
+    for name, found in result["objectives"].items():
+        time = found["seconds"] / plain["seconds"]
+        memory = found["peak_bytes"] / plain["peak_bytes"]
+        estimate = f"{found['kl_seconds']:.2f}" if name == "kto" else ""
+        lines.append(
+            f"| {name} | {found['seconds']:.2f} | {time:.2f}x | {estimate}"
+            f" | {found['peak_bytes'] / 1e6:,.0f} MB | {memory:.2f}x |"
+        )
+    size = f"{result['model']}, {result['pairs']} pairs with answers of {result['length']} tokens."
+    return "\n".join([*lines, "", STEP_LEGEND, "", f"{size} {source_line(result)}", ""])
 
 
 def _result(room: str, name: str) -> dict[str, Any]:
