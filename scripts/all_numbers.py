@@ -126,6 +126,12 @@ PARTS = (
         ("study/results/preferences.jsonl",),
     ),
     Part(
+        "preferences search",
+        "scripts/study/preferences search {scratch} --minutes 600",
+        480,
+        ("study/results/preference_search.jsonl",),
+    ),
+    Part(
         "rate",
         "scripts/study/rate --data wikisql={wikisql} chat={chat} text={text}",
         3200,
