@@ -270,7 +270,7 @@ def preference_steps_table() -> str:
             f"| {name} | {found['seconds']:.2f} | {time:.2f}x | {estimate}"
             f" | {found['peak_bytes'] / 1e6:,.0f} MB | {memory:.2f}x |"
         )
-    size = f"{result['model']}, {result['pairs']} pairs with answers of {result['length']} tokens."
+    size = f"{result['model']}, {result['pairs']} pairs, rows of {result['length']} tokens."
     return "\n".join([*lines, "", STEP_LEGEND, "", f"{size} {source_line(result)}", ""])
 
 

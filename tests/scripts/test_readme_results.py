@@ -44,7 +44,7 @@ def test_a_step_of_every_objective_is_measured_and_stored(
 ):
     model = str(write_tiny_model(tmp_path / "model"))
     monkeypatch.setattr(preference_steps, "RESULT", tmp_path / "preferences.json")
-    preference_steps.main(["--model", model, "--length", "16", "--steps", "1", "--rounds", "1"])
+    preference_steps.main(["--model", model, "--length", "16", "--steps", "1"])
     result = json.loads((tmp_path / "preferences.json").read_text())
     assert result["commit"]
     assert result["pairs"] == 2
