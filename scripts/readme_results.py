@@ -35,8 +35,8 @@ seconds for a step, and *peak*: the highest memory of the run; lower is better. 
 losses of both, relative to the loss; it should be rounding alone."""
 
 STEP_LEGEND = """\
-*s/step*: seconds of the fastest step. *z₀*: the seconds of a step that estimate it. *Peak*: the highest memory of a
-step, without the weights. *To sft*: the column before it, divided by that of `sft`, which learns the same answers as
+*s/step*: seconds of the fastest step, on one core of a CPU. *z₀*: those that estimate it. *Peak*: the highest memory of
+a step, without the weights. *To sft*: the column before it, divided by that of `sft`, which learns the same answers as
 examples of their own. Lower is better. Half of the tokens of a row are supervised."""
 
 
