@@ -48,7 +48,11 @@ _GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", 
 ADVICE = "; choose the columns, such as"
 """The beginning of advice that depends on the values of a row."""
 
+_NAMES_OF_LISTS = ("data", "rows", "examples", "items", "records", "samples", "train", "dataset")
+"""Columns whose list holds the rows of a file, rather than the parts of one row."""
+
 _LONGEST_NAME = 40  # maximum number of characters in a suggested column name
+_WORDS_OF_ROW = 3  # a name with as many words may be the text of a row
 _SURELY_TEXT = 64  # a string with more characters than this is always taken as text
 
 _NOT_TEXT = re.compile(
@@ -94,6 +98,12 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
     """
     if {"chosen", "rejected"} <= row.keys():
         return _advise_preferences(row)
+
+    if is_chat([row]) and any(isinstance(row.get(name), str) for name in ("content", "value")):
+        return (
+            "; it is one message: write all messages of a conversation into one row, as in"
+            ' {"messages": [{"role": …, "content": …}, …]}'
+        )
 
     columns = {name: value for name, value in row.items() if _is_usable_name(name)}
     texts = [name for name, value in columns.items() if _is_text(value)]
@@ -192,6 +202,11 @@ def _explain_no_text(columns: Mapping[str, Any]) -> str:
     """Return why no column can be suggested."""
     # The rows may be inside an object, as in {"data": [{…}, …]}.
     inner = [name for name, value in columns.items() if _holds_rows(value)]
+    if inner and inner[0].lower() not in _NAMES_OF_LISTS:
+        return (
+            f"; {inner[0]!r} is a list of objects that are no messages: write them as messages with"
+            " a role and a content each"
+        )
     if inner:
         return f"; the rows are in {inner[0]!r}: write that list alone into the file"
     return "; none of them looks like text to learn"
@@ -233,7 +248,11 @@ def _can_train(value: object) -> bool:
 
 
 def _suggest_fields(choice: Mapping[str, str]) -> str:
-    return f"{ADVICE} --fields {_show_fields(choice)}"
+    """Return the advice to use these columns, whose names may be the first row of a table."""
+    hint = ""
+    if any(len(name.split()) >= _WORDS_OF_ROW for name in choice.values()):
+        hint = " (if these are no names of columns, add a first line with names to the file)"
+    return f"{ADVICE} --fields {_show_fields(choice)}{hint}"
 
 
 def _show_fields(choice: Mapping[str, str]) -> str:
