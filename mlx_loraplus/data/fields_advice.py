@@ -45,6 +45,11 @@ PAIRS = (
 _GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", "title", "history")
 """Columns that usually belong to the prompt, and not to the answer."""
 
+_ONE_MESSAGE = (
+    "; it is one message: put all messages of a conversation into one row, as in"
+    ' {"messages": [{"role": "user", "content": "..."}, ...]}'
+)
+
 ADVICE = "; choose the columns, such as"
 """The beginning of advice that depends on the values of a row."""
 
@@ -98,12 +103,8 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
     """
     if {"chosen", "rejected"} <= row.keys():
         return _advise_preferences(row)
-
-    if is_chat([row]) and any(isinstance(row.get(name), str) for name in ("content", "value")):
-        return (
-            "; it is one message: write all messages of a conversation into one row, as in"
-            ' {"messages": [{"role": …, "content": …}, …]}'
-        )
+    if _is_message(row):
+        return _ONE_MESSAGE
 
     columns = {name: value for name, value in row.items() if _is_usable_name(name)}
     texts = [name for name, value in columns.items() if _is_text(value)]
@@ -117,9 +118,12 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _advise_missing_field(needed, texts)
     if chats:
         return _suggest_fields({"messages": chats[0]})
-    if texts:
-        return _advise_texts(columns, texts)
-    return _explain_no_text(columns) if row else ""
+    return _advise_texts(columns, texts) if texts else _explain_no_text(columns)
+
+
+def _is_message(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a message of a chat, rather than a chat."""
+    return is_chat([row]) and any(isinstance(row.get(name), str) for name in ("content", "value"))
 
 
 def _advise_preferences(row: Mapping[str, Any]) -> str:
@@ -199,7 +203,10 @@ def _holds_rows(value: object) -> bool:
 
 
 def _explain_no_text(columns: Mapping[str, Any]) -> str:
-    """Return why no column can be suggested."""
+    """Return why no column can be suggested; nothing for a row without columns."""
+    if not columns:
+        return ""
+
     # The rows may be inside an object, as in {"data": [{…}, …]}.
     inner = [name for name, value in columns.items() if _holds_rows(value)]
     if inner and inner[0].lower() not in _NAMES_OF_LISTS:

@@ -66,7 +66,7 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
     if role in ("system", "user") and question:
         raise BadRowError(
             f"'completion' begins with a {role} message, although 'prompt' has the question; leave"
-            " out the prompt, or begin the completion with the assistant's message"
+            " out the prompt, or begin 'completion' with the assistant's message"
         )
     offset = len(prompt.messages)
 

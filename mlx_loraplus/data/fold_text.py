@@ -54,7 +54,8 @@ _TAGS = re.compile(
 )
 # A role on a line of its own or before a colon, perhaps as a heading; a heading may follow a text
 _LABELS = re.compile(
-    rf"(?m)^[ \t\r]*(?:\d+[.)][ \t]*)?(?:[#*]+[ \t]*)?(?:{_ROLES})[ \t\r]*(?:\*+[ \t]*)?(?:[:>]\**|$)"
+    rf"(?m)^[ \t\r]*(?:\d+[.)][ \t]*)?(?:[#*]+[ \t]*)?(?:{_ROLES})[ \t\r]*(?:\*+[ \t]*)?"
+    r"(?:[:>]\**|$)"
     rf"|^[ \t]*[qa][ \t]*:|###[ \t]*(?:{_ROLES})[ \t]*:"
 )
 _LABELS_INSIDE = re.compile(r"(?<=\s)(?:user|human|assistant):")

@@ -61,7 +61,7 @@ class TextDigests(NamedTuple):
         prompt: Digest of the prompt, or 0 if it is too short or too long.
         beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
         parts: The places where a line or sentence begins, and the end of the text, (parts,) PART.
-        first_turn: The index of the part with which the turns of a written chat begin, after its
+        first_turn: The index of the part with which the turns of a rendered chat begin, after its
             system message; 0 if there is none.
     """
 
@@ -101,7 +101,7 @@ def text_digests(row: Row) -> TextDigests:
     length = _count_kept(characters[: len(head + turns)])
     is_compared = bool(completion) and SHORTEST <= length < compared
 
-    # The part with which the turns of a written chat begin
+    # The part with which the turns of a rendered chat begin
     parts = _parts(digests, sentences)
     start = _count_kept(characters[: len(head)])
     first_turn = int(np.searchsorted(parts["start"], start))
@@ -144,7 +144,7 @@ def _texts_of(row: Row) -> tuple[str, str]:
     """Return the text of a row's prompt, without the system message, and that of its answer."""
     fields = row.fields
     if "text" in fields:
-        return "", "\n" + _written_as_json(fields["text"])
+        return "", "\n" + _read_json_chat(fields["text"])
     if "messages" not in fields:
         return fields["prompt"], f"\n{fields['completion']}"
 
@@ -154,17 +154,14 @@ def _texts_of(row: Row) -> tuple[str, str]:
     return "\n".join(contents[:last]), "\n" + "\n".join(contents[last:])
 
 
-def _written_as_json(text: str) -> str:
+def _read_json_chat(text: str) -> str:
     """Return the contents of a chat that a text holds as JSON; any other text as it is."""
     value: Any = parse_json(text)
-    chat = value.get("messages") if isinstance(value, dict) else value
+    chat: Any = value.get("messages") if isinstance(value, dict) else value
     if not is_chat(chat):
         return text
-    contents = [str(each.get("content", each.get("value"))) for each in chat]
-    roles = [each.get("role", each.get("from")) for each in chat]
-    return "\n".join(
-        content for role, content in zip(roles, contents, strict=True) if role != "system"
-    )
+    messages = [each for each in chat if each.get("role", each.get("from")) != "system"]
+    return "\n".join(str(each.get("content", each.get("value"))) for each in messages)
 
 
 def _plain_parts(prompt: str, answer: str) -> tuple[str, str, str]:
@@ -173,7 +170,7 @@ def _plain_parts(prompt: str, answer: str) -> tuple[str, str, str]:
     Of a longer text, only the first 2 * ``LONGEST`` characters are used.
 
     Returns:
-        What comes before the first turn of a written chat, the rest of the prompt, and the answer.
+        What comes before the first turn of a rendered chat, the rest of the prompt, and the answer.
         In a row without a prompt, the last is empty.
     """
     if not prompt:

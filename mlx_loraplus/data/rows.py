@@ -111,6 +111,8 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     chat = find_chat(kind, fields)
     if chat is None:
         content = _text_fields(fields, kind)
+        if not content.get("prompt", "-").strip():
+            notes = ("the prompt is empty, so only the answer is trained on, after no question",)
     else:
         kind = "chat" if found.kind == "completion" else kind
         content = chat_fields(chat, fields)

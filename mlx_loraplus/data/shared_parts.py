@@ -71,7 +71,7 @@ def join_shared_parts(
 def _own_parts(tables: Sequence[EncodedTable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the parts by which rows are looked up: their keys, rows and places, (parts,) each.
 
-    The first part of each row comes first, then the first turn of each written chat.
+    The first part of each row comes first, then the first turn of each rendered chat.
     """
     first = np.concatenate([table.rows["part_key"] for table in tables])
     turns = np.concatenate([table.rows["turns_key"] for table in tables])

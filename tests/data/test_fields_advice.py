@@ -38,6 +38,27 @@ def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, An
     assert make_row(row, 1, parse_names(pairs)).fields == fields
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        (USER, "it is one message: put all messages of a conversation into one row"),
+        ({"from": "human", "value": "Hi"}, "it is one message"),
+        (
+            {"segments": [{"label": True, "text": "a"}]},
+            "'segments' is a list of objects that are no",
+        ),
+        ({"data": [{"prompt": "a", "completion": "b"}]}, "the rows are in 'data'"),
+        ({"how are you?": "so so", "fine": "good"}, "add a first line with names to the file"),
+        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "perhaps a list as Python writes it"),
+        ({"messages": '[{"role": "user", "content": "Hi'}, "is text that is no JSON"),
+    ],
+)
+def test_rows_in_another_form_get_no_columns_as_advice(row: dict[str, Any], advice: str):
+    with pytest.raises(BadRowError) as error:
+        make_row(row, 1)
+    assert advice in str(error.value)
+
+
 def test_what_is_asked_is_not_advised_as_the_answer():
     row = {"context": "A story", "question": "Who?", "answers": {"text": ["She"]}}
     with pytest.raises(BadRowError, match=r"no 'answer' \(it has 'context', .*\)$"):
