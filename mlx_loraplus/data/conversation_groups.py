@@ -150,17 +150,18 @@ def find_conversations(
     joins = [_find_joins(tables, groups, systems, texts, prompts)]
 
     # With any system message, a single question does not count as the beginning of a conversation
+    is_single = _of_all(tables, "is_single") > 0
     if systems.any():
-        prompts = np.where(_of_all(tables, "is_single"), 0, prompts)
+        prompts = np.where(is_single, 0, prompts)
         joins.append(_find_joins(tables, groups, np.zeros_like(systems), texts, prompts))
     first, second = (np.concatenate(each) for each in zip(*joins, strict=True))
 
-    # Join those with the same text and system message, however many there are. Of a long text, only
-    # a part is compared, which unrelated texts may share
+    # Join those with the same text, however many there are; a single question and its answer must
+    # also have the same system message. Of a long text, only a part is compared, which unrelated
+    # texts may share
     is_whole = (texts > 0) & (_of_all(tables, "is_whole") > 0)
-    _, owners, inverse = np.unique(
-        (texts + systems)[is_whole], return_index=True, return_inverse=True
-    )
+    same = (texts + np.where(is_single, systems, 0))[is_whole]
+    _, owners, inverse = np.unique(same, return_index=True, return_inverse=True)
     same_text = groups[is_whole]
     first = np.concatenate([first, same_text[owners[inverse]]])
     second = np.concatenate([second, same_text])

@@ -35,7 +35,7 @@ from .thoughts import answer_of
 SHORTEST = 10  # characters of a beginning, without white space
 _SHORTEST_PART = 28  # characters of a row that may be a part of another
 LONGEST = 2**16  # characters of a text that are compared
-_MOST_PARTS = 256  # places of a text where a part may begin
+_MOST_PARTS = 2048  # places of a text where a part may begin
 _WORD_ENDS = 1024  # beginnings of a text that may end at any word
 _MOST = 2048  # beginnings of a text
 _TAGS = "<[{#|→⇒•◆■▶§"  # characters that often begin a turn

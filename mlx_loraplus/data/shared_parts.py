@@ -18,7 +18,7 @@ from .dataset import EncodedTable
 from .join_groups import MOST_BRANCHES, Joins
 from .prefix_digests import PART, inverses
 
-_BLOCK = 2**10  # rows whose parts are looked up together
+_BLOCK = 2**8  # rows whose parts are looked up together
 _SHORTEST_OVERLAP = 64  # characters of an end that begins another row, without white space
 
 

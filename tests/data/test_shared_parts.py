@@ -346,6 +346,22 @@ HONEST: dict[str, list[Any]] = {
 }  # fmt: skip
 
 
+def test_many_system_messages_before_one_conversation(tmp_path: Path, letters: LetterTokenizer):
+    systems = [system(f"You are guide number {n}.") for n in range(3 * MOST_BRANCHES)]
+    rows = [{"messages": [each, *CHAT]} for each in systems]
+    assert count_groups(letters, tmp_path / "chats", rows) == 1
+
+    # The document that a question is about may stand in the system message
+    rows = [{"messages": [each, *CHAT[:2]]} for each in systems]
+    assert count_groups(letters, tmp_path / "questions", rows) == len(rows)
+
+
+def test_a_part_of_a_long_conversation_is_found(tmp_path: Path, letters: LetterTokenizer):
+    chat = turns(1, 0, 200)
+    rows = [{"messages": chat}, {"messages": chat[380:382]}, {"messages": turns(2, 0, 1)}]
+    assert count_groups(letters, tmp_path / "data", rows) == 2
+
+
 @pytest.mark.parametrize("kind", HONEST)
 def test_what_many_conversations_share_ties_nothing(
     tmp_path: Path, letters: LetterTokenizer, kind: str
