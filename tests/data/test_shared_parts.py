@@ -224,7 +224,7 @@ ALIKE: dict[str, tuple[Any, Any, str]] = {
     ),
     "German": (
         {"messages": CHAT},
-        {"text": named(CHAT, ("Nutzer", "Assistent"), "{name}: {content}")},
+        {"text": named(CHAT, ("Frage", "Antwort"), "{name}: {content}")},
         PART,
     ),
     "numbers": (
