@@ -94,9 +94,8 @@ def llama2(messages: Messages) -> str:
 
 def named(messages: Messages, names: tuple[str, str], form: str) -> str:
     """Return a chat whose turns begin with other names of the roles."""
-    return "\n".join(
-        form.format(name=names[m["role"] != "user"], content=m["content"]) for m in messages
-    )
+    turns = [(names[m["role"] != "user"], m["content"]) for m in messages]
+    return "\n".join(form.format(name=name, content=content) for name, content in turns)
 
 
 def quoted(messages: Messages) -> Messages:
@@ -216,15 +215,9 @@ ALIKE: dict[str, tuple[Any, Any, str]] = {
     "rendered thoughts": ({"messages": CHAT}, {"text": tagged(thinking(CHAT))}, PART),
     # Other names of roles
     "one line": ({"messages": CHAT}, {"text": vicuna(CHAT)}, PART),
-    "middle on one line": ({"messages": CHAT}, {"text": vicuna(CHAT[4:8])}, PART),
     "names": (
         {"messages": CHAT},
         {"text": named(CHAT, ("Alice", "Bob"), "{name}: {content}")},
-        PART,
-    ),
-    "German": (
-        {"messages": CHAT},
-        {"text": named(CHAT, ("Frage", "Antwort"), "{name}: {content}")},
         PART,
     ),
     "numbers": (
