@@ -63,7 +63,8 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
     untrained = tuple(number - repeated for number in untrained if number >= repeated)
 
     role = answers[0]["role"] if answers else ""
-    if role in ("system", "user") and question:
+    is_asked = bool(question) and question[-1]["role"] == "user"
+    if role in ("system", "user") and is_asked:
         raise BadRowError(
             f"'completion' begins with a {role} message, although 'prompt' has the question; leave"
             " out the prompt, or begin 'completion' with the assistant's message"

@@ -234,8 +234,9 @@ def test_a_prompt_is_rendered_once():
         assert [each["role"] for each in messages if each != system] == ["user", "assistant"]
 
     # An answer may go on with questions, and the prompt may be the system message
-    row = {"prompt": [system], "completion": [USER, GOOD, USER, BAD]}
-    assert len(make_row(row, 1).fields["messages"]) == 5
+    for prompt in ([system], [USER, BAD]):
+        row = {"prompt": prompt, "completion": [USER, GOOD, USER, BAD]}
+        assert len(make_row(row, 1).fields["messages"]) == len(prompt) + 4
     with pytest.raises(BadRowError, match="'completion' begins with a user message"):
         make_row({"prompt": "Why?", "completion": [USER, GOOD]}, 1)
 
