@@ -130,7 +130,7 @@ def train(arguments: Arguments = None) -> None:
 
         # These options need only one process.
         if switches.dry_run and world.is_main:
-            rehearse(config, words)
+            rehearse(config, settings, words)
         if switches.test and world.is_main:
             evaluate_run(config, given_names(TrainConfig, words))
         if switches.dry_run or switches.test:

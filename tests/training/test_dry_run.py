@@ -80,6 +80,42 @@ def test_an_adapter_may_be_given_as_its_weights_file(
     assert "to start: mlx_loraplus.train" in capsys.readouterr().out
 
 
+def test_a_run_from_an_adapter_is_described_with_that_adapters_settings(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2, num_layers=1, alpha=4.0)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    cli.train(words(place, "--dry-run", *start, "--grad-checkpoint", "auto"))
+    described = capsys.readouterr().out
+    cli.train(words(place, *start, "--grad-checkpoint", "auto"))
+    trained = capsys.readouterr().out
+    assert "lora, 1,024 parameters to train" in described
+    assert re.findall("plan: (.* at the peak)", trained) == re.findall(
+        "memory +(.* at the peak)", described
+    )
+
+    # A dry run refuses other settings than those of the adapter, as training does.
+    shutil.rmtree(place.folder / "my run")
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *start, "--rank", "4", "--alpha", "3", *also))
+        said = "".join(capsys.readouterr())
+        assert "adapters with other settings: rank 4 (theirs: 2); alpha 3.0 (theirs: 4.0)" in said
+
+
+def test_a_dry_run_needs_no_more_than_training_to_resume(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """A resumed run has its adapters, so that the adapter that it started from may be gone."""
+    place.run("first", iters=1, warmup=0)
+    start = str(place.folder / "first")
+    place.run("second", stop_at=2, iters=4, warmup=0, resume_adapter_file=start)
+    shutil.rmtree(start)
+    for also in (["--dry-run"], []):
+        cli.train(["-c", str(place.folder / "second" / "run.yaml"), "--resume", *also])
+    assert "to start: mlx_loraplus.train" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "problem"),
     [
