@@ -37,6 +37,7 @@ from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
+from .given_adapter import load_and_resolve
 from .make_batches import plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
@@ -48,7 +49,7 @@ from .run_checks import (
 )
 from .run_fingerprint import keep_first_choices
 from .schedule import Schedule, schedule_of
-from .starting_adapter import Settings, continue_adapters, resolve_config
+from .starting_adapter import Settings, continue_adapters
 from .step_choices import plan_grad_checkpoint
 from .trainer import TrainState, train
 
@@ -98,9 +99,13 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
     before = len(found.problems)
     found.check(check_model_name, config.model)
     read_data = preview_run if len(found.problems) == before else check_rows
-    # A resumed run takes its adapters from its own folder.
+    # A resumed run takes its adapters from its own folder. A run that can't start from an adapter
+    # is not described, because its settings are not known.
+    starts = True
     if config.resume_adapter_file is not None and not config.resume:
+        known = len(found.problems)
         config = _start_from_adapter(config, settings, found)
+        starts = len(found.problems) == known
     data = found.check(read_data, config)
 
     # The data, and what training on it takes.
@@ -108,7 +113,7 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
         problems, data.data.problems = data.data.problems, []
         found.problems += [problem for problem in problems if problem not in found.problems]
         console.print(data)
-        if data.plan is not None:
+        if data.plan is not None and starts:
             console.print()
             for name, line in _describe_run(data, checkpoint, data.plan.useful_tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
@@ -133,19 +138,13 @@ def _start_from_adapter(config: TrainConfig, settings: Settings, found: _Finding
     found.check(_check_adapter, Path(config.resume_adapter_file))
     if found.problems:
         return config
-    return found.check(_resolve, config.model, settings) or config
+    return found.check(load_and_resolve, config.model, settings) or config
 
 
 def _check_adapter(path: Path) -> None:
     """Check that a path, a folder or the weights file in it, leads to an adapter."""
     folder, _ = adapter_files(path)
     recorded_model(folder)
-
-
-def _resolve(name: str, settings: Settings) -> TrainConfig:
-    """Load a model, and return the config of a run on it, as training does."""
-    model, _ = load(name)
-    return resolve_config(model, settings)
 
 
 def _describe_run(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -317,49 +316,6 @@ def test_a_tied_head_that_differs_from_its_embeddings_is_refused(tmp_path: Path)
         load_peft(make("gemma3"), tmp_path / "peft")
 
 
-@pytest.mark.parametrize(
-    ("parts", "changes"),
-    [
-        ("A", {}), ("B", {}), ("AB", {}), ("AB", {"target_modules": r".*_proj"}),
-        ("AB", {"target_modules": r".*layers\.(0|1)\..*", "exclude_modules": r".*\.v_proj"}),
-        ("AB", {"target_modules": ["q_proj"], "layers_to_transform": 1}),
-        ("AB", {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"}),
-    ],
-)  # fmt: skip
-def test_a_layer_that_the_file_has_lost_is_missing(folder: Path, parts: str, changes: dict):
-    changed(folder, **changes)
-    file = folder / "adapter_model.safetensors"
-    name = f"{LAYER}self_attn.q_proj"
-    lost = {f"{name}.lora_{part}.weight" for part in parts}
-    save_file({key: array for key, array in load_file(file).items() if key not in lost}, file)
-    model = make("llama")
-    with pytest.raises(
-        AdapterError, match=r"peft is incomplete: model\.layers\.\d\.self_attn\.q_proj"
-    ):
-        load_peft(model, folder)
-    assert not find_adapters(model)
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"target_modules": r".*k_proj"}, {"target_modules": "all-linear"}, {"target_modules": None},
-        {"target_modules": r"q_proj"}, {"target_modules": r"(("}, {"target_modules": r"(.*)*q_proj"},
-        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "h"},
-        {"target_modules": ["k_proj", "z_proj", "model.layers.7.self_attn.q_proj"]},
-        {"layers_to_transform": [0, 2]}, {"exclude_modules": ["layers.1.self_attn.q_proj"]},
-    ],
-)  # fmt: skip
-def test_a_layer_that_was_not_chosen_is_not_missing(folder: Path, changes: dict):
-    file = folder / "adapter_model.safetensors"
-    tensors = {
-        key: x for key, x in load_file(file).items() if f"{LAYER}self_attn.q_proj" not in key
-    }
-    save_file(tensors, file)
-    changed(folder, **changes)
-    assert find_adapters(load_peft(make("llama"), folder))
-
-
 @pytest.mark.parametrize("number", range(3))
 def test_every_setting_that_peft_writes_is_known(number: int):
     golden = Path(__file__).parents[1] / "golden" / "peft" / f"theirs{number}"
@@ -384,29 +340,6 @@ def test_an_unknown_variant_is_refused_and_other_unknown_settings_are_noted(fold
     changed(folder, use_xyz=True)
     with pytest.raises(AdapterError, match=r"is a LoRA with use_xyz True, .*merge_and_unload"):
         load_peft(make("llama"), folder)
-
-
-@pytest.mark.parametrize(
-    ("changes", "selected"),
-    [
-        ({}, None), ({"target_modules": ["q_proj"]}, 3), ({"target_modules": r".*\.q_proj"}, 3),
-        ({"target_modules": ["model.layers.1.mlp.up_proj"]}, 1), ({"target_modules": "q_proj"}, 0),
-        ({"exclude_modules": ["q_proj"]}, 18), ({"exclude_modules": r".*layers\.1.*"}, 14),
-        ({"layers_to_transform": [0, 2]}, 14), ({"layers_to_transform": 1}, 7),
-        ({"layers_to_transform": 1, "layers_pattern": ["h", "layers"]}, 7),
-        ({"layers_to_transform": []}, None), ({"target_modules": "all-linear"}, None),
-    ],
-)  # fmt: skip
-def test_layers_that_peft_would_leave_out_are_noted(
-    folder: Path, changes: dict, selected: int | None
-):
-    """The numbers are those of PEFT's check_target_module_exists."""
-    changed(folder, **changes)
-    notes = find_doubts(folder)
-    assert len(notes) == (selected is not None)
-    if notes:
-        assert re.search(f"on 21 layers, but .* select only {selected} of them", notes[0])
-        assert find_doubts(folder / "adapter_model.safetensors") == notes
 
 
 def test_layers_of_several_ranks_get_one_rank_that_stock_mlx_lm_loads(folder: Path, tmp_path: Path):
