@@ -70,6 +70,13 @@ _NOT_TEXT = re.compile(
 
 _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
 
+# A name of a column that is rather a value: a sentence, or four words and more.
+_SENTENCE = re.compile(r"\s*(\S.*[.?!]|(\S+\s+){3,}\S+)\s*", re.DOTALL)
+_NO_NAMES = (
+    "the values of a row seem to stand where its columns should be named, such as prompt and"
+    " completion: name them; in a csv file, write the line prompt,completion above the first row"
+)
+
 # Names of columns that do not hold labels, or answers; both patterns match an empty name too.
 _NOT_LABEL = re.compile(
     r".*(^|_|\b)(id|idx|index|no|nr|number|line|row|year|date|time|timestamp|length|tokens)"
@@ -107,9 +114,9 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _advise_missing_field(needed, texts)
     if chats:
         return _suggest_fields({"messages": chats[0]})
-    if texts:
+    if texts and not any(map(_SENTENCE.fullmatch, row)):
         return _advise_texts(columns, texts)
-    return _explain_no_text(columns) if row else ""
+    return _explain_no_text(row) if row else ""
 
 
 def _advise_preferences(row: Mapping[str, Any]) -> str:
@@ -188,12 +195,16 @@ def _holds_rows(value: object) -> bool:
     return bool(value) and all(isinstance(row, dict) for row in cast("list[object]", value))
 
 
-def _explain_no_text(columns: Mapping[str, Any]) -> str:
+def _explain_no_text(row: Mapping[str, Any]) -> str:
     """Return why no column can be suggested."""
+    # The first line of a csv file may be a row.
+    if any(map(_SENTENCE.fullmatch, row)):
+        return f"; {_NO_NAMES}"
+
     # The rows may be inside an object, as in {"data": [{…}, …]}.
-    inner = [name for name, value in columns.items() if _holds_rows(value)]
+    inner = [name for name, value in row.items() if _holds_rows(value)]
     if inner:
-        return f"; the rows are in {inner[0]!r}: write that list alone into the file"
+        return f"; the rows are in {inner[0]!r:.40}: write that list alone into the file"
     return "; none of them looks like text to learn"
 
 
