@@ -174,7 +174,7 @@ def test_a_list_with_one_equal_number_for_each_block_is_that_number(tmp_path: Pa
     }
     as_lists = config_from_gguf(read_gguf(write_gguf(tmp_path / "lists.gguf", metadata=lists)))
     assert as_lists == config_from_gguf(read_gguf(write_gguf(tmp_path / "numbers.gguf")))
-    for wrong in ([2, 2], [2] * (LAYERS - 1) + [1], []):
+    for wrong in ([2, 2], [2] * (LAYERS - 1) + [1]):
         changed = lists | {"llama.attention.head_count_kv": wrong}
         with pytest.raises(ModelError, match=r"head_count_kv is \["):
             config_from_gguf(read_gguf(write_gguf(tmp_path / "wrong.gguf", metadata=changed)))
