@@ -89,6 +89,8 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
     if config.to is not None:
         refused = (*refused, "an adapter")
+    if config.to in (None, "peft"):  # an adapter beside a model would be applied to it
+        refused = (*refused, "a model")
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
     check_files_and_folders(save_path, ours)
 
