@@ -226,6 +226,8 @@ MISTAKES = [
     ("fuse run --save-path tiny --overwrite", "save_path tiny is or contains"),
     ("fuse run --save-path fused", "fused is not empty"),
     ("export run --to peft --save-path grun --overwrite", "grun holds a run (history.jsonl)"),
+    ("export run --to peft --save-path fused --overwrite", "fused holds a model (model.safetensors)"),
+    ("export peft --from peft --save-path fused --overwrite", "fused holds a model (model.safetensors)"),
     ("export run --to gguf --save-path sums --overwrite", "sums holds data (train.jsonl)"),
     ("compare run --save-path run/report.html", "run/report.html exists already"),
     ("compare run --save-path curves.pdf", "must end in .html, .png, .svg"),

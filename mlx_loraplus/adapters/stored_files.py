@@ -222,7 +222,7 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """Return whether a path leads to an adapter, and not to a model."""
     with suppress(AdapterError, OSError):
         folder, _ = adapter_files(Path(path))
-        return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+        return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
     return False
 
 

@@ -57,7 +57,6 @@ _NAMES_OF_LISTS = ("data", "rows", "examples", "items", "records", "samples", "t
 """Columns whose list holds the rows of a file, rather than the parts of one row."""
 
 _LONGEST_NAME = 40  # maximum number of characters in a suggested column name
-_WORDS_OF_ROW = 3  # a name with as many words may be the text of a row
 _SURELY_TEXT = 64  # a string with more characters than this is always taken as text
 
 _NOT_TEXT = re.compile(
@@ -78,6 +77,13 @@ _NOT_TEXT = re.compile(
 )
 
 _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
+
+# A name of a column that is rather a value: a sentence, or four words and more.
+_SENTENCE = re.compile(r"\s*(\S.*[.?!]|(\S+\s+){3,}\S+)\s*", re.DOTALL)
+_NO_NAMES = (
+    "the values of a row seem to stand where its columns should be named, such as prompt and"
+    " completion: name them; in a csv file, write the line prompt,completion above the first row"
+)
 
 # Names of columns that do not hold labels, or answers; both patterns match an empty name too.
 _NOT_LABEL = re.compile(
@@ -118,7 +124,9 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _advise_missing_field(needed, texts)
     if chats:
         return _suggest_fields({"messages": chats[0]})
-    return _advise_texts(columns, texts) if texts else _explain_no_text(columns)
+    if texts and not any(map(_SENTENCE.fullmatch, row)):
+        return _advise_texts(columns, texts)
+    return _explain_no_text(row)
 
 
 def _is_message(row: Mapping[str, Any]) -> bool:
@@ -202,20 +210,24 @@ def _holds_rows(value: object) -> bool:
     return bool(value) and all(isinstance(row, dict) for row in cast("list[object]", value))
 
 
-def _explain_no_text(columns: Mapping[str, Any]) -> str:
+def _explain_no_text(row: Mapping[str, Any]) -> str:
     """Return why no column can be suggested; nothing for a row without columns."""
-    if not columns:
+    if not row:
         return ""
 
+    # The first line of a csv file may be a row.
+    if any(map(_SENTENCE.fullmatch, row)):
+        return f"; {_NO_NAMES}"
+
     # The rows may be inside an object, as in {"data": [{…}, …]}.
-    inner = [name for name, value in columns.items() if _holds_rows(value)]
+    inner = [name for name, value in row.items() if _holds_rows(value)]
     if inner and inner[0].lower() not in _NAMES_OF_LISTS:
         return (
-            f"; {inner[0]!r} is a list of objects that are no messages: write them as messages with"
-            " a role and a content each"
+            f"; {inner[0]!r:.40} is a list of objects that are no messages: write them as messages"
+            " with a role and a content each"
         )
     if inner:
-        return f"; the rows are in {inner[0]!r}: write that list alone into the file"
+        return f"; the rows are in {inner[0]!r:.40}: write that list alone into the file"
     return "; none of them looks like text to learn"
 
 
@@ -255,11 +267,7 @@ def _can_train(value: object) -> bool:
 
 
 def _suggest_fields(choice: Mapping[str, str]) -> str:
-    """Return the advice to use these columns, whose names may be the first row of a table."""
-    hint = ""
-    if any(len(name.split()) >= _WORDS_OF_ROW for name in choice.values()):
-        hint = " (if these are no names of columns, add a first line with names to the file)"
-    return f"{ADVICE} --fields {_show_fields(choice)}{hint}"
+    return f"{ADVICE} --fields {_show_fields(choice)}"
 
 
 def _show_fields(choice: Mapping[str, str]) -> str:

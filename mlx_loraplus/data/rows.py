@@ -28,6 +28,7 @@ from .ineffective_columns import check_switches
 from .messages import BadRowError, MissingFieldsError, check_type, is_chat, type_name
 from .row_kinds import OPTIONAL, REQUIRED, Kind, find_kind
 from .row_problems import RowProblems
+from .whole_tables import check_is_row
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def make_rows(
         try:
             if isinstance(row, BadRowError):
                 raise row
+            check_is_row(row)
             yield make(row, line, names)
         except BadRowError as problem:
             row_problems.add_problem(line, problem)

@@ -89,6 +89,8 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
     if config.to is not None:
         refused = (*refused, "an adapter")
+    if config.to in (None, "peft"):  # an adapter beside a model would be applied to it
+        refused = (*refused, "a model")
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
     check_files_and_folders(save_path, ours)
 
@@ -145,8 +147,7 @@ def _load(
     from ..models.loading import load_folder
     from ..models.prompt_format import PROMPT_FORMAT, PromptFormat
     from .gguf_lora import load_gguf_lora
-    from .peft import load_peft
-    from .peft_import_checks import find_unknown_settings
+    from .peft import find_doubts, load_peft
 
     source = find_model(name)
     if source.note:
@@ -158,7 +159,7 @@ def _load(
         return _Loaded(model, tokenizer, source, stored)
     attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
     attach(model, Path(config.adapter_path))
-    if config.from_ == "peft" and (note := find_unknown_settings(Path(config.adapter_path))):
+    for note in find_doubts(Path(config.adapter_path)) if config.from_ == "peft" else ():
         log(note)
 
     # An adapter names its base, but what is published contains no local path.

@@ -70,6 +70,9 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
     model = load_adapters(shared_copy(base), weights)
 
+    if config.dequantize:
+        note_if_plain(model, name, log)
+
     # If no weight is rounded, the fused model gives the same answers as base + adapter.
     if run and not _compares(config, model):
         log(
@@ -119,6 +122,12 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
     log(f"try it: mlx_loraplus.generate --model {shell_word(config.save_path)} --prompt '...'")
+
+
+def note_if_plain(model: nn.Module, name: str, log: Callable[[str], None]) -> None:
+    """Report that ``--dequantize`` has no effect on a model without quantized layers."""
+    if not any(map(is_quantized, model.modules())):
+        log(f"note: --dequantize changes nothing, because no weight of {name} is quantized")
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:

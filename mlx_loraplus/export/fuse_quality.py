@@ -210,7 +210,11 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> Trai
         log: Called with the reason if the run's settings can't be read.
     """
     files = [folder / SETTINGS for folder in folders if (folder / SETTINGS).is_file()]
-    if config.sample_tokens == 0 or not (files or config.data):
+    if not (files or config.data):
+        if config.sample_tokens:
+            log("the answers are not compared: no run.yaml names training data; give --data")
+        return None
+    if config.sample_tokens == 0:
         return None
 
     try:

@@ -201,6 +201,11 @@ def plan_memory(
     used = translate(TrainConfig, dict(settings))
     used.pop("data", None)
     used.pop("data_weights", None)
+    if used.get("resume_adapter_file") is not None:
+        raise ConfigError(
+            "plan_memory does not read the adapter in resume_adapter_file: give its own settings"
+            " instead (rank, target_modules, …), or use the command mlx_loraplus.plan"
+        )
     config = configure(TrainConfig, used | {"model": model or "gemma-3"})
     plan = plan_run(config, memory, families, is_named=model is not None)
     plan.advice[:] = map(in_keywords, plan.advice)

@@ -156,6 +156,10 @@ def test_a_truncated_file_raises(
             r"is damaged: .*lora_a has rank 4, but start_rank 3 in adapter_config\.json needs 6",
         ),
         (
+            '{"lora_parameters": {"scale": 1, "rank": 8}}',
+            r"holds matrices of rank 4, but its adapter_config\.json has rank 8: correct the rank",
+        ),
+        (
             '{"lora_parameters": {"scale": 1}, "base_quantization": {"bits": 7}}',
             "base_quantization.bits Input should be 2",
         ),

@@ -171,3 +171,19 @@ def test_thoughts_in_several_places_are_noted():
     ):
         record = make_row({"messages": [USER, ANSWER | turn]}, 1)
         assert [places in note for note in record.notes] == [True] * bool(places)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"What is 1 + 1?": "What is 2 + 2?", "2": "4"}, {"1": 2, "Where is my order now": "x", "3": "y"},
+        {"Hello there.": "Hi"}, {"word " * 40: "Another long text, and so on"},
+    ],
+)  # fmt: skip
+def test_a_csv_file_without_a_line_of_names_is_suspected(row: dict[str, Any]):
+    """--fields with these names would work, but lose the first row."""
+    with pytest.raises(BadRowError, match="write the line prompt,completion above the first row"):
+        make_row(row, 2)
+    for name in ("Customer question", "prompt text"):
+        with pytest.raises(BadRowError, match="--fields "):
+            make_row({name: "What is 1 + 1?", "reply": "It is two"}, 2)
