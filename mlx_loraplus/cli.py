@@ -118,19 +118,20 @@ def train(arguments: Arguments = None) -> None:
         from .training.run_checks import check_model_name
         from .training.starting_adapter import with_recorded
 
-        # Settings that were not given may come from the adapter that the run starts from.
+        # What was not given may come from the adapter that the run starts from.
+        config = _with_model_of_start(asked, words)
         given = {"model"} | given_names(TrainConfig, words)
-        if not asked.data.data:  # the demo set
+        if not config.data.data:  # the demo set
             given.discard("data")
-        settings = {name: value for name, value in settings_of(asked).items() if name in given}
-        config = with_recorded(asked, settings)
+        settings = {name: value for name, value in settings_of(config).items() if name in given}
+        config = with_recorded(config, settings)
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
 
         # These options need only one process.
         if switches.dry_run and world.is_main:
-            rehearse(config, words)
+            rehearse(config, settings, words)
         if switches.test and world.is_main:
             evaluate_run(config, given_names(TrainConfig, words))
         if switches.dry_run or switches.test:
@@ -341,6 +342,19 @@ def main(arguments: Arguments = None) -> None:
         hint = command_hint(words, COMMANDS)
         sys.stderr.write(f"error: {name!r} is not a command{hint}; give one of {known}\n")
         raise SystemExit(2)
+
+
+def _with_model_of_start(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """Return the config with the model of the adapter that the run starts from, if none is given.
+
+    Raises:
+        AdapterError: There is no adapter, or it names no model.
+    """
+    from .adapters.stored_files import model_for
+
+    if config.resume_adapter_file is None or "model" in given_names(TrainConfig, words):
+        return config
+    return dataclasses.replace(config, model=model_for(None, config.resume_adapter_file))
 
 
 def _with_run(config: Config, switches: Any, words: Sequence[str]) -> Config:

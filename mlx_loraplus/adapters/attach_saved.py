@@ -14,7 +14,7 @@ from ..models.vocabulary import known_vocabulary
 from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
 from .lora import Adapter, LoRA, Projections
-from .stored_files import StoredConfig, check_floating, recorded_model
+from .stored_files import BaseFingerprint, StoredConfig, check_floating, recorded_model
 from .stored_tensors import (
     MISSING,
     PACKED,
@@ -35,6 +35,8 @@ def attach_saved(
     weights: Mapping[str, mx.array],
     learned: Mapping[str, mx.array],
     source: Path,
+    *,
+    is_skeleton: bool = False,
 ) -> nn.Module:
     """Put an adapter in the stored form on ``model``.
 
@@ -44,6 +46,7 @@ def attach_saved(
         weights: The adapter's tensors.
         learned: The arrays of ``config.train_modules``.
         source: The folder that error messages name.
+        is_skeleton: The model has no weights, so they are not compared with the adapter's base.
 
     Returns:
         The same model.
@@ -84,8 +87,7 @@ def attach_saved(
     _check_values(source, {**weights, **learned})
 
     # The weights may differ although all shapes match.
-    here = fingerprint_base([modules[path] for path in adapters])
-    if config.base and config.base.quantization == here.quantization and config.base != here:
+    if config.base and not is_skeleton and _has_other_weights(modules, adapters, config.base):
         raise AdapterError(
             f"{source} belongs to another model{_own_model(source)}: its shapes fit, but it was"
             " trained on other weights; load it on its own base (to use it on this one anyway,"
@@ -100,6 +102,14 @@ def attach_saved(
     forget_derived(model)
     model.prompt_format = PromptFormat.read(config.prompt_format)
     return model
+
+
+def _has_other_weights(
+    modules: Mapping[str, nn.Module], adapters: Iterable[str], base: BaseFingerprint
+) -> bool:
+    """Return whether layers are quantized as an adapter's base, but have other weights."""
+    here = fingerprint_base([modules[path] for path in adapters])
+    return base.quantization == here.quantization and base != here
 
 
 def _named_by_keys(model: nn.Module, config: StoredConfig) -> list[str]:

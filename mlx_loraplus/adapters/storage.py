@@ -222,12 +222,21 @@ def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Modu
             message gives the stored and the expected shapes), or the adapter was trained on other
             weights than the model's. The model is not changed.
     """
-    path = path_of(adapter_path, "adapter_path", AdapterError)
+    return attach_stored(model, path_of(adapter_path, "adapter_path", AdapterError))
+
+
+def attach_stored(model: nn.Module, path: Path, *, is_skeleton: bool = False) -> nn.Module:
+    """Put a saved adapter on a model, or on a model's skeleton, which has no weights to compare.
+
+    Raises:
+        AdapterError: As for ``load_adapter``.
+    """
     folder, weights = adapter_files(path)
     check_is_adapter(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)
     learned = read_weights(folder / MODULES) if config.train_modules else {}
-    attach_saved(model, config, read_weights(folder / weights), learned, folder)
+    tensors = read_weights(folder / weights)
+    attach_saved(model, config, tensors, learned, folder, is_skeleton=is_skeleton)
     record(model, read_record(config, folder))
     return model
 

@@ -146,8 +146,12 @@ def read_tools(path: str | None, tokenizer: TokenizerWrapper, *, chat: bool) -> 
 
     try:
         tools = json.loads(read_bounded(Path(path)))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ConfigError(f"--tools {path} can't be read as JSON: {problem!s:.200}") from None
+    except OSError as problem:
+        raise ConfigError(f"--tools {path} can't be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(
+            f"--tools {path} can't be read as JSON: {problem!s:.200}; write one list of tools"
+        ) from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(
             f"--tools {path} does not hold a list of tools; write it as in the rows: "

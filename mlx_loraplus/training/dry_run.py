@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from ..adapters.attach import attach_adapters, check_targets
-from ..adapters.stored_files import adapter_files, recorded_model
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.first_rows import check_rows
@@ -47,6 +46,7 @@ from .run_checks import (
 )
 from .run_fingerprint import keep_first_choices
 from .schedule import Schedule, schedule_of
+from .starting_adapter import Settings, resolve_config
 from .step_choices import plan_grad_checkpoint
 from .trainer import TrainState, train
 
@@ -75,11 +75,12 @@ class _Findings:
             return None
 
 
-def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
+def rehearse(config: TrainConfig, given: Settings, words: Sequence[str]) -> None:
     """Print a run's data, settings, memory, time and disk space, and the command that starts it.
 
     Args:
         config: The run's settings.
+        given: Those that were given.
         words: The words of the command with ``--dry-run``.
 
     Raises:
@@ -94,9 +95,10 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     checkpoint = found.check(find_run, config, found.warnings.append) if config.resume else None
     before = len(found.problems)
     found.check(check_model_name, config.model)
-    read_data = preview_run if len(found.problems) == before else check_rows
-    if config.resume_adapter_file is not None:
-        found.check(_check_start, Path(config.resume_adapter_file))
+    is_found = len(found.problems) == before
+    read_data = preview_run if is_found else check_rows
+    if config.resume_adapter_file is not None and is_found:
+        config = found.check(_with_start, config, given) or config
     data = found.check(read_data, config)
 
     # The data, and what training on it takes.
@@ -120,10 +122,9 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     console.print(Text(f"\nto start: {_command(words)}"), soft_wrap=True)
 
 
-def _check_start(path: Path) -> None:
-    """Check that a path, a folder or the weights file in it, leads to an adapter."""
-    folder, _ = adapter_files(path)
-    recorded_model(folder)
+def _with_start(config: TrainConfig, given: Settings) -> TrainConfig:
+    """Return the config with the settings of the adapter that the run starts from."""
+    return resolve_config(make_skeleton(config_of(config.model)), given, is_skeleton=True)
 
 
 def _describe_run(

@@ -29,7 +29,7 @@ from ..adapters.made_with import (
     recorded_start,
     shown_start,
 )
-from ..adapters.storage import load_adapter
+from ..adapters.storage import attach_stored, load_adapter
 from ..adapters.target_modules import choose_targets, find_trained
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import (
@@ -118,12 +118,15 @@ class ExistingAdapters:
         return math.isclose(config.alpha / divisor, self.first.scale, rel_tol=1e-6)
 
 
-def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
+def resolve_config(
+    model: nn.Module, settings: Settings, *, is_skeleton: bool = False
+) -> TrainConfig:
     """Return a run's config; defaults come from the adapters that it starts from, if any.
 
     Args:
         model: The model, which may have adapters.
         settings: The settings that are given.
+        is_skeleton: The model has no weights, so they are not compared with the adapter's base.
 
     Raises:
         ConfigError: A setting is not allowed, or differs from the adapters' own; or as for
@@ -141,7 +144,7 @@ def resolve_config(model: nn.Module, settings: Settings) -> TrainConfig:
     if asked.resume:
         return configure(TrainConfig, _recorded_settings(asked.adapter_path) | given)
 
-    existing = _find_existing(model, asked.resume_adapter_file)
+    existing = _find_existing(model, asked.resume_adapter_file, is_skeleton=is_skeleton)
     theirs = _describe(existing)
 
     # A selection or a scale that equals the adapters' own is as good as not given.
@@ -229,11 +232,13 @@ def _set_dropout(model: nn.Module, p: float) -> None:
             adapter.dropout = Dropout(p)
 
 
-def _find_existing(model: nn.Module, resume_adapter_file: str | None) -> ExistingAdapters:
+def _find_existing(
+    model: nn.Module, resume_adapter_file: str | None, *, is_skeleton: bool
+) -> ExistingAdapters:
     """Return the adapters in ``resume_adapter_file`` or on the model, without changing them."""
     if resume_adapter_file is not None:
         tuned = shared_copy(model)
-        load_adapter(tuned, resume_adapter_file)
+        attach_stored(tuned, Path(resume_adapter_file), is_skeleton=is_skeleton)
         return ExistingAdapters(tuned, model)
 
     base = shared_copy(model)

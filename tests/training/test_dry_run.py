@@ -13,6 +13,7 @@ from mlx_loraplus import cli
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.training import dry_run
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
@@ -157,3 +158,40 @@ def test_an_adapter_as_the_model_is_told_once(place: Place, capsys: pytest.Captu
     assert "holds an adapter, not a model: give its model" in said
     assert "leave --model out" not in said
     assert "bad.jsonl:1: no known field" in said
+
+
+def test_the_adapter_to_start_from_is_checked_and_its_settings_are_described(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2)
+    capsys.readouterr()
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    cli.train(words(place, "--dry-run", *start))
+    assert "lora, 2,048 parameters to train" in capsys.readouterr().out
+
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *start, "--rank", "4", *also))
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "the run starts from adapters with other settings: rank 4 (theirs: 2)" in said
+
+
+def test_without_a_model_a_run_starts_on_the_model_of_its_adapter(place: Place):
+    place.run("first", iters=1, warmup=0)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    without = words(place, *start)[2:]
+    for also in (["--dry-run"], []):
+        cli.train([*without, *also])
+    settings = (place.folder / "my run" / "run.yaml").read_text()
+    assert f"model: {place.folder / 'model'}\n" in settings
+
+
+def test_an_adapter_of_another_model_is_refused(place: Place, capsys: pytest.CaptureFixture[str]):
+    place.run("first", iters=1, warmup=0)
+    write_tiny_model(place.folder / "wide", hidden=64)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train([*words(place, *start, *also), "--model", str(place.folder / "wide")])
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "belongs to another model" in said
