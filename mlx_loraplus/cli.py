@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -350,10 +351,12 @@ def _with_model_of_start(config: TrainConfig, words: Sequence[str]) -> TrainConf
     Raises:
         AdapterError: There is no adapter, or it names no model.
     """
-    from .adapters.stored_files import model_for
+    from .adapters.stored_files import adapter_files, check_is_adapter, model_for
 
     if config.resume_adapter_file is None or "model" in given_names(TrainConfig, words):
         return config
+    folder, _ = adapter_files(Path(config.resume_adapter_file))
+    check_is_adapter(folder)
     return dataclasses.replace(config, model=model_for(None, config.resume_adapter_file))
 
 

@@ -69,7 +69,9 @@ _OPTIMIZERS = {
 }
 
 MLX_LM: Mapping[str, ForeignSetting] = {
-    "train": _only(True, note="to evaluate without training, use --test"),
+    "train": _only(
+        True, note="to evaluate without training, use --test; training data goes to --data"
+    ),
     "training_mode": _only("normal", note="only supervised training is translated"),
     "test": _left_out("run the command again with --test after training"),
     "fine_tune_type": ForeignSetting(

@@ -216,9 +216,7 @@ def _translate_by_table(work: _Translation, name: str, value: Any, setting: Fore
     if setting.ours is None:
         if setting.values is None:
             work.left_out.append(f"{name} ({setting.note})")
-        elif setting.refused and value in (False, {}, []):
-            work.left_out.append(f"{name} (it is off)")
-        elif value not in list(setting.values):
+        elif value not in (list(setting.values) or (False, {}, [])):  # or it is off
             work.refuse(name, value, setting.note)
         return
     if setting.values is None:
@@ -348,14 +346,6 @@ def _translate_test(work: _Translation, name: str, value: Any) -> None:
         work.left_out.append(f"{name} ({MLX_LM[name].note})")
 
 
-def _translate_train(work: _Translation, name: str, value: Any) -> None:
-    """Report that ``train`` is a switch of mlx-lm, and not the training data."""
-    if isinstance(value, str | list):
-        work.refuse(name, value, "the training data goes to --data")
-    else:
-        _translate_by_table(work, name, value, MLX_LM[name])
-
-
 _SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
     "scale": _translate_scale,
     "warmup_ratio": _translate_warmup_ratio,
@@ -367,7 +357,6 @@ _SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
     "lora_target": _translate_target,
     "stage": _translate_stage,
     "test": _translate_test,
-    "train": _translate_train,
     **dict.fromkeys(_FIELDS, _translate_field),
 }
 

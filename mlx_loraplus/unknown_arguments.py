@@ -190,4 +190,6 @@ def _advice_on_path(path: Path, names: Sequence[str]) -> str:
         return f"{follow}, as in --model {path}"
     if "epochs" in names and (path / "run.yaml").is_file():
         return f"{follow}: -c {path / 'run.yaml'} --resume continues a run"
+    if "data" in names and path.exists():
+        return f"{follow}, as in --data {path}"
     return f"{follow} (--help lists them), and text with spaces needs quotes"

@@ -77,15 +77,25 @@ def test_an_adapter_of_peft_is_converted_as_the_error_says(
 ):
     cli.main(f"{TRAIN} --warmup 0".split())
     cli.main(["export", "out", "--to", "peft", "--save-path", "peft"])
+
+    # Each command refuses it before its base is looked for.
+    config = here / "peft" / "adapter_config.json"
+    written = config.read_text()
+    away = json.loads(written) | {"base_model_name_or_path": "org/far-away"}
+    config.write_text(json.dumps(away))
     for line in (
         "train --model peft --data sums",
         "generate peft --prompt hi",
         "train --model tiny --data sums --resume-adapter-file peft --adapter-path more",
+        "train --data sums --resume-adapter-file peft --adapter-path more",
+        "chat peft",
+        "fuse peft",
     ):
         said = error_of(line, capsys)
         assert "peft holds an adapter in PEFT's format" in said
 
     # The advice is right when followed.
+    config.write_text(written)
     command = said.partition("mlx_loraplus.")[2]
     cli.main(command.split())
     cli.main(["generate", "imported", "--prompt", "1 + 1 =", "--max-tokens", "2"])
@@ -196,7 +206,7 @@ MISTAKES = [
     # flags with a wrong dash, and rows to validate on
     ("train --model tiny --data sums —iters 2", "'—iters' is not a flag (did you mean '--iters'?)"),
     ("train --model tiny --data sums -\u2013adapter-path=out", "'-\u2013adapter-path=out' is not a flag (did you mean '--adapter-path'?)"),
-    ("train --model tiny --train sums/train.jsonl", "the training data goes to --data"),
+    ("train --model tiny --train sums/train.jsonl", "training data goes to --data"),
     ("train --model tiny --data sums/train.jsonl --valid sums/valid.jsonl", "name the file valid.jsonl, put it beside train.jsonl"),
     ("train --model tiny --data sums/train.jsonl --test-file t.jsonl", "name the file test.jsonl"),
     ("fine-tune --model tiny", "did you mean 'train'?"),
@@ -208,11 +218,12 @@ MISTAKES = [
     ("chat --model swapped --adapter-path run", "run was trained with another tokenizer"),
     ("train --model swapped --data sums --adapter-path run --test", "run was trained with another tokenizer"),
     ("fuse run --model swapped", "run was trained with another tokenizer, which gave other ids to the same tokens"),
-    ("fuse run peft --model swapped", "run was trained with another tokenizer"),
+    ("fuse run grun --model swapped", "run was trained with another tokenizer"),
     ("export run --model swapped --to peft --save-path out", "run was trained with another tokenizer"),
     ("train --model swapped --data sums --adapter-path new --resume-adapter-file run", "run was trained with another"),
     ("fuse run --bits 7", "--bits must be one of"),
     ("generate sums --prompt hi", "sums holds no adapter"),
+    ("generate 'Who are you?'", "there is no folder Who are you? (a prompt follows --prompt): give the folder"),
     ("chat nothere", "there is no folder nothere"),
     ("train --model tiny --data sums --adapter-path new --resume-adapter-file sums", "sums holds no adapter"),
     # folders to write
@@ -319,6 +330,8 @@ MISTAKES = [
     ("train --list-models gemma", "--list-models takes no value"),
     ("train run", "-c run/run.yaml --resume continues a run"),
     ("train tiny", "values follow their flags, as in --model tiny"),
+    ("train sums/train.jsonl", "values follow their flags, as in --data sums/train.jsonl"),
+    ("sweep sums --model tiny", "values follow their flags, as in --data sums"),
     ("doctor tiny", "values follow their flags, as in --model tiny"),
     ("serve run grun", "this command takes one folder"),
     ("chat run grun", "this command takes one folder"),

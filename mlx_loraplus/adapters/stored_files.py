@@ -124,6 +124,8 @@ def _no_folder(path: Path) -> str:
         hint = f" (a weight follows its adapter and a colon, as in my_run:{path.name})"
     if ":" in path.name:
         hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
+    if " " in path.name and not hint:
+        hint = " (a prompt follows --prompt)"
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..adapters.combined_adapters import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
-from ..adapters.stored_files import is_model_folder, model_for
+from ..adapters.stored_files import check_not_peft, is_model_folder, model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, counted
@@ -53,6 +53,7 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         return
     folders = [adapter_folder(path) for path in weights]
     for folder in folders:
+        check_not_peft(folder)
         if is_model_folder(folder):
             raise AdapterError(
                 f"{folder} is a model, not an adapter: give the folder of a run or an adapter, and"
