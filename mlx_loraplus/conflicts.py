@@ -59,7 +59,9 @@ def find_conflicts(
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
         values = counted(weights, "value")
-        problems.append(f"data_weights has {values} for {counted(sets, 'data set')}")
+        problems.append(
+            f"data_weights has {values} for {counted(sets, 'data set')}: give one for each"
+        )
     return problems
 
 

@@ -214,6 +214,11 @@ def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, 
     assert "\n" not in str(error.value)
 
 
+def test_a_setting_without_a_counterpart_may_be_off(tmp_path: Path):
+    config = read_yaml(tmp_path, "iters: 5\nhf_dataset: false\nwandb: null\nupload_repo: false\n")
+    assert config.iters == 5
+
+
 def test_every_setting_of_mlx_lm_is_known():
     known = {*setting_names(TrainConfig), "config"}
     parameters = {"rank", "dropout", "scale", "keys"}

@@ -124,9 +124,8 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _advise_missing_field(needed, texts)
     if chats:
         return _suggest_fields({"messages": chats[0]})
-    if texts and not any(map(_SENTENCE.fullmatch, row)):
-        return _advise_texts(columns, texts)
-    return _explain_no_text(row)
+    has_names = not any(map(_SENTENCE.fullmatch, row))
+    return _advise_texts(columns, texts) if texts and has_names else _explain_no_text(row)
 
 
 def _is_message(row: Mapping[str, Any]) -> bool:

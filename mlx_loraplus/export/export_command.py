@@ -50,7 +50,8 @@ def check(config: ExportConfig) -> None:
     if config.to != "hub" and config.repo_id:
         problems.append(f"repo_id {config.repo_id!r:.80} is for --to hub: leave it out")
     if config.to == "hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo_id):
-        problems.append(f"repo_id must be owner/name, not {config.repo_id!r:.80}")
+        given = f", not {config.repo_id!r:.80}" if config.repo_id else ""
+        problems.append(f"--to hub needs --repo-id OWNER/NAME{given}")
 
     if problems:
         raise ConfigError(join_problems(problems))

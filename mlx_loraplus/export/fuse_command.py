@@ -9,10 +9,10 @@ import mlx.nn as nn
 
 from ..adapters.combined_adapters import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
-from ..adapters.stored_files import model_for
+from ..adapters.stored_files import check_not_peft, is_model_folder, model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
-from ..errors import counted
+from ..errors import AdapterError, counted
 from ..files import check_free
 from ..models.find_model import find_model
 from ..models.loading import load_folder, shared_copy, stored_dtypes
@@ -52,6 +52,13 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         copy_model(config, whole, log)
         return
     folders = [adapter_folder(path) for path in weights]
+    for folder in folders:
+        check_not_peft(folder)
+        if is_model_folder(folder):
+            raise AdapterError(
+                f"{folder} is a model, not an adapter: give the folder of a run or an adapter, and"
+                f" --model {folder} if this is its base"
+            )
     name = model_for(config.model, folders[0])
     check_free(
         save_path,

@@ -60,8 +60,8 @@ CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
 def sizes(*words: str) -> list[str]:
     """Return one short name for each model and size, in the order of models.toml.
 
-    The list leaves out the families' names, base models that have an instruct version of the same
-    size, and models that are not quantized.
+    The list leaves out the families' names, and base models that have an instruct version of the
+    same size. Without words, it also leaves out models that are not quantized.
 
     Args:
         words: Only names that contain one of these words, in lower or upper case.
@@ -69,7 +69,7 @@ def sizes(*words: str) -> list[str]:
     names: list[str] = []
     for name, known in KNOWN.items():
         is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
-        if is_repeated or not known.repo.endswith(QUANTIZED):
+        if is_repeated or not (words or known.repo.endswith(QUANTIZED)):
             continue
         if not words or any(word.lower() in name for word in words):
             names.append(name)

@@ -305,6 +305,12 @@ def test_a_folder_without_an_adapter_raises(tiny: TinyModel, tmp_path: Path):
     with pytest.raises(AdapterError, match="no adapters to save"):
         save_adapter(tiny("llama"), tmp_path)
 
+    # A run has its settings before its first checkpoint.
+    (tmp_path / "run.yaml").write_text("model: tiny\n")
+    told = r"has saved no adapter yet: .* mlx_loraplus\.train -c \S+run\.yaml --resume"
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(tiny("llama"), tmp_path)
+
 
 def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
     model = tiny("llama")

@@ -100,8 +100,8 @@ def test_settings_that_do_not_go_together_are_reported(
         words(place, "--to", "peft", "--merged", "f16"), capsys
     )
     for more, told in (
-        (["--to", "hub"], "repo_id must be owner/name, not ''"),
-        (["--to", "hub", "--repo-id", "me"], "repo_id must be owner/name, not 'me'"),
+        (["--to", "hub"], "--to hub needs --repo-id OWNER/NAME"),
+        (["--to", "hub", "--repo-id", "me"], "--to hub needs --repo-id OWNER/NAME, not 'me'"),
         (["--to", "peft", "--repo-id", "me/it"], "repo_id 'me/it' is for --to hub: leave it out"),
     ):
         assert told in fails(words(place, *more), capsys)

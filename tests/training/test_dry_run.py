@@ -14,6 +14,7 @@ from mlx_loraplus import ConfigError, cli, plan_memory
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.training import dry_run
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
@@ -238,3 +239,40 @@ def test_a_plan_has_the_settings_of_the_adapter_to_start_from(
         assert problem in capsys.readouterr().err
     with pytest.raises(ConfigError, match="does not read the adapter in resume_adapter_file"):
         plan_memory(str(place.folder / "model"), resume_adapter_file=start[1])
+
+
+def test_the_adapter_to_start_from_is_checked_and_its_settings_are_described(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2)
+    capsys.readouterr()
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    cli.train(words(place, "--dry-run", *start))
+    assert "lora, 2,048 parameters to train" in capsys.readouterr().out
+
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *start, "--rank", "4", *also))
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "the run starts from adapters with other settings: rank 4 (theirs: 2)" in said
+
+
+def test_without_a_model_a_run_starts_on_the_model_of_its_adapter(place: Place):
+    place.run("first", iters=1, warmup=0)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    without = words(place, *start)[2:]
+    for also in (["--dry-run"], []):
+        cli.train([*without, *also])
+    settings = (place.folder / "my run" / "run.yaml").read_text()
+    assert f"model: {place.folder / 'model'}\n" in settings
+
+
+def test_an_adapter_of_another_model_is_refused(place: Place, capsys: pytest.CaptureFixture[str]):
+    place.run("first", iters=1, warmup=0)
+    write_tiny_model(place.folder / "wide", hidden=64)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train([*words(place, *start, *also), "--model", str(place.folder / "wide")])
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "belongs to another model" in said
