@@ -48,7 +48,7 @@ def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, An
             "'segments' is a list of objects that are no",
         ),
         ({"data": [{"prompt": "a", "completion": "b"}]}, "the rows are in 'data'"),
-        ({"how are you?": "so so", "fine": "good"}, "add a first line with names to the file"),
+        ({"how are you?": "so so", "fine": "good"}, "stand where its columns should be named"),
         ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "perhaps a list as Python writes it"),
         ({"messages": '[{"role": "user", "content": "Hi'}, "is text that is no JSON"),
     ],
