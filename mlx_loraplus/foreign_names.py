@@ -69,7 +69,7 @@ _OPTIMIZERS = {
 }
 
 MLX_LM: Mapping[str, ForeignSetting] = {
-    "train": _only(True, note="to only evaluate, use --test; training data goes to --data"),
+    "train": _only(True, note="training data goes to --data; --test only evaluates"),
     "training_mode": _only("normal", note="only supervised training is translated"),
     "test": _left_out("run the command again with --test after training"),
     "fine_tune_type": ForeignSetting(

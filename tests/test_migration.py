@@ -204,7 +204,7 @@ def test_what_has_no_counterpart_names_ours(words: str, told: str):
         ("iters: 9\nlr_schedule: {name: cosine_decay, arguments: [1e-5, 99]}", "end at zero at"),
         ("optimizer_config: {adamw: {betas: [0.9, 0.98]}}", "it is [0.9, 0.999] here"),
         ("hf_dataset: {path: a/b}", "--data org/name"),
-        ("train: false\ntest: true", "to evaluate without training, use --test"),
+        ("train: false\ntest: true", "--test only evaluates"),
     ],
 )
 def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, told: str):

@@ -29,8 +29,8 @@ def check_is_row(row: object) -> None:
         )
     if _holds_named_rows(table):
         raise BadRowError(
-            f"it is an object of {len(table):,} rows, not a row: write them as a list, without"
-            f" their names; {_PANDAS.format(', orient=' + repr('index'))}"
+            f"it is an object of {counted(len(table), 'row')}, not a row: write them as a list,"
+            f" without their names; {_PANDAS.format(', orient=' + repr('index'))}"
         )
 
 

@@ -76,7 +76,7 @@ def load(
     if adapter_path is not None and name is None and is_model_folder(adapter_path):
         name, adapter_path = adapter_path, None
     if adapter_path is not None:
-        check_is_adapter(adapter_folder(adapter_path))
+        check_is_adapter(adapter_folder(fspath(adapter_path)))
     name = model_for(None if name is None else fspath(name), adapter_path)
     check_model_path(name)
     source = find_model(name)

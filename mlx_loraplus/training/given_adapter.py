@@ -2,7 +2,8 @@
 
 from collections.abc import Collection, Sequence
 
-from ..adapters.stored_files import model_for
+from ..adapters.storage import adapter_folder
+from ..adapters.stored_files import check_is_adapter, model_for
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..inference.generate import load
@@ -13,6 +14,8 @@ from .starting_adapter import Settings, resolve_config
 def with_adapters_model(config: TrainConfig, given: Collection[str]) -> TrainConfig:
     """Return the config with the model of the adapter that the run starts from, if none is given.
 
+    The adapter is checked before any model is looked for.
+
     A resumed run has its own adapters, and the one that it started from may be gone.
 
     Args:
@@ -20,10 +23,13 @@ def with_adapters_model(config: TrainConfig, given: Collection[str]) -> TrainCon
         given: The names of those that were given.
 
     Raises:
-        AdapterError: The adapter names no model, or its model is no longer where it was.
+        AdapterError: There is no adapter, it names no model, or its model is gone.
     """
     start = config.resume_adapter_file
-    if start is None or config.resume or "model" in given:
+    if start is None or config.resume:
+        return config
+    check_is_adapter(adapter_folder(start))
+    if "model" in given:
         return config
     return configure(TrainConfig, settings_of(config) | {"model": model_for(None, start)})
 
