@@ -62,6 +62,7 @@ PARTS = (
     Part("full", "scripts/bench/full --steps 24", 12, ("bench/results/full.json",)),
     Part("adapters", "scripts/bench/run adapters", 60, ("bench/results/adapters.json",)),
     Part("curve", "scripts/bench/run curve", 20, ("bench/results/curve.json",)),
+    Part("preference steps", "scripts/bench/preferences", 5, ("bench/results/preferences.json",)),
     Part("launches", "scripts/bench/launches", 1, ("bench/results/launches.json",)),
     Part(
         "shapes",
@@ -123,6 +124,12 @@ PARTS = (
         "scripts/study/preferences demo {scratch}",
         20,
         ("study/results/preferences.jsonl",),
+    ),
+    Part(
+        "preferences search",
+        "scripts/study/preferences search {scratch} --minutes 600",
+        480,
+        ("study/results/preference_search.jsonl",),
     ),
     Part(
         "rate",

@@ -28,6 +28,7 @@ from scripts.readme_results import (
     gguf_types_table,
     launches_table,
     memory_accuracy,
+    preference_steps_table,
     rivals_tables,
     speed_table,
 )
@@ -189,6 +190,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),
     "origins": (ROOT / "docs" / "benchmarks.md", origins_table),
+    "preference steps": (ROOT / "docs" / "preferences.md", preference_steps_table),
     "full": (ROOT / "docs" / "full.md", full_tables),
     "tree": (ROOT / "docs" / "architecture.md", file_tree),
 }

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.bench.rivals_table import markdown
+from scripts.provenance import source_line
 
 SCRIPTS = Path(__file__).parent
 SPEED_CASES = {
@@ -27,6 +28,16 @@ each weight to the nearest value, as `mlx_lm.fuse` does; *ours* is `mlx_loraplus
 the change. *Cosine*: between the change that was wanted and the one that the fused layer has, of its weights or of its
 outputs; 1 is best. *KL*: how far the next-token probabilities are from those of base + adapter, in nats per token; 0 is
 best. *Elsewhere*: on unrelated prose."""
+
+FULL_LEGEND = """\
+Embeddings and the last norm are frozen, because `mlx_lm.lora` does not train them. *Rows*: in a batch. *s/step*:
+seconds for a step, and *peak*: the highest memory of the run; lower is better. *Largest difference*: of the training
+losses of both, relative to the loss; it should be rounding alone."""
+
+STEP_LEGEND = """\
+*s/step*: seconds of the fastest step. *z₀*: the seconds of a step that estimate it. *Peak*: the highest memory of a
+step, without the weights. *To sft*: the column before it, divided by that of `sft`, which learns the same answers as
+examples of their own. Lower is better. Half of the tokens of a row are supervised."""
 
 
 def demo_part() -> str:
@@ -206,8 +217,8 @@ def full_tables() -> str:
     """Return how training all weights compares, as scripts/bench/full measures it."""
     result = _result("bench", "full")
     lines = [
-        "| weights | rows | s/step, mlx_lm | ours | ours / mlx_lm | peak, mlx_lm | ours | ours / mlx_lm | largest difference of a loss |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| weights | rows | steps | s/step, mlx_lm | ours | ours / mlx_lm | peak, mlx_lm | ours | ours / mlx_lm | largest difference of a loss |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for dtype, both in result["training"].items():
         stock, ours = both["stock"], both["ours"]
@@ -219,7 +230,7 @@ def full_tables() -> str:
         if math.isnan(times[0]):
             speed = "- | - | -"
         lines.append(
-            f"| {dtype} | {both['rows']} | {speed}"
+            f"| {dtype} | {both['rows']} | {len(ours['losses'])} | {speed}"
             f" | {peaks[0]:,.0f} MB | {peaks[1]:,.0f} MB | {peaks[1] / peaks[0]:.2f}x | {off:.1e} |"
         )
 
@@ -227,12 +238,12 @@ def full_tables() -> str:
     before = next(iter(rounding.values()))[0]
     lines += [
         "",
-        f"{result['model']}, every weight trained for {result['steps']} steps at η = {result['rate']:g}, by"
-        " `mlx_lm.lora` and here.\n*s/step*: seconds for a step, and *peak*: the highest memory of the run; lower is better."
-        " *Largest difference*: of the\ntraining losses of both, relative to the loss; it should be rounding alone.",
+        f"{result['model']}: the weights of all blocks, trained by `mlx_lm.lora` and here at η = {result['rate']:g}.",
+        FULL_LEGEND,
         "",
         "The next table shows what is lost if bfloat16 weights are rounded at every step, and how much of it the"
-        " compensation of\nthis package gets back. Lower is better; before training, the held-out loss was"
+        f" compensation of\nthis package gets back. Every weight trains here, for {result['steps']} steps at the"
+        " same η. Lower is better; before training,\nthe held-out loss was"
         f" {before:.4f} nats per token.",
         "",
         "| the weights are kept in | held-out loss after |",
@@ -242,6 +253,25 @@ def full_tables() -> str:
     cpu, versions = result["machine"]["cpu"], result["versions"]
     source = f"{cpu}; mlx {versions['mlx']}, mlx-lm {versions['mlx-lm']} at {result['commit']}"
     return "\n".join([*lines, "", f"`scripts/bench/full`: {source}; {result['date']}.\n"])
+
+
+def preference_steps_table() -> str:
+    """Return what a step of each objective takes, as scripts/bench/preferences measured it."""
+    if not (SCRIPTS / "bench" / "results" / "preferences.json").exists():
+        return "Not measured yet: run `scripts/bench/preferences`.\n"
+    result = _result("bench", "preferences")
+    lines = ["| objective | s/step | to sft | z₀ | peak | to sft |", "|---|--:|--:|--:|--:|--:|"]
+    plain = result["objectives"]["sft"]
+    for name, found in result["objectives"].items():
+        time = found["seconds"] / plain["seconds"]
+        memory = found["peak_bytes"] / plain["peak_bytes"]
+        estimate = f"{found['kl_seconds']:.2f}" if name == "kto" else ""
+        lines.append(
+            f"| {name} | {found['seconds']:.2f} | {time:.2f}x | {estimate}"
+            f" | {found['peak_bytes'] / 1e6:,.0f} MB | {memory:.2f}x |"
+        )
+    size = f"{result['model']}, {result['pairs']} pairs with answers of {result['length']} tokens."
+    return "\n".join([*lines, "", STEP_LEGEND, "", f"{size} {source_line(result)}", ""])
 
 
 def _result(room: str, name: str) -> dict[str, Any]:

@@ -15,11 +15,21 @@ CHARACTERS = [chr(code) for code in range(32, 127)]
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
-def write_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: int = 0) -> Path:
-    """Write a model's folder that ``--model`` takes."""
+def write_tiny_model(
+    folder: Path, *, hidden: int = 32, layers: int = 2, vocabulary: int = 128, seed: int = 0
+) -> Path:
+    """Write a model's folder that ``--model`` takes.
+
+    Args:
+        folder: The folder; it is made if needed.
+        hidden: The size of the hidden states.
+        layers: The number of blocks.
+        vocabulary: The number of tokens that the model has room for.
+        seed: Of the weights.
+    """
     config = {
         "model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers, "intermediate_size": 2 * hidden,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 128,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": vocabulary,
         "tie_word_embeddings": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,8 +37,8 @@ def write_tiny_model(folder: Path, *, hidden: int = 32, layers: int = 2, seed: i
     mx.random.seed(seed)
     model: nn.Module = llama.Model(llama.ModelArgs.from_dict(config))
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
-    vocabulary = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
-    backend = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    numbers = {token: index for index, token in enumerate(SPECIAL + CHARACTERS)}
+    backend = Tokenizer(models.BPE(numbers, [], unk_token="<unk>"))
     names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
     return folder

@@ -1,7 +1,7 @@
 """Does preference training work on a real model, and with which rates?
 
     scripts/study/preferences data FOLDER      write the rows, to train on them by hand
-    scripts/study/preferences demo FOLDER      SFT, then DPO from its adapter; ORPO alone
+    scripts/study/preferences demo FOLDER      SFT, then DPO from its adapter; ORPO alone; --seed is 0
     scripts/study/preferences search FOLDER    eta, lambda and beta of each objective, with three seeds
     scripts/study/preferences table            write the tables in docs/preferences.md again
 
@@ -15,8 +15,8 @@ rows.
 Every model is scored on test rows: the share of pairs whose chosen answer is more likely per token
 and the loss of the chosen answers (both from ``evaluate``), and of the greedy answers the share
 whose content is right (equal as JSON, in whatever style) and the share on one line. A result is a
-line of results/preferences.jsonl. A stored result is not measured again, so the same command
-continues after Ctrl-C.
+line of results/preferences.jsonl, or of preference_search.jsonl. A stored result is not measured
+again, so the same command continues after Ctrl-C.
 """
 
 import mlx_loraplus as ml  # isort: skip  before mlx
@@ -43,7 +43,8 @@ from mlx_loraplus.runs.verdict import verdict_of
 from scripts.provenance import provenance
 from scripts.study.preferences_page import WEIGHTS, Line, write_tables
 
-RESULTS = Path(__file__).parent / "results" / "preferences.jsonl"
+FOLDER = Path(__file__).parent / "results"
+RESULTS = {"demo": FOLDER / "preferences.jsonl", "search": FOLDER / "preference_search.jsonl"}
 MODEL = "smollm2-135m"
 SYSTEM = "Answer with JSON."  # shorter than the model's own system prompt
 ONE_LINE = ("light", "timer", "play")
@@ -58,16 +59,16 @@ Row = dict[str, str]
 
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 DPO = (
-    f"{TRAIN} --data {{0}}/pairs --objective dpo --resume-adapter-file {{0}}/first --reference start"
-    " --batch-size 4 --iters 60"
+    f"{TRAIN} --data {{data}}/pairs --objective dpo --resume-adapter-file {{runs}}/first"
+    " --reference start --batch-size 4 --iters 60"
 )
-COMMANDS = {  # name of a trained model → how the demo trains it; {0} is the folder
-    "first": TRAIN + " --data {0}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 120"
-    " --adapter-path {0}/first",
-    "dpo": DPO + " --adapter-path {0}/dpo",
-    "fast": DPO + " --learning-rate 1e-4 --adapter-path {0}/fast",
-    "orpo": TRAIN + " --data {0}/pairs --objective orpo --batch-size 4 --iters 45"
-    " --adapter-path {0}/orpo",
+COMMANDS = {  # name of a trained model → how the demo trains it
+    "first": TRAIN + " --data {data}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 120"
+    " --adapter-path {runs}/first",
+    "dpo": DPO + " --adapter-path {runs}/dpo",
+    "fast": DPO + " --learning-rate 1e-4 --adapter-path {runs}/fast",
+    "orpo": TRAIN + " --data {data}/pairs --objective orpo --batch-size 4 --iters 45"
+    " --adapter-path {runs}/orpo",
 }
 
 STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 2, 24, 3
@@ -155,11 +156,16 @@ def one_style(row: Row) -> Row:
 
 
 class Results:
-    """The lines of results/preferences.jsonl."""
+    """The lines of a file of results. Lines that were stored without a seed are of seed 0.
 
-    def __init__(self) -> None:
-        text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else ""
-        self.lines: list[Line] = [json.loads(line) for line in text.splitlines()]
+    Args:
+        file: One of ``RESULTS``.
+    """
+
+    def __init__(self, file: Path):
+        self.file = file
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
+        self.lines: list[Line] = [{"seed": 0} | json.loads(line) for line in text.splitlines()]
 
     def find(self, key: Line) -> Line | None:
         """Return the line with these values, or None."""
@@ -170,7 +176,7 @@ class Results:
         print(json.dumps(line), flush=True)
         self.lines.append(line | provenance())
         text = "".join(json.dumps(each) + "\n" for each in self.lines)
-        write_atomically(RESULTS, text.encode())
+        write_atomically(self.file, text.encode())
 
 
 def score(model: nn.Module, tokenizer: TokenizerWrapper, pairs: Sequence[Row]) -> Line:
@@ -203,36 +209,54 @@ def read_json(text: str) -> Any:
         return None
 
 
-def run_demo(folder: Path, results: Results) -> None:
+def run_demo(folder: Path, results: Results, seed: int = 0) -> None:
     """Train with the commands that the docs show, and score each model on all test pairs."""
     pairs = read_rows(folder / "pairs/test.jsonl")
     for name in ("base", *COMMANDS):
-        seconds = train_by_command(folder, name)
-        score_stored("demo", name, folder, pairs, results, train_seconds=seconds)
+        seconds = train_by_command(folder, name, seed)
+        key = {"part": "demo", "model": name, "seed": 0 if name == "base" else seed}
+        score_stored(key, folder, pairs, results, train_seconds=seconds)
 
 
 def score_stored(
-    part: str, name: str, folder: Path, pairs: Sequence[Row], results: Results, **known: Any
+    key: Line, folder: Path, pairs: Sequence[Row], results: Results, **known: Any
 ) -> None:
-    """Score the base, or a model that the demo has trained, unless the results hold it."""
-    key = {"part": part, "model": name}
+    """Score the base, or a model that the demo has trained, unless the results hold it.
+
+    Args:
+        key: The part of the study, the model's name, and the seed of its run.
+        folder: Where rows and runs are.
+        pairs: The test pairs.
+        results: Where the scores go.
+        known: What else the line shows.
+    """
     if results.find(key):
         return
-    model, tokenizer = ml.load(MODEL, None if name == "base" else folder / name)
+    name = key["model"]
+    adapter = None if name == "base" else runs_of(folder, key["seed"]) / name
+    model, tokenizer = ml.load(MODEL, adapter)
     results.add(key | known | score(model, tokenizer, pairs))
 
 
-def train_by_command(folder: Path, name: str) -> float | None:
+def runs_of(folder: Path, seed: int) -> Path:
+    """Return the folder of the runs with a seed."""
+    return folder / f"seed-{seed}" if seed else folder
+
+
+def train_by_command(folder: Path, name: str, seed: int = 0) -> float | None:
     """Train one of the demo's models unless it is there; return its seconds, None for the base."""
     if name == "base":
         return None
-    history = folder / name / "history.jsonl"
+    runs = runs_of(folder, seed)
+    history = runs / name / "history.jsonl"
     if not history.exists():
-        words = COMMANDS[name].format(folder).split()
+        words = COMMANDS[name].format(data=folder, runs=runs).split()
+        if seed:
+            words += ["--seed", str(seed)]
         print("$", *words, flush=True)
         program = Path(sys.executable).with_name(words[0])
         subprocess.run([program, *words[1:]], check=True)
-    return round(60 * verdict_of(ml.Run.load(folder / name)).minutes, 1)
+    return round(60 * verdict_of(ml.Run.load(runs / name)).minutes, 1)
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -245,7 +269,7 @@ def run_search(folder: Path, results: Results, deadline: float) -> None:
     pairs = read_rows(folder / "pairs/test.jsonl")[:SEARCH_PAIRS]
     train_by_command(folder, "first")
     for name in ("base", "first"):
-        score_stored("start", name, folder, pairs, results)
+        score_stored({"part": "start", "model": name, "seed": 0}, folder, pairs, results)
     for cell in cells(results):
         if time.perf_counter() > deadline:
             print("the time is up; the same command continues")
@@ -335,19 +359,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--minutes", type=float, default=120.0, help="start no run of the search after this many"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the demo's runs (default: 0)")
     options = parser.parse_args(arguments)
-    results = Results()
     if options.part == "table":
-        write_tables(results.lines)
+        write_tables([line for file in RESULTS.values() for line in Results(file).lines])
         return
     if options.folder is None:
         parser.error(f"{options.part} needs a FOLDER")
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed} is not a whole number of at least 0")
 
     write_rows(options.folder)
     if options.part == "demo":
-        run_demo(options.folder, results)
+        run_demo(options.folder, Results(RESULTS["demo"]), options.seed)
     elif options.part == "search":
-        run_search(options.folder, results, time.perf_counter() + 60 * options.minutes)
+        deadline = time.perf_counter() + 60 * options.minutes
+        run_search(options.folder, Results(RESULTS["search"]), deadline)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def write_tables(lines: Sequence[Line]) -> None:
 
 
 def demo_table(lines: Sequence[Line]) -> str:
-    """Return the table of the demo's models."""
+    """Return the table of the demo's models: a row for each, with the means over its seeds."""
     names = {
         "base": "SmolLM2 135M",
         "first": "SFT on both styles",
@@ -49,10 +49,13 @@ def demo_table(lines: Sequence[Line]) -> str:
         "orpo": "ORPO alone",
     }
     rows = [
-        "| model | chosen preferred | right content | on one line | loss of the chosen |",
-        "|---|--:|--:|--:|--:|",
+        "| model | seeds | chosen preferred | right content | on one line | loss of the chosen |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    rows += [f"| {names[line['model']]} | {scores(line)} |" for line in lines]
+    for model, title in names.items():
+        mine = [line for line in lines if line["model"] == model]
+        if mine:
+            rows.append(f"| {title} | {len(mine)} | {scores(means_of(mine))} |")
     size = f"{lines[0]['pairs']} test pairs."
     return "\n".join([*rows, "", LEGEND, "", f"{size} {source_line(lines[-1])}"])
 
@@ -61,6 +64,12 @@ def scores(line: Line) -> str:
     """Return a result's cells of a table."""
     parts = [f"{line[name]:.0%}" for name in ("preferred", "right", "one_line")]
     return " | ".join([*parts, f"{line['chosen_loss']:.3f}"])
+
+
+def means_of(lines: Sequence[Line]) -> Line:
+    """Return the means of the scores of several results."""
+    names = ("preferred", "right", "one_line", "chosen_loss")
+    return {name: fmean(line[name] for line in lines) for name in names}
 
 
 def search_table(lines: Sequence[Line]) -> str:
@@ -81,13 +90,9 @@ def search_table(lines: Sequence[Line]) -> str:
     for key in sorted(cells_found, key=lambda key: (order.index(key[0]), *key[1:])):
         mine = cells_found[key]
         objective, ratio, rate, weight = key
-        means = {
-            name: fmean(line[name] for line in mine)
-            for name in ("preferred", "right", "one_line", "chosen_loss")
-        }
         setting = f"`{WEIGHTS[objective]}` {weight:g}" if weight else "default"
         rows.append(
-            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {scores(means)} |"
+            f"| {objective} | {ratio:g} | {rate:g} | {setting} | {len(mine)} | {scores(means_of(mine))} |"
         )
     size = f"{lines[0]['pairs']} test pairs; {lines[0]['steps']} steps of {lines[0]['batch_size']}"
     return "\n".join([*rows, "", LEGEND, "", f"{size} pairs. {source_line(lines[-1])}"])

@@ -11,6 +11,7 @@ from mlx_lm import load as stock_load
 
 from mlx_loraplus.cli import chat, export, fuse, generate, train
 from mlx_loraplus.errors import AdapterError
+from scripts.judges.gguf_families import SIZE, byte_level_tokenizer
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import same
 from tests.export.test_gguf_lora import converted
@@ -86,8 +87,27 @@ def test_fuse_copies_and_quantizes(
     assert "is a whole model, which can't be added to others or weighted" in line
 
 
+def test_a_trained_model_becomes_a_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    # Characters alone are no tokenizer that GGUF knows, so the model gets another one.
+    model_folder = write_tiny_model(tmp_path / "model", hidden=64, vocabulary=SIZE)
+    tokenizer: Any = byte_level_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(model_folder)
+    write_sums(tmp_path / "data")
+    run = Place(tmp_path).run(**FULL, learning_rate=1e-2)
+
+    export([str(run.folder), "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
+    assert "the whole model is written as f16" in capsys.readouterr().out
+    base, _ = ml.load(str(model_folder))
+    trained, ours = ml.load(str(run.folder))
+    written, theirs = ml.load(str(tmp_path / "gguf" / "model.gguf"))
+    assert mx.allclose(written(TOKENS), trained(TOKENS), atol=0.02).item()
+    assert not mx.allclose(written(TOKENS), base(TOKENS), atol=0.2).item()
+    assert theirs.encode("12 + 7 = 19") == ours.encode("12 + 7 = 19")
+    assert (tmp_path / "gguf" / "Modelfile").is_file()
+
+
 def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    # Characters alone are no tokenizer that GGUF knows, so this is another model's folder.
     ours, _ = converted(write_gguf(tmp_path / "tiny.gguf"), tmp_path / "model")
     export([str(tmp_path / "model"), "--to", "gguf", "--save-path", str(tmp_path / "gguf")])
     assert "the whole model is written as f16" in capsys.readouterr().out

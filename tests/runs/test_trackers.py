@@ -12,7 +12,8 @@ import pytest
 
 import mlx_loraplus as ml
 from mlx_loraplus.runs import trackers
-from tests.training.tiny_runs import Place
+from scripts.tiny_model import write_tiny_model
+from tests.training.tiny_runs import Place, write_pairs
 
 SETTINGS = {"iters": 2, "steps_per_eval": 2, "sample_rows": 0}
 
@@ -34,6 +35,31 @@ def test_tensorboard(place: Place):
     settings = HParamsPluginData.FromString(kept).session_start_info.hparams
     assert settings["lr_ratio"].number_value == 4.0
     assert settings["report_to"].string_value == "tensorboard"
+
+
+def test_tensorboard_shows_what_tells_whether_preferences_work(tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_tiny_model(tmp_path / "model")
+    write_pairs(tmp_path / "data")
+    settings = SETTINGS | {"objective": "dpo", "report_to": ["tensorboard"]}
+    run = Place(tmp_path).run("dpo", **settings)
+    read = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    for name in (
+        "rewards_chosen",
+        "rewards_rejected",
+        "reward_margin",
+        "reward_accuracy",
+        "logp_chosen",
+        "logp_rejected",
+        "preferred",
+    ):
+        for tag, key in ((f"train/{name}", name), (f"valid/valid_{name}", f"valid_{name}")):
+            found = [(item.step, item.tensor_proto.float_val[0]) for item in read.Tensors(tag)]
+            wanted = [(step, pytest.approx(value)) for step, value in run.losses(key)]
+            assert found == wanted, tag
+            assert len(found) == 2
 
 
 def test_tensorboard_leaves_what_it_did_not_write(place: Place):

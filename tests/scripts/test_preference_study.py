@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from scripts.study import preferences as study
-from scripts.study.preferences_page import search_table
+from scripts.study.preferences_page import demo_table, search_table
 from scripts.tiny_model import write_tiny_model
 
 
@@ -16,7 +17,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make the study small: a tiny model, few rows, few steps, results of its own."""
     model = str(write_tiny_model(tmp_path / "model"))
     monkeypatch.setattr(study, "MODEL", model)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "preferences.jsonl")
+    files = {name: tmp_path / file.name for name, file in study.RESULTS.items()}
+    monkeypatch.setattr(study, "RESULTS", files)
     monkeypatch.setattr(study, "STEPS", 2)
     monkeypatch.setattr(study, "MAX_TOKENS", 4)
     monkeypatch.setattr(study, "SEARCH_PAIRS", 4)
@@ -77,10 +79,11 @@ def test_the_search_continues_and_its_best_rates_get_more_seeds(
     study.write_rows(folder)
 
     # There is no time for a run at first, and a second call makes them all.
-    study.run_search(folder, study.Results(), deadline=0.0)
-    assert [line["part"] for line in study.Results().lines] == ["start", "start"]
-    study.run_search(folder, study.Results(), deadline=float("inf"))
-    lines = [line for line in study.Results().lines if line["part"] == "search"]
+    file = study.RESULTS["search"]
+    study.run_search(folder, study.Results(file), deadline=0.0)
+    assert [line["part"] for line in study.Results(file).lines] == ["start", "start"]
+    study.run_search(folder, study.Results(file), deadline=float("inf"))
+    lines = [line for line in study.Results(file).lines if line["part"] == "search"]
     found = [(line["objective"], line["weight"], line["seed"]) for line in lines]
     assert found == [
         ("dpo", None, 0), ("kto", None, 0), ("dpo", None, 1), ("kto", None, 1),
@@ -92,6 +95,40 @@ def test_the_search_continues_and_its_best_rates_get_more_seeds(
     table = search_table(lines)
     assert "| dpo | 16 | 0.00025 | default | 2 |" in table
     assert "| kto | 16 | 0.00025 | `beta` 0.5 | 1 |" in table
+
+
+def seed_of(run: Path) -> int:
+    """Return the seed in a run's settings."""
+    return yaml.safe_load((run / "run.yaml").read_text())["seed"]
+
+
+def test_the_demo_stores_its_seed_and_reads_lines_without_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    commands = {name: study.COMMANDS[name] for name in ("first", "dpo")}
+    monkeypatch.setattr(study, "COMMANDS", commands)
+    file = study.RESULTS["demo"]
+    study.main(["demo", str(folder)])
+    lines = study.Results(file).lines
+    assert [(line["model"], line["seed"]) for line in lines] == [
+        ("base", 0), ("first", 0), ("dpo", 0),
+    ]  # fmt: skip
+
+    # Lines that were stored before seeds were are those of seed 0, so nothing is measured again.
+    old = [{key: value for key, value in line.items() if key != "seed"} for line in lines]
+    file.write_text("".join(json.dumps(line) + "\n" for line in old))
+    study.main(["demo", str(folder)])
+    assert study.Results(file).lines == [{"seed": 0} | line for line in old]
+
+    # Another seed has runs of its own; the base is the same.
+    study.main(["demo", str(folder), "--seed", "1"])
+    lines = study.Results(file).lines
+    assert [(line["model"], line["seed"]) for line in lines[3:]] == [("first", 1), ("dpo", 1)]
+    assert seed_of(folder / "seed-1/dpo") == 1
+    assert seed_of(folder / "dpo") == 0
+    table = demo_table(lines)
+    assert "| SmolLM2 135M | 1 |" in table
+    assert "| DPO after it | 2 |" in table
 
 
 def test_content_counts_in_any_style():
