@@ -85,16 +85,22 @@ def _finalists(sweep: Sweep) -> HTMLTable:
     Their loss is not always the lowest one: a gain within the noise is no reason to change.
     """
     is_finished = sweep.outcome == "finished"
-    rows: list[tuple[str, str, str, str]] = []
+    head = ["settings", "validation loss", "seeds", ""]
+    if sweep.accuracy_name:
+        head.insert(2, sweep.accuracy_name)
+
+    rows: list[list[str]] = []
     for point, losses in sweep.finalists().items():
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
         remarks = ["the defaults"] if point == sweep.default else []
         remarks += ["chosen"] if is_finished and point == sweep.best else []
-        loss = f"{fmean(losses):.4f}{spread}"
-        rows.append((str(point), loss, str(len(losses)), ", ".join(remarks)))
+        row = [str(point), f"{fmean(losses):.4f}{spread}", str(len(losses)), ", ".join(remarks)]
+        if sweep.accuracy_name:
+            row.insert(2, sweep.accuracy(point))
+        rows.append(row)
 
     chosen = frozenset({str(sweep.best)} if is_finished else ())
-    return HTMLTable(rows, ("settings", "validation loss", "seeds", ""), marked=chosen)
+    return HTMLTable(rows, head, marked=chosen)
 
 
 def _grid_of(heatmap: Heatmap) -> HTMLTable:

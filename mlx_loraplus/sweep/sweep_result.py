@@ -18,6 +18,7 @@ from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.matplotlib_plots import Plot
 from ..runs.state import Outcome
+from ..runs.verdict import percent
 from ..userpaths import shell_word
 from .heatmap import Heatmap
 from .trial import Point, Trial
@@ -51,6 +52,23 @@ class Sweep(RichDisplay):
 
         finite = {point: found for point, found in losses.items() if np.isfinite(found).all()}
         return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
+
+    @property
+    def accuracy_name(self) -> str:
+        """What the accuracy of answers that are compared is called; empty without preferences."""
+        objective = self.config.objective
+        if objective.is_paired:
+            return "chosen answers preferred"
+        return "answers ranked right" if objective.is_labeled else ""
+
+    def accuracy(self, point: Point) -> str:
+        """Return the mean accuracy of a point of the last round, as a percentage."""
+        found = [
+            trial.accuracy
+            for trial in self.trials
+            if trial.point == point and trial.steps == self.config.iters
+        ]
+        return percent(fmean(found))
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -227,13 +245,18 @@ class Sweep(RichDisplay):
 
     def __rich__(self) -> Group:
         """Return the heat maps, the last round, the verdict and the cost."""
-        names = ("eta", "lambda", "rank", "alpha", "validation loss")
+        names = ["eta", "lambda", "rank", "alpha", "validation loss"]
+        if self.accuracy_name:
+            names.append(self.accuracy_name)
         table = Table(*(Column(name, justify="right") for name in names), "")
         for point, losses in self.finalists().items():
             numbers = [f"{value:.3g}" for value in asdict(point).values()]
+            numbers.append(_with_noise(losses))
+            if self.accuracy_name:
+                numbers.append(self.accuracy(point))
             remarks = ["default"] if point == self.default else []
             remarks += ["chosen"] if self.outcome == "finished" and point == self.best else []
-            table.add_row(*numbers, _with_noise(losses), ", ".join(remarks))
+            table.add_row(*numbers, ", ".join(remarks))
 
         title = f"the last round, after {counted(self.config.iters, 'step')}"
         lines = [self.verdict(), *self.edges(), self.cost()]
