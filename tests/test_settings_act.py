@@ -141,6 +141,7 @@ FUSE = {
 SWEEP = {
     "model": ("other-model", {}),
     "adapter_path": ("elsewhere", {}),
+    "resume_adapter_file": ("before", {}),
     "learning_rates": ([1e-3], {}),
     "lr_ratios": ([2], {}),
     "ranks": ([2], {}),
@@ -154,6 +155,13 @@ SWEEP = {
     "seed": (1, {}),
     "resume": (True, {"adapter_path": "swept"}),
     "overwrite": (True, {"adapter_path": "swept"}),
+    "objective": ("dpo", PAIRED | {"objective": "ipo"}),
+    "beta": (0.5, PAIRED),
+    "label_smoothing": (0.2, PAIRED),
+    "simpo_gamma": (0.5, PAIRED | {"objective": "simpo"}),
+    "orpo_lambda": (0.5, PAIRED | {"objective": "orpo"}),
+    "kto_weights": ([1, 3], {"objective": "kto", "data": "labeled"}),
+    "reference": ("start", PAIRED | {"resume_adapter_file": "before"}),
 }
 OUTSIDE = {
     CompareConfig: dict.fromkeys(

@@ -15,7 +15,7 @@ from ..runs.report_headline import sentence
 from ..settings import settings_of
 from ..userpaths import public_name
 from .heatmap import Heatmap, loss_text
-from .sweep_result import Sweep, resume_sweep_command, train_best_command
+from .sweep_result import PREFERRED, Sweep, resume_sweep_command, train_best_command
 
 _MAX_CURVES = 5  # that a chart can tell apart
 
@@ -86,8 +86,9 @@ def _finalists(sweep: Sweep) -> HTMLTable:
     """
     is_finished = sweep.outcome == "finished"
     head = ["settings", "validation loss", "seeds", ""]
-    if sweep.accuracy_name:
-        head.insert(2, sweep.accuracy_name)
+    has_preferences = sweep.config.objective.has_preferences
+    if has_preferences:
+        head.insert(2, PREFERRED)
 
     rows: list[list[str]] = []
     for point, losses in sweep.finalists().items():
@@ -95,8 +96,8 @@ def _finalists(sweep: Sweep) -> HTMLTable:
         remarks = ["the defaults"] if point == sweep.default else []
         remarks += ["chosen"] if is_finished and point == sweep.best else []
         row = [str(point), f"{fmean(losses):.4f}{spread}", str(len(losses)), ", ".join(remarks)]
-        if sweep.accuracy_name:
-            row.insert(2, sweep.accuracy(point))
+        if has_preferences:
+            row.insert(2, sweep.preferred(point))
         rows.append(row)
 
     chosen = frozenset({str(sweep.best)} if is_finished else ())

@@ -23,6 +23,7 @@ from ..userpaths import shell_word
 from .heatmap import Heatmap
 from .trial import Point, Trial
 
+PREFERRED = "chosen answers preferred"  # the name of a trial's accuracy if answers are compared
 SETTINGS, BEST = "sweep.yaml", "best.yaml"  # in the sweep's folder
 
 # Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
@@ -53,22 +54,14 @@ class Sweep(RichDisplay):
         finite = {point: found for point, found in losses.items() if np.isfinite(found).all()}
         return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
 
-    @property
-    def accuracy_name(self) -> str:
-        """What the accuracy of answers that are compared is called; empty without preferences."""
-        objective = self.config.objective
-        if objective.is_paired:
-            return "chosen answers preferred"
-        return "answers ranked right" if objective.is_labeled else ""
-
-    def accuracy(self, point: Point) -> str:
-        """Return the mean accuracy of a point of the last round, as a percentage."""
-        found = [
-            trial.accuracy
-            for trial in self.trials
-            if trial.point == point and trial.steps == self.config.iters
-        ]
-        return percent(fmean(found))
+    def preferred(self, point: Point) -> str:
+        """Return how often the chosen answer is preferred after the full runs of a point."""
+        found: list[float] = []
+        for trial in self.trials:
+            is_full = trial.steps == self.config.iters and trial.point == point
+            if is_full and trial.accuracy is not None:
+                found.append(trial.accuracy)
+        return percent(fmean(found)) if found else ""
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -246,14 +239,15 @@ class Sweep(RichDisplay):
     def __rich__(self) -> Group:
         """Return the heat maps, the last round, the verdict and the cost."""
         names = ["eta", "lambda", "rank", "alpha", "validation loss"]
-        if self.accuracy_name:
-            names.append(self.accuracy_name)
+        has_preferences = self.config.objective.has_preferences
+        if has_preferences:
+            names.append(PREFERRED)
         table = Table(*(Column(name, justify="right") for name in names), "")
         for point, losses in self.finalists().items():
             numbers = [f"{value:.3g}" for value in asdict(point).values()]
             numbers.append(_with_noise(losses))
-            if self.accuracy_name:
-                numbers.append(self.accuracy(point))
+            if has_preferences:
+                numbers.append(self.preferred(point))
             remarks = ["default"] if point == self.default else []
             remarks += ["chosen"] if self.outcome == "finished" and point == self.best else []
             table.add_row(*numbers, ", ".join(remarks))

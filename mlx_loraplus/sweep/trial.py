@@ -18,6 +18,8 @@ from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
 from ..command_config import SweepConfig
 from ..config import TrainConfig
 from ..data.dataset import Examples
+from ..data.labeled import LabeledExamples
+from ..data.pairs import Pairs
 from ..kernels.choices import default_choices
 from ..kernels.trunk_and_head import TrunkAndHead, find_trunk_and_head
 from ..memory.run_sizes import resolve_grad_checkpoint
@@ -28,6 +30,7 @@ from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
 from ..training.distributed import ALONE
 from ..training.interrupts import explain_failure
+from ..training.kto import fraction_ranked_right
 from ..training.make_batches import make_batches
 from ..training.optimizer import LoRAPlus
 from ..training.schedule import schedule_of
@@ -85,7 +88,9 @@ class Trial:
     steps: int  # planned
     seed: int  # of the initialization and the batches
     loss: float  # of the last validation; infinite if the trial diverged
-    accuracy: float  # fraction of validation tokens ranked first, or of answers ranked right
+    accuracy: float | None
+    """Fraction of the validation tokens that are ranked first, or of the pairs whose chosen answer
+    is preferred, as for ``evaluate``; None if there are no pairs."""
     seconds: float
     done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
@@ -194,7 +199,8 @@ def run_trial(
         state = trial_state(model, config, examples.train, trainable, rule)
 
         # A trial that does not end normally keeps these values.
-        loss = accuracy = math.nan
+        loss: float = math.nan
+        accuracy: float | None = 0.0
         outcome: Outcome = "finished"
         with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
             valid = examples.valid if validate_during else ()
@@ -204,7 +210,8 @@ def run_trial(
                     scores = [event for event in history if "valid_loss" in event][-1]
                 else:
                     scores = score_trial(model, state.trunk_and_head, examples.valid, config)
-                loss, accuracy = scores["valid_loss"], _accuracy_in(scores)
+                loss = scores["valid_loss"]
+                accuracy = _accuracy(state, examples.valid, config, scores)
                 finish()
 
     # A loss that is not finite counts as infinite.
@@ -239,7 +246,11 @@ def score_trial(
     return scores
 
 
-def _accuracy_in(scores: Event) -> float:
-    """Return the fraction of tokens that rank first, or of answers that are ranked right."""
-    names = ("valid_accuracy", "valid_preferred", "valid_reward_accuracy")
-    return next(scores[name] for name in names if name in scores)
+def _accuracy(
+    state: TrainState, valid: Examples, config: TrainConfig, scores: Event
+) -> float | None:
+    """Return a trial's accuracy; see ``Trial``."""
+    if isinstance(valid, LabeledExamples):
+        size = config.data.batch_size
+        return fraction_ranked_right(state.model, state.trunk_and_head, valid, size)
+    return scores["valid_preferred" if isinstance(valid, Pairs) else "valid_accuracy"]
