@@ -126,6 +126,7 @@ class SweepOptions(SharedOptions, total=False):
 
     model: StrPath
     adapter_path: StrPath
+    resume_adapter_file: StrPath | None
     learning_rates: Sequence[float]
     lr_ratios: Sequence[float]
     ranks: Sequence[int]

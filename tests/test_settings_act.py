@@ -27,7 +27,7 @@ from mlx_loraplus.command_config import (
     ServeConfig,
     SweepConfig,
 )
-from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.config import ObjectiveConfig, TrainConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
@@ -155,14 +155,7 @@ SWEEP = {
     "seed": (1, {}),
     "resume": (True, {"adapter_path": "swept"}),
     "overwrite": (True, {"adapter_path": "swept"}),
-    "objective": ("dpo", PAIRED | {"objective": "ipo"}),
-    "beta": (0.5, PAIRED),
-    "label_smoothing": (0.2, PAIRED),
-    "simpo_gamma": (0.5, PAIRED | {"objective": "simpo"}),
-    "orpo_lambda": (0.5, PAIRED | {"objective": "orpo"}),
-    "kto_weights": ([1, 3], {"objective": "kto", "data": "labeled"}),
-    "reference": ("start", PAIRED | {"resume_adapter_file": "before"}),
-}
+} | {name: RUN[name] for name in setting_names(ObjectiveConfig)}
 OUTSIDE = {
     CompareConfig: dict.fromkeys(
         ("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"
