@@ -39,8 +39,8 @@ from ..training.starting_adapter import continue_adapters, continues
 from ..training.trainer import TrainState, train
 from ..training.validation import validate
 
-# Times the loss before training. The losses of preferences vary more from batch to batch.
-DIVERGED, DIVERGED_PREFERENCES = 1.5, 3.0
+# Times the loss before training. The losses of preferences vary far more from pair to pair.
+DIVERGED, DIVERGED_PREFERENCES = 1.5, 10.0
 
 
 def run_config_of(sweep: SweepConfig, **changes: Any) -> TrainConfig:

@@ -136,6 +136,13 @@ def test_a_trial_that_diverges_is_cut(place: Path, tmp_path: Path):
     assert cut.done < cut.steps
 
 
+def test_losses_that_vary_from_pair_to_pair_cut_no_trial(place: Path, tmp_path: Path):
+    found = sweep(place, tmp_path, objective="simpo", batch_size=1, seeds=2, iters=18)
+    losses = [event["loss"] for trial in found.trials for event in trial.history]
+    assert max(losses) > 1.5 * 1.21, "the loss before training is 1.20"
+    assert [trial.done for trial in found.trials] == [18] * len(found.trials)
+
+
 def test_a_sweep_starts_from_an_adapter(place: Path, tmp_path: Path):
     start = {"resume_adapter_file": str(place / "start"), "reference": "start"}
     folder = tmp_path / "s"
