@@ -164,6 +164,26 @@ def test_a_sweep_starts_from_an_adapter(place: Path, tmp_path: Path):
     assert [trial.loss for trial in fresh.trials] != [trial.loss for trial in whole.trials]
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {"init": "pissa", "quantize": 4, "quantize_group_size": 32},
+        {"adapter": "vera", "rank": 8},
+        {"adapter": "dora", "rslora": True},
+    ],
+)
+def test_an_adapter_of_any_kind_can_be_the_start(place: Path, tmp_path: Path, kind: dict[str, Any]):
+    model, tokenizer = ml.load(str(place / "model"))
+    start = {"data": str(place / "sums"), "adapter_path": str(tmp_path / "start"), "iters": 2}
+    ml.finetune(model, tokenizer, sample_rows=0, **start | kind)
+
+    file = {"resume_adapter_file": str(tmp_path / "start")}
+    found = sweep(place, tmp_path / "s", lr_ratios=(4,), **file)
+    run = run_best(tmp_path / "s", tmp_path / "run")
+    (trial,) = [trial for trial in found.trials if trial.point == found.best]
+    assert run.losses("valid_loss")[-1][1] == pytest.approx(trial.loss, rel=1e-6)
+
+
 def test_a_sweep_from_an_adapter_is_resumed_with_it_alone(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
