@@ -279,7 +279,8 @@ def fuse(arguments: Arguments = None) -> None:
 
 def sweep(arguments: Arguments = None) -> None:
     """Find eta and lambda for a model and its data."""
-    with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.sweep", SweepConfig, words) as (config, _):
         from rich.console import Console
 
         from .data.first_rows import check_rows
@@ -295,9 +296,11 @@ def sweep(arguments: Arguments = None) -> None:
         check_rows(run_config_of(config))
         # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
-        settings = settings_of(config)
+        # Settings that were not given may come from the adapter that the trials start from.
+        given = {"model"} | given_names(SweepConfig, words)
         if not config.data.data:  # the demo set
-            del settings["data"]
+            given.discard("data")
+        settings = {name: value for name, value in settings_of(config).items() if name in given}
         found = sweep_rates(model, tokenizer, log=log, **settings)
         Console(soft_wrap=True).print(found)
 

@@ -81,6 +81,16 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
             )
 
 
+def adapter_arrays(model: nn.Module) -> list[mx.array]:
+    """Return the arrays of a model's adapters, with their bases, and of fully trained modules."""
+    modules = [*find_adapters(model).values(), *find_fully_trained(model).values()]
+    arrays: list[mx.array] = []
+    for module in modules:
+        parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+        arrays += parameters.values()
+    return arrays
+
+
 def find_fully_trained(model: nn.Module) -> dict[str, Any]:
     """Return path → module for every module of ``model`` that trains in full."""
     return {

@@ -92,15 +92,15 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Check that a model has no adapters before a sweep, which starts with new ones.
+    """Check that a model has no adapters before a sweep, which attaches its own.
 
     Raises:
         AdapterError: It has some.
     """
     if find_adapters(model):
         raise AdapterError(
-            "the model has adapters already, and a sweep starts with new ones: load the model"
-            " again, without an adapter"
+            "the model has adapters already, and a sweep attaches its own: load the model again,"
+            " without an adapter (--resume-adapter-file starts every trial from one)"
         )
 
 
