@@ -34,7 +34,7 @@ LEAVES = {
 """The ending of a PEFT tensor's name → our name."""
 
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
-_BLOCK_OF = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts")
+_BLOCK_OF = re.compile(r"(?:\.(?:mlp|block_sparse_moe)|(?<=\d))\.experts")
 _STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
 _COPY = ".base_layer."  # in the name of a copy, before that of its array
 _NOT_TEXT = re.compile(

@@ -1,5 +1,6 @@
 """The models that have short names, from ``models.toml``."""
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,13 @@ def sizes(*words: str) -> list[str]:
         if not words or any(word.lower() in name for word in words):
             names.append(name)
     return names
+
+
+def relatives(model_type: str) -> list[str]:
+    """Return the names from ``sizes`` of the models whose family begins as a model_type does."""
+    word = re.match(r"[a-z]*", model_type.lower())
+    family = word[0] if word else ""
+    return [name for name in sizes() if len(family) > 2 and name.startswith(family)]
 
 
 def gemma_for(budget: int, family: str = "gemma-3") -> str:

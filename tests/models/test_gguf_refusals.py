@@ -23,7 +23,7 @@ from tests.models.gguf_files import HIDDEN, LAYERS, PIECES, write_gguf
 
 GPT2: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("rwkv7", {}, {}, "architecture is 'rwkv7'; allowed are llama, llama4, gemma2, gemma3"),
+    ("rwkv7", {}, {}, "architecture is 'rwkv7'; allowed are llama, llama4, gemma, gemma2, gemma3"),
     ("llama", {"llama.expert_count": 8}, {}, "llama.expert_used_count is None"),
     ("gemma3", {"gemma3.expert_count": 8}, {}, "mixture of experts"),
     (
