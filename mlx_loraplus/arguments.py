@@ -35,7 +35,7 @@ from .settings import (
     settings_of,
 )
 from .tyro_errors import unboxed
-from .unknown_arguments import make_argument_error
+from .unknown_arguments import argument_names, find_dashed, make_argument_error
 from .userpaths import path_of
 
 _SWITCHES = ("test",)
@@ -91,6 +91,8 @@ def parse(
 
     # The YAML file's settings, and flags of other programs, are tyro's defaults, which flags
     # override. If one command started several processes, only one reports the translation.
+    if dashed := find_dashed(arguments, argument_names(kind, switches)):
+        raise make_argument_error(dashed, arguments, kind, switches)
     quiet = LAUNCHED in os.environ or os.environ.get("MLX_RANK", "0") != "0"
     arguments, settings = _read_foreign(kind, _spell_out(arguments), quiet=quiet)
     defaults = configure(kind, settings, whole=False)

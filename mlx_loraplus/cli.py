@@ -115,22 +115,25 @@ def train(arguments: Arguments = None) -> None:
         from .training.dry_run import rehearse
         from .training.evaluate import evaluate_run
         from .training.finetune import finetune
+        from .training.given_adapter import with_adapters_model
         from .training.run_checks import check_model_name
         from .training.starting_adapter import with_recorded
 
-        # Settings that were not given may come from the adapter that the run starts from.
-        given = {"model"} | given_names(TrainConfig, words)
+        # What was not given may come from the adapter that the run starts from.
+        given = given_names(TrainConfig, words)
+        config = with_adapters_model(asked, given)
+        given |= {"model"}
         if not asked.data.data:  # the demo set
             given.discard("data")
-        settings = {name: value for name, value in settings_of(asked).items() if name in given}
-        config = with_recorded(asked, settings)
+        settings = {name: value for name, value in settings_of(config).items() if name in given}
+        config = with_recorded(config, settings)
 
         world = World.join(config.parallel)
         group = world.group if world.is_tensor_parallel else None
 
         # These options need only one process.
         if switches.dry_run and world.is_main:
-            rehearse(config, words)
+            rehearse(config, settings, words)
         if switches.test and world.is_main:
             evaluate_run(config, given_names(TrainConfig, words))
         if switches.dry_run or switches.test:
@@ -209,15 +212,18 @@ def chat(arguments: Arguments = None) -> None:
 def plan(arguments: Arguments = None) -> None:
     """Predict a run's memory."""
     words = sys.argv[1:] if arguments is None else arguments
-    with command("mlx_loraplus.plan", TrainConfig, words, PlanSwitches) as (config, switches):
+    with command("mlx_loraplus.plan", TrainConfig, words, PlanSwitches) as (asked, switches):
         from rich.console import Console
 
         from .files.page_path import check_save_path
         from .memory.plan_view import plan_run
+        from .training.given_adapter import plan_from_adapter
 
         if switches.save_path is not None:
-            check_save_path(switches.save_path, overwrite=config.overwrite)
-        is_named = not switches.family or "model" in given_names(TrainConfig, words)
+            check_save_path(switches.save_path, overwrite=asked.overwrite)
+        given = given_names(TrainConfig, words)
+        config = plan_from_adapter(asked, given, switches.family)
+        is_named = not switches.family or "model" in given
         plan = plan_run(config, switches.memory, switches.family, is_named=is_named)
         Console(soft_wrap=True).print(plan)
         if switches.save_path is not None:
@@ -273,7 +279,8 @@ def fuse(arguments: Arguments = None) -> None:
 
 def sweep(arguments: Arguments = None) -> None:
     """Find eta and lambda for a model and its data."""
-    with command("mlx_loraplus.sweep", SweepConfig, arguments) as (config, _):
+    words = sys.argv[1:] if arguments is None else arguments
+    with command("mlx_loraplus.sweep", SweepConfig, words) as (config, _):
         from rich.console import Console
 
         from .data.first_rows import check_rows
@@ -289,9 +296,11 @@ def sweep(arguments: Arguments = None) -> None:
         check_rows(run_config_of(config))
         # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
-        settings = settings_of(config)
+        # Settings that were not given may come from the adapter that the trials start from.
+        given = {"model"} | given_names(SweepConfig, words)
         if not config.data.data:  # the demo set
-            del settings["data"]
+            given.discard("data")
+        settings = {name: value for name, value in settings_of(config).items() if name in given}
         found = sweep_rates(model, tokenizer, log=log, **settings)
         Console(soft_wrap=True).print(found)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from .config import AdapterConfig, DataConfig, OptimizerConfig
+from .config import AdapterConfig, DataConfig, ObjectiveConfig, OptimizerConfig
 from .setting_types import (
     Count,
     Merged,
@@ -37,6 +37,8 @@ class SweepConfig:
     file."""
     adapter_path: UserPath = "sweep"
     """Folder of the sweep: its page sweep.html, and best.yaml to train with, among others."""
+    resume_adapter_file: UserPath | None = None
+    """Start every run from the weights of the adapter in this folder, with a new optimizer."""
     learning_rates: tuple[Positive, ...] = ()
     """Peak rates eta to try. Default: 0.25, 1, 4 and 16 times learning_rate."""
     lr_ratios: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1.0, 4.0, 16.0)
@@ -54,7 +56,8 @@ class SweepConfig:
     valid_rows: Count = 100
     """Maximum number of validation examples to score a trial on; --seed chooses them."""
     grad_accumulation_steps: Count = 1
-    """Batches whose gradients make one step, weighted by their supervised tokens."""
+    """Batches whose gradients make one step, weighted by their supervised tokens, or by their pairs
+    or labeled answers."""
     max_minutes: Positive | None = None
     """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
     seed: int = 0
@@ -65,6 +68,7 @@ class SweepConfig:
     """Replace the sweep in adapter_path."""
     adapter: OmitArgPrefixes[AdapterConfig] = field(default_factory=AdapterConfig)
     optimizer: OmitArgPrefixes[OptimizerConfig] = field(default_factory=OptimizerConfig)
+    objective: OmitArgPrefixes[ObjectiveConfig] = field(default_factory=ObjectiveConfig)
     data: OmitArgPrefixes[DataConfig] = field(default_factory=DataConfig)
 
 

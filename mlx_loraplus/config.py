@@ -303,7 +303,8 @@ class TrainConfig:
     adapter_path: UserPath = "adapters"
     """Folder of the run: adapter, checkpoints, settings, history and report."""
     resume_adapter_file: UserPath | None = None
-    """Start from the weights of the adapter in this folder, with a new optimizer."""
+    """Start from the weights of the adapter in this folder, with a new optimizer. Without --model,
+    on the model that the adapter names."""
     resume: bool = False
     """Resume the run in adapter_path from its newest complete checkpoint, as if it had never
     stopped."""

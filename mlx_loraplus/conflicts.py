@@ -26,16 +26,8 @@ def find_conflicts(
         if config.dequantize and config.bits != "auto":
             return ["dequantize and bits exclude each other: give one of them"]
         return []
-    if isinstance(config, SweepConfig) and config.adapter.adapter == "full":
-        return [
-            "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
-            " train with several rates and compare the runs with mlx_loraplus.compare"
-        ]
-    if isinstance(config, SweepConfig) and config.optimizer.learning_rate == "auto":
-        return [
-            "a sweep searches rates itself, so learning_rate can't be auto: leave it out, or give a"
-            " number as the baseline"
-        ]
+    if isinstance(config, SweepConfig):
+        return _sweep_conflicts(config)
     if not isinstance(config, TrainConfig):
         return []
 
@@ -59,7 +51,35 @@ def find_conflicts(
     weights, sets = len(config.data.data_weights), len(config.data.data)
     if weights not in (0, sets):
         values = counted(weights, "value")
-        problems.append(f"data_weights has {values} for {counted(sets, 'data set')}")
+        problems.append(
+            f"data_weights has {values} for {counted(sets, 'data set')}: give one for each"
+        )
+    return problems
+
+
+def _sweep_conflicts(config: SweepConfig) -> list[str]:
+    """Return which settings a sweep does not accept; others are checked with its runs."""
+    if config.adapter.adapter == "full":
+        return [
+            "a sweep searches rates for A and B, which full does not have: use adapter lora, or"
+            " train with several rates and compare the runs with mlx_loraplus.compare"
+        ]
+    problems: list[str] = []
+    if config.optimizer.learning_rate == "auto":
+        problems.append(
+            "a sweep searches rates itself, so learning_rate can't be auto: leave it out, or give a"
+            " number as the baseline"
+        )
+
+    # An adapter that the runs start from has a rank and a scale.
+    given = {"ranks": config.ranks, "alphas": config.alphas}
+    if config.resume_adapter_file is not None:
+        problems += [
+            f"{name} can't be tried with resume_adapter_file, whose adapter has its own: leave"
+            f" {name} out"
+            for name, values in given.items()
+            if values
+        ]
     return problems
 
 

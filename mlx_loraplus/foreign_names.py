@@ -69,7 +69,7 @@ _OPTIMIZERS = {
 }
 
 MLX_LM: Mapping[str, ForeignSetting] = {
-    "train": _only(True, note="to evaluate without training, use --test"),
+    "train": _only(True, note="training data goes to --data; --test only evaluates"),
     "training_mode": _only("normal", note="only supervised training is translated"),
     "test": _left_out("run the command again with --test after training"),
     "fine_tune_type": ForeignSetting(
@@ -329,7 +329,7 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("context_length", "seq_len", "seq_length", "max_tokens"), "max_seq_length"),
     **dict.fromkeys(("bs", "batch", "train_batch_size"), "batch_size"),
     **dict.fromkeys(("train_data", "train_file", "data_path", "data_dir", "rows"), "data"),
-    **dict.fromkeys(("train_dataset", "eval_dataset", "valid_data", "eval_data"), "data"),
+    "train_dataset": "data",
     **dict.fromkeys(("columns", "column_mapping"), "fields"),
     **dict.fromkeys(("num_processes", "nproc_per_node", "num_gpus"), "launch"),
     **dict.fromkeys(("quiet", "silent", "verbose", "debug"), "verbosity"),

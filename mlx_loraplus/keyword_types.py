@@ -15,7 +15,7 @@ RowsOrNames = StrPath | Iterable[Any]
 
 
 class SharedOptions(TypedDict, total=False):
-    """Adapter, optimizer and data."""
+    """Adapter, optimizer, objective and data."""
 
     adapter: Literal["lora", "dora", "vera", "full"]
     init: Literal["init1", "init2", "pissa", "loftq"]
@@ -39,6 +39,13 @@ class SharedOptions(TypedDict, total=False):
     schedule: Literal["cosine", "linear", "constant"]
     warmup: int | None
     max_grad_norm: float
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
+    beta: float | None
+    label_smoothing: float
+    simpo_gamma: float | None
+    orpo_lambda: float | None
+    kto_weights: Sequence[float]
+    reference: Literal["base", "start"]
     data_weights: Sequence[float]
     fields: str | Sequence[str] | Mapping[str, str]
     valid_split: float | None
@@ -77,13 +84,6 @@ class RunOptions(SharedOptions, total=False):
     sample_rows: int
     prompts: str | Sequence[str] | Mapping[str, str]
     report_to: Sequence[Literal["tensorboard", "wandb", "mlflow", "trackio"]]
-    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"]
-    beta: float | None
-    label_smoothing: float
-    simpo_gamma: float | None
-    orpo_lambda: float | None
-    kto_weights: Sequence[float]
-    reference: Literal["base", "start"]
 
 
 class TrainOptions(RunOptions, total=False):
@@ -126,6 +126,7 @@ class SweepOptions(SharedOptions, total=False):
 
     model: StrPath
     adapter_path: StrPath
+    resume_adapter_file: StrPath | None
     learning_rates: Sequence[float]
     lr_ratios: Sequence[float]
     ranks: Sequence[int]

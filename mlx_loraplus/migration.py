@@ -216,7 +216,7 @@ def _translate_by_table(work: _Translation, name: str, value: Any, setting: Fore
     if setting.ours is None:
         if setting.values is None:
             work.left_out.append(f"{name} ({setting.note})")
-        elif value not in list(setting.values):
+        elif value not in (list(setting.values) or (False, {}, [])):  # or it is off
             work.refuse(name, value, setting.note)
         return
     if setting.values is None:

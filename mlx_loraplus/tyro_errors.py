@@ -30,6 +30,14 @@ _BAD_CHOICE = re.compile(
 _NO_VALUE = re.compile(r"Missing value for argument '(\S+)'(?:\. Expected (\d+) values)?")
 
 
+# Programs that read an export → its format
+_OTHER_VALUES = {
+    **dict.fromkeys(("ollama", "llama.cpp", "llamacpp", "lmstudio", "lm-studio"), "gguf"),
+    **dict.fromkeys(("vllm", "transformers"), "peft"),
+    **dict.fromkeys(("hf", "huggingface"), "hub"),
+}
+
+
 def unboxed(printed: str) -> str:
     """Return tyro's error as one line, without its frame, title and advice."""
     # A title, a rule in terminals without Unicode, the message, and advice after another rule.
@@ -66,7 +74,10 @@ def _no_number(flag: str, conversion: str, value: str) -> str:
 def _bad_choice(value: str, flag: str, choices: str) -> str:
     """Return the message for a word that is not among those that are allowed."""
     words = sorted(set(re.findall(r"'([^']+)'", choices)) - {"None"})
-    hint = "" if value.strip("'").isdigit() else nearest(value.strip("'"), words)
+    word = value.strip("'")
+    hint = "" if word.isdigit() else nearest(word, words)
+    if (meant := _OTHER_VALUES.get(word.lower())) in words:
+        hint = f" (did you mean {meant!r}?)"
     return f"{flag} must be one of {', '.join(words)}, not {value}{hint}"
 
 

@@ -22,7 +22,11 @@ from .errors import ConfigError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
 from .settings import TRAIN_FLAGS, setting_names
 
-_DASHES = "\u2013\u2014"  # en dash and em dash
+_DASHES = "\u2013\u2014\u2212"  # en dash, em dash and minus sign
+_WITH_DASH = re.compile(rf"-*[{_DASHES}][-{_DASHES}]*(?=[A-Za-z])")
+
+# Words for the rows to validate or to test on, which are files and have no flag
+_SPLIT = re.compile(r"(valid|validation|val|eval|dev|test)(_(data|dataset|file|files|path|set))?")
 
 # The least similarity of a flag that may be meant, and if another command has this very flag
 _SIMILAR, _ALMOST_EQUAL = 0.6, 0.8
@@ -40,6 +44,11 @@ _COMMANDS: dict[str, type] = {
 }
 
 
+def argument_names(kind: type, switches: type) -> list[str]:
+    """Return the names of a command's settings and other options."""
+    return [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
+
+
 def make_argument_error(
     unknown: Sequence[str], arguments: Sequence[str], kind: type, switches: type
 ) -> ConfigError:
@@ -51,8 +60,7 @@ def make_argument_error(
         kind: The config of the command.
         switches: The command's other options.
     """
-    names = [*setting_names(kind), *(field.name for field in dataclasses.fields(switches))]
-    names += ["help", "help_all", "version"]
+    names = [*argument_names(kind, switches), "help", "help_all", "version"]
     without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.
     flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
@@ -60,6 +68,17 @@ def make_argument_error(
     if not problems:
         problems = [f"unexpected argument {unknown[0]!r}: {_advice(unknown[0], arguments, names)}"]
     return ConfigError(join_problems(problems))
+
+
+def find_dashed(arguments: Sequence[str], known: Container[str]) -> list[str]:
+    """Return the words that are flags, but for a dash that a text editor has put for a hyphen."""
+    found: list[str] = []
+    for word in arguments:
+        name, dashes = _WITH_DASH.subn("", word.split("=")[0], count=1)
+        is_start = dashes and word.lstrip(f"-{_DASHES}").startswith(name)
+        if is_start and name.replace("-", "_") in known:
+            found.append(word)
+    return found
 
 
 def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -> str:
@@ -70,7 +89,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         names: The settings and options of the command.
         without_flag: Those of them that are written without a flag.
     """
-    flag = re.sub(f"^[{_DASHES}]", "--", word.split("=")[0])
+    flag = _WITH_DASH.sub("--", word.split("=")[0], count=1)
     name = flag.lstrip("-").replace("-", "_")
     if name in without_flag:
         return f"{word!r} is not a flag: leave it out, and write its value alone"
@@ -79,7 +98,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
         return f"{word!r} is not a flag (--help lists the flags)"
-    if hint := foreign_hint(flag):
+    if hint := _split_hint(name, names) or foreign_hint(flag):
         return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
@@ -92,6 +111,15 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
+
+
+def _split_hint(name: str, names: Sequence[str]) -> str:
+    """Return where the rows of a split go, if a flag asks for them; "" otherwise."""
+    split = _SPLIT.fullmatch(name)
+    if split is None or name in names or "data" not in names:
+        return ""
+    file = "test.jsonl" if split[1] == "test" else "valid.jsonl"
+    return f": name the file {file}, put it beside train.jsonl, and give their folder as --data"
 
 
 def flag_owners(flag: str) -> list[str]:
@@ -162,4 +190,6 @@ def _advice_on_path(path: Path, names: Sequence[str]) -> str:
         return f"{follow}, as in --model {path}"
     if "epochs" in names and (path / "run.yaml").is_file():
         return f"{follow}: -c {path / 'run.yaml'} --resume continues a run"
+    if "data" in names and path.exists():
+        return f"{follow}, as in --data {path}"
     return f"{follow} (--help lists them), and text with spaces needs quotes"

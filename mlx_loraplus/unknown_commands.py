@@ -8,7 +8,7 @@ from .errors import nearest
 from .unknown_arguments import flag_owners, takes_value
 
 _OTHER_NAMES = {
-    "finetune": "train",
+    **dict.fromkeys(("finetune", "fine-tune", "fine_tune", "fintune"), "train"),
     "lora": "train",
     "sft": "train",
     "resume": "train -c RUN/run.yaml --resume",

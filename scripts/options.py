@@ -53,14 +53,15 @@ ACCEPTED_BY_NAME = {"data": "RowsOrNames", "quantize": "int | str | None"}
 
 def options() -> str:
     """Return the text of keyword_types.py."""
-    shared = _fields(AdapterConfig) | _fields(OptimizerConfig) | _fields(DataConfig)
+    shared = _fields(AdapterConfig) | _fields(OptimizerConfig) | _fields(ObjectiveConfig)
+    shared |= _fields(DataConfig)
     data = {"data": shared.pop("data")}
-    run = _fields(TrainConfig) | _fields(ObjectiveConfig)
+    run = _fields(TrainConfig)
     model = {"model": run.pop("model")}
     scored = {name: (model | data | shared | run)[name] for name in SCORED}
 
     classes = [
-        _typed_dict("SharedOptions", "TypedDict, total=False", "Adapter, optimizer and data.", shared),
+        _typed_dict("SharedOptions", "TypedDict, total=False", "Adapter, optimizer, objective and data.", shared),
         _typed_dict("RunOptions", "SharedOptions, total=False", "What the keywords of runs share.", run),
         _typed_dict("TrainOptions", "RunOptions, total=False", "Keywords of ``finetune``.", model | data),
         _typed_dict("EvaluateOptions", "TypedDict, total=False", "Keywords of ``evaluate``.", scored),

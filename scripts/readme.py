@@ -69,7 +69,7 @@ def settings_table() -> str:
 
         if kind is commands.SweepConfig:
             lines.append(
-                "\nIt also takes train's settings of the adapter, the optimizer and the data."
+                "\nIt also takes train's settings of the adapter, the optimizer, the objective and the data."
             )
         lines.append("")
     return "\n".join(lines)

@@ -255,10 +255,9 @@ def test_options():
         "learning_rates", "lr_ratios", "ranks", "alphas", "rounds", "seeds", "valid_rows",
     ]  # fmt: skip
     assert set(setting_names(TrainConfig)) - shared == {
-        "resume_adapter_file", "epochs", "grad_checkpoint", "compile", "selfcheck", "steps_per_report", "steps_per_eval",
+        "epochs", "grad_checkpoint", "compile", "selfcheck", "steps_per_report", "steps_per_eval",
         "steps_per_save", "keep_checkpoints", "on_save_error", "patience", "max_skipped_steps", "sample_rows",
-        "prompts", "report_to", "parallel", "distributed_timeout", "objective", "beta", "label_smoothing", "simpo_gamma",
-        "orpo_lambda", "kto_weights", "reference",
+        "prompts", "report_to", "parallel", "distributed_timeout",
     }  # fmt: skip
 
 

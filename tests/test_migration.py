@@ -204,7 +204,7 @@ def test_what_has_no_counterpart_names_ours(words: str, told: str):
         ("iters: 9\nlr_schedule: {name: cosine_decay, arguments: [1e-5, 99]}", "end at zero at"),
         ("optimizer_config: {adamw: {betas: [0.9, 0.98]}}", "it is [0.9, 0.999] here"),
         ("hf_dataset: {path: a/b}", "--data org/name"),
-        ("train: false\ntest: true", "to evaluate without training, use --test"),
+        ("train: false\ntest: true", "--test only evaluates"),
     ],
 )
 def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, told: str):
@@ -212,6 +212,11 @@ def test_a_file_that_means_something_else_is_refused(tmp_path: Path, text: str, 
         read_yaml(tmp_path, text)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_setting_without_a_counterpart_may_be_off(tmp_path: Path):
+    config = read_yaml(tmp_path, "iters: 5\nhf_dataset: false\nwandb: null\nupload_repo: false\n")
+    assert config.iters == 5
 
 
 def test_every_setting_of_mlx_lm_is_known():

@@ -52,7 +52,8 @@ TRAIN = "train --model tiny --data sums --adapter-path out --iters 2"
         ("train --launch two", "--launch takes a whole number, not 'two'"),
         ("sweep --learning-rates 1e-4,1e-3", "with spaces between them"),
         ("train --fields prompt={Ticket Subject} --data sums --model tiny", "put quotes around a pair with spaces"),
-        ("train --fields prompt=Ticket Subject --data sums --model tiny", "put quotes around a pair with spaces"),
+        ("train --fields prompt=Ticket Subject --data sums --model tiny", "a pair with spaces: 'prompt=Ticket Subject'"),
+        ("train --fields prompt=the text completion=b --data sums --model tiny", "spaces: 'prompt=the text'"),
         (f"{TRAIN} --rank 100000", "rank 100000 is above 32"),
         (f"{TRAIN} --adapter-path deep/er/out --init loftq", "group size"),
         (f"{TRAIN} --resume", "out holds no run to resume"),
@@ -76,15 +77,25 @@ def test_an_adapter_of_peft_is_converted_as_the_error_says(
 ):
     cli.main(f"{TRAIN} --warmup 0".split())
     cli.main(["export", "out", "--to", "peft", "--save-path", "peft"])
+
+    # Each command refuses it before its base is looked for.
+    config = here / "peft" / "adapter_config.json"
+    written = config.read_text()
+    away = json.loads(written) | {"base_model_name_or_path": "org/far-away"}
+    config.write_text(json.dumps(away))
     for line in (
         "train --model peft --data sums",
         "generate peft --prompt hi",
         "train --model tiny --data sums --resume-adapter-file peft --adapter-path more",
+        "train --data sums --resume-adapter-file peft --adapter-path more",
+        "chat peft",
+        "fuse peft",
     ):
         said = error_of(line, capsys)
         assert "peft holds an adapter in PEFT's format" in said
 
     # The advice is right when followed.
+    config.write_text(written)
     command = said.partition("mlx_loraplus.")[2]
     cli.main(command.split())
     cli.main(["generate", "imported", "--prompt", "1 + 1 =", "--max-tokens", "2"])
@@ -184,7 +195,21 @@ MISTAKES = [
     ("generate gguf/adapter.gguf --prompt hi", "mlx_loraplus.export --from gguf --model BASE"),
     ("generate --model tiny --adapter-path gguf/adapter.gguf --prompt hi", "is a GGUF file: convert it first"),
     ("fuse gguf/adapter.gguf", "is a GGUF file: convert it first"),
-    ("fuse tiny", "tiny is a model, not an adapter"),
+    ("fuse tiny", "tiny is a model, not an adapter: give the folder of a run or an adapter, and --model tiny if"),
+    ("export run --to ollama", "not 'ollama' (did you mean 'gguf'?)"),
+    ("export run --to LM-Studio", "(did you mean 'gguf'?)"),
+    ("export run --to huggingface", "(did you mean 'hub'?)"),
+    ("plan sums/train.jsonl", "'sums/train.jsonl' is a file, not a model"),
+    ("plan --model sums/train.jsonl", "'sums/train.jsonl' is a file, not a model"),
+    ("plan run", "--model run holds an adapter, not a model: give its model, --model "),
+    ("train --model gguf --data sums", "it holds adapter.gguf: give the file, --model gguf/adapter.gguf"),
+    # flags with a wrong dash, and rows to validate on
+    ("train --model tiny --data sums —iters 2", "'—iters' is not a flag (did you mean '--iters'?)"),
+    ("train --model tiny --data sums -\u2013adapter-path=out", "'-\u2013adapter-path=out' is not a flag (did you mean '--adapter-path'?)"),
+    ("train --model tiny --train sums/train.jsonl", "training data goes to --data"),
+    ("train --model tiny --data sums/train.jsonl --valid sums/valid.jsonl", "name the file valid.jsonl, put it beside train.jsonl"),
+    ("train --model tiny --data sums/train.jsonl --test-file t.jsonl", "name the file test.jsonl"),
+    ("fine-tune --model tiny", "did you mean 'train'?"),
     ("fuse nothere", "there is no folder nothere"),
     ("fuse run run2", "there is no folder run2 (did you mean 'run'"),
     ("fuse run:much", "a weight after a colon is a number, as in run:0.7"),
@@ -193,11 +218,12 @@ MISTAKES = [
     ("chat --model swapped --adapter-path run", "run was trained with another tokenizer"),
     ("train --model swapped --data sums --adapter-path run --test", "run was trained with another tokenizer"),
     ("fuse run --model swapped", "run was trained with another tokenizer, which gave other ids to the same tokens"),
-    ("fuse run peft --model swapped", "run was trained with another tokenizer"),
+    ("fuse run grun --model swapped", "run was trained with another tokenizer"),
     ("export run --model swapped --to peft --save-path out", "run was trained with another tokenizer"),
     ("train --model swapped --data sums --adapter-path new --resume-adapter-file run", "run was trained with another"),
     ("fuse run --bits 7", "--bits must be one of"),
     ("generate sums --prompt hi", "sums holds no adapter"),
+    ("generate 'Who are you?'", "there is no folder Who are you? (a prompt follows --prompt): give the folder"),
     ("chat nothere", "there is no folder nothere"),
     ("train --model tiny --data sums --adapter-path new --resume-adapter-file sums", "sums holds no adapter"),
     # folders to write
@@ -226,14 +252,16 @@ MISTAKES = [
     ("fuse run --save-path tiny --overwrite", "save_path tiny is or contains"),
     ("fuse run --save-path fused", "fused is not empty"),
     ("export run --to peft --save-path grun --overwrite", "grun holds a run (history.jsonl)"),
+    ("export run --to peft --save-path fused --overwrite", "fused holds a model (model.safetensors)"),
+    ("export peft --from peft --save-path fused --overwrite", "fused holds a model (model.safetensors)"),
     ("export run --to gguf --save-path sums --overwrite", "sums holds data (train.jsonl)"),
     ("compare run --save-path run/report.html", "run/report.html exists already"),
     ("compare run --save-path curves.pdf", "must end in .html, .png, .svg"),
     # exports
     ("export run --to ollama", "--to must be one of gguf, hub, peft, not 'ollama'"),
     ("export run", "give one of --to (peft, gguf, hub) and --from (peft, gguf)"),
-    ("export run --to hub", "repo_id must be owner/name"),
-    ("export run --to hub --repo-id me", "repo_id must be owner/name, not 'me'"),
+    ("export run --to hub", "--to hub needs --repo-id OWNER/NAME"),
+    ("export run --to hub --repo-id me", "--to hub needs --repo-id OWNER/NAME, not 'me'"),
     ("doctor --model run", "run holds an adapter, not a model"),
     ("train --model tiny --data sums --adapter-path peft --test", "convert it first"),
     ("train --model tiny --data sums --launch 9", "batch_size 8 leaves some of 9 processes"),
@@ -253,7 +281,7 @@ MISTAKES = [
     ("train --model tiny --data sums --fields map.json", "is not of the form field=column"),
     ("train --model tiny --data sums --objective dpo", "suits --objective sft"),
     ("train --model tiny --data sums --valid-split 0.1", "already has validation rows"),
-    ("train --model tiny --data sums text --data-weights 1", "data_weights has 1 value for 2 data sets"),
+    ("train --model tiny --data sums text --data-weights 1", "data_weights has 1 value for 2 data sets: give one for each"),
     # texts and values
     ("train --model tiny --data sums --prompts nofile.txt", "prompts must be the text itself"),
     ("generate run --prompt notes.md", "prompt must be the text itself"),
@@ -290,7 +318,10 @@ MISTAKES = [
     ("train --warmup 10%", "not '10%' (it counts steps; --warmup-ratio 0.1 is a fraction of them)"),
     ("train --warmup 0.1", "(it counts steps; --warmup-ratio 0.1 is a fraction of them)"),
     ("sweep --learning-rates auto", "--learning-rates takes numbers with spaces between them, not 'auto'"),
-    ("sweep --objective dpo", "'--objective' is a flag of mlx_loraplus.train, and not of this command"),
+    ("sweep --patience 3", "'--patience' is a flag of mlx_loraplus.train, and not of this command"),
+    ("sweep --betas 0.1 0.5 --objective dpo", "'--betas' is not a flag (did you mean '--beta'?)"),
+    ("sweep --data sums --model tiny --beta 0.5", "beta is for objective dpo, ipo, simpo and kto, not sft"),
+    ("sweep --resume-adapter-file run --ranks 4", "ranks can't be tried with resume_adapter_file"),
     ("chat run --prompt hi", "'--prompt' is a flag of mlx_loraplus.generate"),
     ("train --dequantize", "'--dequantize' is a flag of mlx_loraplus.fuse"),
     ("train --stop-at 1", "'--stop-at' is not a flag (--help lists the flags)"),
@@ -304,6 +335,8 @@ MISTAKES = [
     ("train --list-models gemma", "--list-models takes no value"),
     ("train run", "-c run/run.yaml --resume continues a run"),
     ("train tiny", "values follow their flags, as in --model tiny"),
+    ("train sums/train.jsonl", "values follow their flags, as in --data sums/train.jsonl"),
+    ("sweep sums --model tiny", "values follow their flags, as in --data sums"),
     ("doctor tiny", "values follow their flags, as in --model tiny"),
     ("serve run grun", "this command takes one folder"),
     ("chat run grun", "this command takes one folder"),

@@ -27,7 +27,7 @@ from mlx_loraplus.command_config import (
     ServeConfig,
     SweepConfig,
 )
-from mlx_loraplus.config import TrainConfig
+from mlx_loraplus.config import ObjectiveConfig, TrainConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.settings import setting_names
@@ -141,6 +141,7 @@ FUSE = {
 SWEEP = {
     "model": ("other-model", {}),
     "adapter_path": ("elsewhere", {}),
+    "resume_adapter_file": ("before", {}),
     "learning_rates": ([1e-3], {}),
     "lr_ratios": ([2], {}),
     "ranks": ([2], {}),
@@ -154,7 +155,7 @@ SWEEP = {
     "seed": (1, {}),
     "resume": (True, {"adapter_path": "swept"}),
     "overwrite": (True, {"adapter_path": "swept"}),
-}
+} | {name: RUN[name] for name in setting_names(ObjectiveConfig)}
 OUTSIDE = {
     CompareConfig: dict.fromkeys(
         ("runs", "save_path", "overwrite"), "test_compare.py::test_the_command"

@@ -21,7 +21,12 @@ from .made_with import record
 from .sharded_lora import ShardedLoRALinear
 from .target_modules import choose_targets, find_trained
 from .tensor_parallel import check_sharded, is_sharded
-from .trainable import TrainableParams, find_adapters, trainable_summary
+from .trainable import (
+    TrainableParams,
+    check_no_foreign_adapters,
+    find_adapters,
+    trainable_summary,
+)
 from .unfreeze import train_in_full
 
 _LAYERS: Mapping[str, Mapping[Any, type[Adapter]]] = {
@@ -47,7 +52,7 @@ def attach_adapters(
     Raises:
         ConfigError: A target matches no module, ``num_layers`` or ``rank`` is too large, or a
             module does not support a setting. The model is not changed.
-        AdapterError: The model already has adapters.
+        AdapterError: The model already has adapters, here or of another program.
         ModelError: mlx-lm cannot run the model.
     """
     if find_adapters(model):
@@ -55,6 +60,7 @@ def attach_adapters(
             "the model has adapters already: fuse them or load the model again before attaching"
             " others"
         )
+    check_no_foreign_adapters(model)
     config = checked(config)
     if config.adapter == "full" and not is_sharded(model):
         unfreeze_weights(model, config.num_layers, original)

@@ -25,7 +25,7 @@ from .stored_tensors import (
     stored_shapes,
 )
 from .tensor_parallel import is_sharded
-from .trainable import find_adapters
+from .trainable import check_no_foreign_adapters, find_adapters
 from .unfreeze import arrays_by_path
 
 
@@ -57,6 +57,7 @@ def attach_saved(
             "the model has adapters already: fuse them or load the model again before loading"
             " others"
         )
+    check_no_foreign_adapters(model)
     is_plain = config.fine_tune_type == "lora" and not config.base_quantization
     if is_sharded(model) and (not is_plain or config.train_modules):
         raise AdapterError(

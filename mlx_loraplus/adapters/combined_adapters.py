@@ -13,6 +13,7 @@ from .attach import put_adapters
 from .base_layers import EMBEDDINGS, WHOLE
 from .lora import Adapter
 from .storage import load_adapter
+from .stored_files import WEIGHTS
 from .trainable import find_adapters, find_fully_trained
 from .unfreeze import end_training, own_arrays
 
@@ -86,7 +87,10 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
         except ValueError:
             folder, weight = word, 1.0
 
+        # A folder may also be given as its weights file.
         place = Path(folder).resolve()
+        if place.name == WEIGHTS:
+            place = place.parent
         if place in places:
             raise ConfigError(f"adapter_path {word!r}: give each folder once")
         if not 0 < abs(weight) <= LARGEST_WEIGHT:

@@ -232,7 +232,7 @@ def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Modu
     return model
 
 
-def adapter_folder(path: str | Path) -> Path:
+def adapter_folder(path: str | PathLike[str]) -> Path:
     """Return the folder of the adapter at ``path``; ``path`` is as for ``adapter_files``."""
     folder, _ = adapter_files(Path(path))
     return folder

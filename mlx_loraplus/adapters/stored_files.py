@@ -124,6 +124,8 @@ def _no_folder(path: Path) -> str:
         hint = f" (a weight follows its adapter and a colon, as in my_run:{path.name})"
     if ":" in path.name:
         hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
+    if " " in path.name and not hint:
+        hint = " (a prompt follows --prompt)"
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
@@ -150,6 +152,11 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
         if not path.parent.is_dir():
             raise AdapterError(_no_folder(path.parent)) from None
         check_not_model(path.parent)
+        if path.name == CONFIG and (path.parent / RUN_SETTINGS).is_file():
+            raise AdapterError(
+                f"the run in {path.parent} has saved no adapter yet: wait for its first checkpoint,"
+                f" or if it has ended, mlx_loraplus.train -c {path.parent / RUN_SETTINGS} --resume"
+            ) from None
         raise AdapterError(
             f"{path.parent} holds no adapter (can't read {path.name}: {error.strerror}): give the"
             f" folder of a run or an adapter{_adapter_inside(path.parent)}"
@@ -222,7 +229,7 @@ def is_adapter(path: str | PathLike[str]) -> bool:
     """Return whether a path leads to an adapter, and not to a model."""
     with suppress(AdapterError, OSError):
         folder, _ = adapter_files(Path(path))
-        return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+        return (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
     return False
 
 

@@ -60,6 +60,8 @@ def group_tensors(
     if "lora_a" in leaves:
         for path, arrays in layers.items():
             _check_rank(f"{path[:200]}.lora_a", arrays.get("lora_a"), config.start_rank, file)
+    matrices = [arrays["lora_a"] for arrays in layers.values() if "lora_a" in arrays]
+    _check_stated_rank(config, [*matrices, *(projections or ())[:1]], file)
     return layers, projections
 
 
@@ -92,6 +94,21 @@ def _check_rank(name: str, a: mx.array | None, start_rank: int | None, file: Pat
         raise AdapterError(
             f"{file} is damaged: {name} has rank {a.shape[1]}, but start_rank {start_rank} in"
             f" adapter_config.json needs {2 * start_rank}"
+        )
+
+
+def _check_stated_rank(config: StoredConfig, matrices: list[mx.array], file: Path) -> None:
+    """Check that the rank in the config, if there is one, is the largest of the matrices A.
+
+    Raises:
+        AdapterError: It is not; stock mlx-lm can't load such an adapter.
+    """
+    rank = max(a.shape[1] for a in matrices)
+    settings = config.lora_parameters
+    if "rank" in settings.model_fields_set and settings.rank != rank:
+        raise AdapterError(
+            f"{file} holds matrices of rank {rank}, but its adapter_config.json has rank"
+            f" {settings.rank}: correct the rank there, or get the adapter again"
         )
 
 

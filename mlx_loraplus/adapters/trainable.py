@@ -64,6 +64,33 @@ def find_adapters(model: nn.Module) -> dict[str, Adapter]:
     return {path: module for path, module in model.named_modules() if isinstance(module, Adapter)}
 
 
+def check_no_foreign_adapters(model: nn.Module) -> None:
+    """Check that a model has no adapters of another program, such as mlx-lm's layers.
+
+    They would be taken for the base: new adapters would be put on the matrix inside of them.
+
+    Raises:
+        AdapterError: It has some.
+    """
+    for path, module in model.named_modules():
+        if "lora_a" in module and not isinstance(module, Adapter):
+            program = type(module).__module__.partition(".")[0]
+            raise AdapterError(
+                f"the model has adapters of {program} ({path} is a {type(module).__name__}): load"
+                " it without them, or with them by mlx_loraplus.load(model, adapter_path=FOLDER)"
+            )
+
+
+def adapter_arrays(model: nn.Module) -> list[mx.array]:
+    """Return the arrays of a model's adapters, with their bases, and of fully trained modules."""
+    modules = [*find_adapters(model).values(), *find_fully_trained(model).values()]
+    arrays: list[mx.array] = []
+    for module in modules:
+        parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
+        arrays += parameters.values()
+    return arrays
+
+
 def find_fully_trained(model: nn.Module) -> dict[str, Any]:
     """Return path → module for every module of ``model`` that trains in full."""
     return {

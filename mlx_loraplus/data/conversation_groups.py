@@ -9,12 +9,12 @@ Two rows belong together if
 - one is a part of the other, or its end begins the other; see ``shared_parts``; or
 - they are equal once they are cut at the maximum length.
 
-Texts are compared twice: those with the same system message, and then all texts without it. A text
-that more than ``MOST_BRANCHES`` other conversations continue is a common opening, such as an
-instruction to which each row's system message adds a document, and joins no conversations. Up to
-that many rows that ask the same question are joined, also if their system messages hold different
-documents. The same limit holds for texts that are equal as far as they are compared, and for equal
-parts of rows that are cut at the maximum length.
+Texts are compared twice: those with the same system message, and then all without it. The second
+time, a single question with another answer does not count, because the system message may hold the
+document that is asked about. A text that more than ``MOST_BRANCHES`` other conversations continue
+is a common opening, such as an instruction, and joins no conversations. The same limit holds for
+texts that are equal as far as they are compared, and for equal parts of rows that are cut at the
+maximum length.
 
 The time is linear in the data, except for sorting a few numbers of each row, and only these numbers
 are in memory.
@@ -146,18 +146,22 @@ def find_conversations(
 
     # Join those whose texts continue each other, with the same system message and with any
     systems = _of_all(tables, "system_digest")
-    joins = [_find_joins(tables, groups, systems)]
+    texts, prompts = _of_all(tables, "text_digest"), _of_all(tables, "prompt_text_digest")
+    joins = [_find_joins(tables, groups, systems, texts, prompts)]
+
+    # With any system message, a single question does not count as the beginning of a conversation
+    is_single = _of_all(tables, "is_single") > 0
     if systems.any():
-        joins.append(_find_joins(tables, groups, np.zeros_like(systems)))
+        prompts = np.where(is_single, 0, prompts)
+        joins.append(_find_joins(tables, groups, np.zeros_like(systems), texts, prompts))
     first, second = (np.concatenate(each) for each in zip(*joins, strict=True))
 
-    # Join those with the same text and system message, however many there are. Of a long text, only
-    # a part is compared, which unrelated texts may share
-    texts = _of_all(tables, "text_digest")
+    # Join those with the same text, however many there are; a single question and its answer must
+    # also have the same system message. Of a long text, only a part is compared, which unrelated
+    # texts may share
     is_whole = (texts > 0) & (_of_all(tables, "is_whole") > 0)
-    _, owners, inverse = np.unique(
-        (texts + systems)[is_whole], return_index=True, return_inverse=True
-    )
+    same = (texts + np.where(is_single, systems, 0))[is_whole]
+    _, owners, inverse = np.unique(same, return_index=True, return_inverse=True)
     same_text = groups[is_whole]
     first = np.concatenate([first, same_text[owners[inverse]]])
     second = np.concatenate([second, same_text])
@@ -193,7 +197,11 @@ def _openings(tables: Sequence[EncodedTable]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _find_joins(
-    tables: Sequence[EncodedTable], groups: np.ndarray, systems: np.ndarray
+    tables: Sequence[EncodedTable],
+    groups: np.ndarray,
+    systems: np.ndarray,
+    texts: np.ndarray,
+    prompts: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return pairs of conversations to join, because a text of one begins a text of the other.
 
@@ -202,9 +210,10 @@ def _find_joins(
         groups: The conversation of each row of all tables, (rows,).
         systems: A number that is added to the digests of each row, so that only rows with the same
             number are compared, (rows,) uint64.
+        texts: The digest of each row's text, (rows,) uint64.
+        prompts: The digest of each row's prompt, or 0 if it does not count, (rows,) uint64.
     """
-    # The digests of all texts and prompts
-    texts, prompts = _of_all(tables, "text_digest"), _of_all(tables, "prompt_text_digest")
+    # All texts that may begin others
     texts, prompts = (np.where(each > 0, each + systems, each) for each in (texts, prompts))
     known, first = np.unique(np.concatenate([texts, prompts]), return_index=True)
     owners = np.concatenate([groups, groups])[first]

@@ -45,8 +45,16 @@ PAIRS = (
 _GIVEN = ("context", "passage", "input", "system", "system_prompt", "document", "title", "history")
 """Columns that usually belong to the prompt, and not to the answer."""
 
+_ONE_MESSAGE = (
+    "; it is one message: put all messages of a conversation into one row, as in"
+    ' {"messages": [{"role": "user", "content": "..."}, ...]}'
+)
+
 ADVICE = "; choose the columns, such as"
 """The beginning of advice that depends on the values of a row."""
+
+_NAMES_OF_LISTS = ("data", "rows", "examples", "items", "records", "samples", "train", "dataset")
+"""Columns whose list holds the rows of a file, rather than the parts of one row."""
 
 _LONGEST_NAME = 40  # maximum number of characters in a suggested column name
 _SURELY_TEXT = 64  # a string with more characters than this is always taken as text
@@ -69,6 +77,13 @@ _NOT_TEXT = re.compile(
 )
 
 _LABEL = re.compile(r"\s*([-+]?\d{1,4}([.,]\d{1,4})?|true|false)\s*", re.IGNORECASE)
+
+# A name of a column that is rather a value: a sentence, or four words and more.
+_SENTENCE = re.compile(r"\s*(\S.*[.?!]|(\S+\s+){3,}\S+)\s*", re.DOTALL)
+_NO_NAMES = (
+    "the values of a row seem to stand where its columns should be named, such as prompt and"
+    " completion: name them; in a csv file, write the line prompt,completion above the first row"
+)
 
 # Names of columns that do not hold labels, or answers; both patterns match an empty name too.
 _NOT_LABEL = re.compile(
@@ -94,6 +109,8 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
     """
     if {"chosen", "rejected"} <= row.keys():
         return _advise_preferences(row)
+    if _is_message(row):
+        return _ONE_MESSAGE
 
     columns = {name: value for name, value in row.items() if _is_usable_name(name)}
     texts = [name for name, value in columns.items() if _is_text(value)]
@@ -107,9 +124,13 @@ def advise(row: Mapping[str, Any], needed: Mapping[str, str] | None = None) -> s
         return _advise_missing_field(needed, texts)
     if chats:
         return _suggest_fields({"messages": chats[0]})
-    if texts:
-        return _advise_texts(columns, texts)
-    return _explain_no_text(columns) if row else ""
+    has_names = not any(map(_SENTENCE.fullmatch, row))
+    return _advise_texts(columns, texts) if texts and has_names else _explain_no_text(row)
+
+
+def _is_message(row: Mapping[str, Any]) -> bool:
+    """Return whether a row is a message of a chat, rather than a chat."""
+    return is_chat([row]) and any(isinstance(row.get(name), str) for name in ("content", "value"))
 
 
 def _advise_preferences(row: Mapping[str, Any]) -> str:
@@ -188,12 +209,24 @@ def _holds_rows(value: object) -> bool:
     return bool(value) and all(isinstance(row, dict) for row in cast("list[object]", value))
 
 
-def _explain_no_text(columns: Mapping[str, Any]) -> str:
-    """Return why no column can be suggested."""
+def _explain_no_text(row: Mapping[str, Any]) -> str:
+    """Return why no column can be suggested; nothing for a row without columns."""
+    if not row:
+        return ""
+
+    # The first line of a csv file may be a row.
+    if any(map(_SENTENCE.fullmatch, row)):
+        return f"; {_NO_NAMES}"
+
     # The rows may be inside an object, as in {"data": [{…}, …]}.
-    inner = [name for name, value in columns.items() if _holds_rows(value)]
+    inner = [name for name, value in row.items() if _holds_rows(value)]
+    if inner and inner[0].lower() not in _NAMES_OF_LISTS:
+        return (
+            f"; {inner[0]!r:.40} is a list of objects that are no messages: write them as messages"
+            " with a role and a content each"
+        )
     if inner:
-        return f"; the rows are in {inner[0]!r}: write that list alone into the file"
+        return f"; the rows are in {inner[0]!r:.40}: write that list alone into the file"
     return "; none of them looks like text to learn"
 
 

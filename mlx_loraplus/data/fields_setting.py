@@ -1,8 +1,9 @@
 """Parse the setting ``fields``, which gives the column of each field of a row."""
 
 import re
+import shlex
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, pairwise
 
 from ..errors import ConfigError, counted, join_problems, nearest
 from .field_templates import is_template, parse_template
@@ -29,13 +30,13 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
 
     names: dict[str, str] = {}
     problems: list[str] = []
-    for pair in pairs:
+    for before, pair in pairwise(["", *pairs]):
         name, _, column = pair.partition("=")
         if name in names:
             problems.append(f"fields: {name} is given twice; to join columns, {name}='{{a}} {{b}}'")
         names[name] = column
         if name not in known or not column:
-            problems.append(_pair_problem(pair, known))
+            problems.append(_pair_problem(pair, before, known))
         elif is_template(column):
             problems += _template_problems(name, column)
         elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
@@ -48,14 +49,22 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _pair_problem(pair: str, known: Sequence[str]) -> str:
-    """Return what is wrong with a pair of ``--fields``, and what was probably meant."""
+def _pair_problem(pair: str, before: str, known: Sequence[str]) -> str:
+    """Return what is wrong with a pair of ``--fields``, and what was probably meant.
+
+    Args:
+        pair: The pair.
+        before: The pair before it, whose second word it may be.
+        known: The names of fields.
+    """
     name, equals, column = pair.partition("=")
     wrong = f"fields: {pair:.80} is not of the form field=column"
     if column in known:
         return f"{wrong} (the field comes first: {column}={name})"
     if ":" in name and name.partition(":")[0] in known:
         return f"{wrong} (write {pair.replace(':', '=', 1)})"
+    if not equals and "=" in before and not is_template(before):
+        return f"{wrong}; put quotes around a pair with spaces: {shlex.quote(f'{before} {pair}')}"
     if not equals and name in known:
         return f"{wrong} (write {name}=COLUMN)"
     hint = "" if column else _ADD_QUOTES

@@ -1,6 +1,6 @@
 """Rows that hold a chat: a list of messages, or a prompt and a completion that are messages."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .messages import (
@@ -13,6 +13,7 @@ from .messages import (
     read_chat,
 )
 from .row_kinds import REQUIRED, Kind
+from .thoughts import Message
 
 
 def find_chat(kind: Kind, fields: Mapping[str, Any]) -> Chat | None:
@@ -50,11 +51,25 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
     if not assistant_turns(answers):
         raise BadRowError("no assistant turn in 'completion', so there is nothing to train on")
 
-    # If the completion begins with the prompt, it is the whole chat.
+    # If the completion begins with the prompt, perhaps without its system message, it is the whole
+    # chat.
+    question = [message for message in prompt.messages if message["role"] != "system"]
+    repeated = 0
+    for beginning in (prompt.messages, question):
+        if _are_alike(answers[: len(beginning)], beginning):
+            repeated = len(beginning)
+            break
+    answers = answers[repeated:]
+    untrained = tuple(number - repeated for number in untrained if number >= repeated)
+
+    role = answers[0]["role"] if answers else ""
+    is_asked = bool(question) and question[-1]["role"] == "user"
+    if role in ("system", "user") and is_asked:
+        raise BadRowError(
+            f"'completion' begins with a {role} message, although 'prompt' has the question; leave"
+            " out the prompt, or begin 'completion' with the assistant's message"
+        )
     offset = len(prompt.messages)
-    if answers[:offset] == prompt.messages:
-        answers = answers[offset:]
-        untrained = tuple(number - offset for number in untrained if number >= offset)
 
     # Assistant messages in the prompt are not trained on.
     in_prompt = assistant_turns(prompt.messages)
@@ -64,6 +79,15 @@ def _join_completion(fields: Mapping[str, Any]) -> Chat:
         (*in_prompt, *in_completion),
         (*prompt.notes, *completion.notes),
     )
+
+
+def _are_alike(messages: Sequence[Message], others: Sequence[Message]) -> bool:
+    """Return whether messages are equal, except for white space around their contents."""
+
+    def stripped(message: Message) -> dict[str, Any]:
+        return {**message, "content": str(message["content"] or "").strip()}
+
+    return list(map(stripped, messages)) == list(map(stripped, others))
 
 
 def _read_messages(value: Any, name: str, role: str) -> Chat:

@@ -67,6 +67,13 @@ def check_switches(
             " weight of 0 or 1, or whole data sets a weight with --data-weights"
         )
 
+    # 0 may mark an unwanted answer, as in KTO data, or be one of several classes
+    if "label" in columns and not named and _number(row[columns["label"]]) == 0:
+        notes.append(
+            f"rows with {columns['label']} 0 are trained on like the others; if it marks unwanted"
+            " answers, leave these rows out, or use --objective kto"
+        )
+
     # Lists of tokens, and of the ones to learn
     tokens = [columns[name] for name in _TOKENS if name in columns]
     tokens = [name for name in tokens if isinstance(parse_json(row[name]), list)]

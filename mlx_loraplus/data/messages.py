@@ -108,7 +108,13 @@ def read_chat(chat: object, name: str) -> Chat:
     Raises:
         BadRowError: The list is empty or a message can't be used.
     """
-    values = check_type(parse_json(chat), list, repr(name))
+    chat = parse_json(chat)
+    if isinstance(chat, str) and chat.lstrip().startswith(("[{'", '[{"')):
+        raise BadRowError(
+            f"{name!r} is text that is no JSON, perhaps a list as Python writes it; write it with"
+            " json.dumps, or save the rows as JSON lines or Parquet"
+        )
+    values = check_type(chat, list, repr(name))
     if not values:
         raise BadRowError(f"{name!r} is empty")
 
@@ -122,12 +128,17 @@ def read_chat(chat: object, name: str) -> Chat:
         fields = _without_nulls(check_type(value, dict, place))
         switch = _pop_switch(fields, place)
         message = _to_openai(fields, place)
+        role = message["role"]
+
+        # A prompt in generation has no empty system message.
+        if role == "system" and not message["content"].strip():
+            notes.append("empty system messages are left out")
+            continue
         messages.append(message)
 
         # Only assistant messages can be trained on.
-        role = message["role"]
         if switch is False and role == "assistant":
-            untrained.append(number)
+            untrained.append(len(messages) - 1)
         if switch and role != "assistant":
             notes.append(
                 f"{role} messages marked for training are not trained on; only assistant messages"

@@ -18,7 +18,8 @@ to there may differ afterwards, which is why ``TextDigests.is_whole`` is stored.
 The digest of a text's first n characters is Σ c_i b^i mod 2^64, with random numbers c_i for the
 characters and a fixed odd number b. All beginnings of a text therefore cost one cumulative sum, and
 so do those of its other parts: the digest up to the end, less that up to the start, over b^start.
-The system message of a chat is not a part of the text.
+The system message of a chat is not a part of the text. In a chat that a template has written, it
+is, so ``TextDigests.first_turn`` says where the turns begin.
 """
 
 from functools import cache
@@ -26,13 +27,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .fold_text import fold_text, plain_turns
+from .fold_text import fold_text, plain_turns, start_of_turns
+from .messages import is_chat, parse_json
 from .rows import Row
+from .thoughts import answer_of
 
 SHORTEST = 10  # characters of a beginning, without white space
-_SHORTEST_PART = 32  # characters of a row that may be a part of another
+_SHORTEST_PART = 28  # characters of a row that may be a part of another
 LONGEST = 2**16  # characters of a text that are compared
-_MOST_PARTS = 256  # places of a text where a part may begin
+_MOST_PARTS = 2048  # places of a text where a part may begin
 _WORD_ENDS = 1024  # beginnings of a text that may end at any word
 _MOST = 2048  # beginnings of a text
 _TAGS = "<[{#|→⇒•◆■▶§"  # characters that often begin a turn
@@ -58,6 +61,8 @@ class TextDigests(NamedTuple):
         prompt: Digest of the prompt, or 0 if it is too short or too long.
         beginnings: Digests of the beginnings that count, shortest first, (beginnings,) uint64.
         parts: The places where a line or sentence begins, and the end of the text, (parts,) PART.
+        first_turn: The index of the part with which the turns of a rendered chat begin, after its
+            system message; 0 if there is none.
     """
 
     text: int
@@ -65,12 +70,14 @@ class TextDigests(NamedTuple):
     prompt: int
     beginnings: np.ndarray
     parts: np.ndarray
+    first_turn: int = 0
 
 
 def text_digests(row: Row) -> TextDigests:
     """Return the digests of a row's text; of two answers, the chosen one counts."""
     prompt, answer = _texts_of(row)
-    characters = _characters(prompt + answer)
+    head, turns, completion = _plain_parts(prompt, answer)
+    characters = _characters(head + turns + completion)
     kept = np.flatnonzero(~np.strings.isspace(characters))
     is_short = len(prompt + answer) <= 2 * LONGEST and len(kept) <= LONGEST
     kept = kept[:LONGEST]
@@ -91,15 +98,27 @@ def text_digests(row: Row) -> TextDigests:
     ends = ends[ends < compared]
 
     # The digest of the prompt, which may end anywhere
-    length = int(np.count_nonzero(~np.strings.isspace(_characters(prompt))))
-    is_compared = SHORTEST <= length < compared
+    length = _count_kept(characters[: len(head + turns)])
+    is_compared = bool(completion) and SHORTEST <= length < compared
+
+    # The part with which the turns of a rendered chat begin
+    parts = _parts(digests, sentences)
+    start = _count_kept(characters[: len(head)])
+    first_turn = int(np.searchsorted(parts["start"], start))
+    is_part = first_turn < len(parts) and parts["start"][first_turn] == start
     return TextDigests(
         text=int(digests[compared]),
         is_whole=is_short and has_all_ends,
         prompt=int(digests[length]) if is_compared else 0,
         beginnings=digests[ends],
-        parts=_parts(digests, sentences),
+        parts=parts,
+        first_turn=first_turn if is_part else 0,
     )
+
+
+def _count_kept(characters: np.ndarray) -> int:
+    """Return the number of characters that are not white space."""
+    return int(np.count_nonzero(~np.strings.isspace(characters)))
 
 
 def _parts(digests: np.ndarray, sentences: np.ndarray) -> np.ndarray:
@@ -124,29 +143,52 @@ def _parts(digests: np.ndarray, sentences: np.ndarray) -> np.ndarray:
 def _texts_of(row: Row) -> tuple[str, str]:
     """Return the text of a row's prompt, without the system message, and that of its answer."""
     fields = row.fields
+    if "text" in fields:
+        return "", "\n" + _read_json_chat(fields["text"])
     if "messages" not in fields:
-        answer = fields["text"] if "text" in fields else fields["completion"]
-        return fields.get("prompt", ""), f"\n{answer}"
+        return fields["prompt"], f"\n{fields['completion']}"
 
     messages = [message for message in fields["messages"] if message["role"] != "system"]
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    contents = [_content(message) for message in messages]
+    contents = [answer_of(message) for message in messages]
     return "\n".join(contents[:last]), "\n" + "\n".join(contents[last:])
 
 
-def _content(message: dict[str, Any]) -> str:
-    return str(message.get("content") or "")
+def _read_json_chat(text: str) -> str:
+    """Return the contents of a chat that a text holds as JSON; any other text as it is."""
+    value: Any = parse_json(text)
+    chat: Any = value.get("messages") if isinstance(value, dict) else value
+    if not is_chat(chat):
+        return text
+    messages = [each for each in chat if each.get("role", each.get("from")) != "system"]
+    return "\n".join(str(each.get("content", each.get("value"))) for each in messages)
+
+
+def _plain_parts(prompt: str, answer: str) -> tuple[str, str, str]:
+    """Return three parts of a row's text, in lower case and without markup.
+
+    Of a longer text, only the first 2 * ``LONGEST`` characters are used.
+
+    Returns:
+        What comes before the first turn of a rendered chat, the rest of the prompt, and the answer.
+        In a row without a prompt, the last is empty.
+    """
+    if not prompt:
+        prompt, answer = answer, ""
+
+    # LONGEST does not count white space, so that limit alone would not bound the work. A » between
+    # turns must not become a quotation mark
+    answer = answer[: max(0, 2 * LONGEST - len(prompt))]
+    prompt, answer = (
+        fold_text(each[: 2 * LONGEST].replace(" » ", " → ")) for each in (prompt, answer)
+    )
+    start = start_of_turns(prompt)
+    head = f"{plain_turns(prompt[:start])}\n" if start else ""
+    return head, plain_turns(prompt[start:]), plain_turns(answer)
 
 
 def _characters(text: str) -> np.ndarray:
-    """Return the characters of a text in lower case and without markup, (characters,) <U1.
-
-    Of a longer text, only the first 2 * ``LONGEST`` characters are used.
-    """
-    # LONGEST does not count white space, so that limit alone would not bound the work. A » between
-    # turns must not become a quotation mark
-    folded = plain_turns(fold_text(text[: 2 * LONGEST].replace(" » ", " → ")))
-    return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), "<U1")
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<U1")
 
 
 def _ends(characters: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:

@@ -23,12 +23,14 @@ class RowDigests(NamedTuple):
             prefixes of the same conversation have the same opening.
         deeper: Digest of the messages up to and including the user's second one if the first one
             may be a greeting, or 0.
+        is_single: Whether the prompt holds no earlier answer.
     """
 
     row: int
     prompt: int
     opening: int
     deeper: int = 0
+    is_single: bool = True
 
 
 def row_digests(row: Row) -> RowDigests:
@@ -62,7 +64,8 @@ def row_digests(row: Row) -> RowDigests:
     if len("".join(str(opening[-1][1]).split())) <= _LONGEST_GREETING:
         second = _beginning(prompt, 2)
         deeper = _digest(second) if len(second) > len(opening) else 0
-    return RowDigests(whole, _digest(prompt), _digest(opening), deeper)
+    is_single = len(answers) == 1
+    return RowDigests(whole, _digest(prompt), _digest(opening), deeper, is_single)
 
 
 def _messages_of(row: Row) -> Sequence[Mapping[str, Any]]:

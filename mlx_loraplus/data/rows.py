@@ -28,6 +28,7 @@ from .ineffective_columns import check_switches
 from .messages import BadRowError, MissingFieldsError, check_type, is_chat, type_name
 from .row_kinds import OPTIONAL, REQUIRED, Kind, find_kind
 from .row_problems import RowProblems
+from .whole_tables import check_is_row
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def make_rows(
         try:
             if isinstance(row, BadRowError):
                 raise row
+            check_is_row(row)
             yield make(row, line, names)
         except BadRowError as problem:
             row_problems.add_problem(line, problem)
@@ -111,6 +113,8 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     chat = find_chat(kind, fields)
     if chat is None:
         content = _text_fields(fields, kind)
+        if not content.get("prompt", "-").strip():
+            notes = ("the prompt is empty, so only the answer is trained on, after no question",)
     else:
         kind = "chat" if found.kind == "completion" else kind
         content = chat_fields(chat, fields)

@@ -4,8 +4,10 @@ Such rows are windows of one conversation (its turns 3 to 6), a chat that a temp
 after its system message, or a chat whose first message holds the system message. Parts begin and
 end where a line or sentence does; ``prefix_digests`` stores these places.
 
-A row is looked up by its first sentences. To be joined, both texts must then agree up to the end of
-one of them. First sentences that too many others share, such as a greeting, find nothing.
+A row is looked up by its first sentences, and a chat that a template has written also by those of
+its first turn, because another row may have another system message. To be joined, both texts must
+then agree up to the end of one of them. First sentences that too many others share, such as a
+greeting, find nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from .dataset import EncodedTable
 from .join_groups import MOST_BRANCHES, Joins
 from .prefix_digests import PART, inverses
 
-_BLOCK = 2**10  # rows whose parts are looked up together
+_BLOCK = 2**8  # rows whose parts are looked up together
 _SHORTEST_OVERLAP = 64  # characters of an end that begins another row, without white space
 
 
@@ -30,8 +32,8 @@ def join_shared_parts(
         groups: The group of each row of all tables, (rows,).
         is_joinable: Whether the group of each row may be joined, (rows,) bool.
     """
-    keys = np.concatenate([table.rows["part_key"] for table in tables])
-    keys[~is_joinable] = 0
+    keys, rows, places = _own_parts(tables)
+    keys[~is_joinable[rows]] = 0
     known = np.unique(keys)
     found = np.concatenate(list(_contained(tables, known)))
     found = found[is_joinable[found[:, 1]]]
@@ -46,8 +48,9 @@ def join_shared_parts(
     # The shortest row of each group that begins with one of these keys
     wanted = known[np.unique(containing[:, 0])]
     starts = np.flatnonzero(np.isin(keys, wanted))
-    starts = starts[np.argsort(lengths[starts], kind="stable")]
-    first = np.stack([np.searchsorted(known, keys[starts]), starts, 0 * starts], axis=1)
+    starts = starts[np.argsort(lengths[rows[starts]], kind="stable")]
+    numbers = np.searchsorted(known, keys[starts])
+    first = np.stack([numbers, rows[starts], places[starts]], axis=1)
     beginning = _rare(first, groups, len(known))
 
     # Compare the texts of the pairs that are not joined yet
@@ -55,11 +58,30 @@ def join_shared_parts(
     joins = Joins()
     stops = np.searchsorted(beginning[:, 0], np.arange(len(known) + 1))
     for key, container, place in containing.tolist():
-        for row in beginning[stops[key] : stops[key + 1], 1].tolist():
+        for _, row, first_place in beginning[stops[key] : stops[key + 1]].tolist():
             pair = (joins.root(int(groups[row])), joins.root(int(groups[container])))
-            if pair[0] != pair[1] and _agree(texts.read(row), texts.read(container), place):
+            if pair[0] == pair[1]:
+                continue
+            text = _from(texts.read(row), first_place)
+            if _agree(text, _from(texts.read(container), place)):
                 joins.add(*pair)
     return joins.apply(groups)
+
+
+def _own_parts(tables: Sequence[EncodedTable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the parts by which rows are looked up: their keys, rows and places, (parts,) each.
+
+    The first part of each row comes first, then the first turn of each rendered chat.
+    """
+    first = np.concatenate([table.rows["part_key"] for table in tables])
+    turns = np.concatenate([table.rows["turns_key"] for table in tables])
+    places = np.concatenate([table.rows["first_turn"] for table in tables])
+    chats = np.flatnonzero(turns)
+    return (
+        np.concatenate([first, turns[chats]]),
+        np.concatenate([np.arange(len(first)), chats]),
+        np.concatenate([np.zeros(len(first), np.int64), places[chats]]),
+    )
 
 
 def _contained(tables: Sequence[EncodedTable], known: np.ndarray) -> Iterator[np.ndarray]:
@@ -125,28 +147,27 @@ def _read_parts(table: EncodedTable, start: int, count: int) -> np.ndarray:
     return np.fromfile(table.parts, PART, count, offset=PART.itemsize * start)
 
 
-def _agree(text: np.ndarray, container: np.ndarray, place: int) -> bool:
-    """Return whether a text and the part of another one agree, up to where one of them ends.
+def _from(parts: np.ndarray, place: int) -> np.ndarray:
+    """Return the places of the text that begins at one of them, (parts,) PART."""
+    start = int(parts["start"][place])
+    rest = parts[place:].copy()
+    rest["digest"] = (rest["digest"] - rest["digest"][0]) * inverses()[start]
+    rest["start"] -= start
+    return rest
 
-    Args:
-        text: The places of the text.
-        container: The places of the other text.
-        place: The index of the place where its part begins.
+
+def _agree(text: np.ndarray, other: np.ndarray) -> bool:
+    """Return whether two texts agree up to where one of them ends, given their places.
+
+    The first text may be the longer one if they agree in enough characters.
     """
-    start = int(container["start"][place])
-    own = int(text["start"][-1])
-    rest = int(container["start"][-1]) - start
-    length = min(own, rest)
-    if length < own and length < _SHORTEST_OVERLAP:
+    length = int(min(text["start"][-1], other["start"][-1]))
+    if length < text["start"][-1] and length < _SHORTEST_OVERLAP:
         return False
 
     # The digests of both up to there, if a line or a sentence of both ends there
     digest = _digest_at(text, length)
-    other = _digest_at(container, start + length)
-    if digest is None or other is None:
-        return False
-    before = int(container["digest"][place])
-    return digest == (other - before) * int(inverses()[start]) % 2**64
+    return digest is not None and digest == _digest_at(other, length)
 
 
 def _digest_at(text: np.ndarray, length: int) -> int | None:

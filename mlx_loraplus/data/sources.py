@@ -86,14 +86,14 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 
     # With several data sets, the names of their tables must differ
     sources: list[Source] = []
+    is_alone = len(names) == 1
     for number, name in enumerate(names):
-        is_alone = len(names) == 1
         if _is_stored(name):
             sources.append(_stored_source(name, "data" if is_alone else f"data[{number}]"))
         elif is_alone:
-            sources.append(_find_source(name))
+            sources.append(_find_source(name, names))
         else:
-            sources.append(_with_full_names(name, _find_source(name)))
+            sources.append(_with_full_names(name, _find_source(name, names)))
     return sources
 
 
@@ -156,14 +156,14 @@ def _with_full_names(name: str, source: Source) -> Source:
     return renamed
 
 
-def _find_source(name: str) -> Source:
+def _find_source(name: str, names: Sequence[str]) -> Source:
     """Find one data set: a local path if it exists, otherwise a hub data set.
 
     Raises:
         DataError: Neither of them exists, or the data set can't be read.
     """
     try:
-        source = _find_local(name)
+        source = _find_local(name, names)
     except OSError as error:
         raise DataError(f"can't read {name!r:.300}: {error.strerror}") from None
     if source is not None:
@@ -178,10 +178,9 @@ def _find_source(name: str) -> Source:
     )
 
 
-def _find_local(name: str) -> Source | None:
+def _find_local(name: str, names: Sequence[str]) -> Source | None:
     """Return the source at a local path, or None if nothing is there."""
-    # If the user does not exist, Path.expanduser raises; os.path.expanduser keeps the path
-    path = Path(os.path.expanduser(name))  # noqa: PTH111
+    path = Path(os.path.expanduser(name))  # noqa: PTH111  (Path's raises for an unknown user)
     if (path / "dataset_dict.json").is_file():
         return _dataset_source(name, _load_dataset_dict(name, path))
     if path.is_dir():
@@ -199,24 +198,25 @@ def _find_local(name: str) -> Source | None:
             f" {', '.join(SUFFIXES)}, or a folder"
         )
     (table,) = _tables_of([path])
-    return {"train": [replace(table, notes=_unused_siblings(path))]}
+    return {"train": [replace(table, notes=_sibling_notes(path, names))]}
 
 
-def _unused_siblings(path: Path) -> list[str]:
-    """Return a note if the folder of a named file also has validation or test files."""
-    siblings: list[str] = []
-    for other in sorted(path.absolute().parent.iterdir()):
-        is_evaluation = SPLIT_NAMES.get(stem_of(other)) in ("valid", "test")
-        if is_evaluation and other.suffix.lower() in READERS and other.name != path.name:
-            siblings.append(other.name)
-    if not siblings:
-        return []
-
-    names = ", ".join(siblings)
+def _sibling_notes(path: Path, names: Sequence[str]) -> list[str]:
+    """Return a note if a file, or one beside it, is one of validation or test rows by its name."""
+    beside = path.absolute().parent.iterdir()
+    files = sorted(other for other in beside if other.suffix.lower() in READERS)
+    splits = {other: SPLIT_NAMES.get(stem_of(other)) for other in files}
+    given = {Path(os.path.expanduser(name)).absolute() for name in names}  # noqa: PTH111
+    evaluated = [other for other, split in splits.items() if split in ("valid", "test")]
     advice = f"give the folder instead: --data {path.parent}"
+    if path.absolute() in evaluated and "train" in map(splits.get, given):
+        return [f"{path.name} is trained on, like every file of --data; to validate, {advice}"]
+    unused = ", ".join(other.name for other in evaluated if other not in given)
+    if not unused:
+        return []
     if SPLIT_NAMES.get(stem_of(path)) != "train":
         advice = f"rename {path.name} to train{path.suffix} and {advice}"
-    return [f"files next to {path.name} are not used: {names:.200}; to use them, {advice}"]
+    return [f"files next to {path.name} are not used: {unused:.200}; to use them, {advice}"]
 
 
 def _folder_source(folder: Path) -> Source:

@@ -39,9 +39,15 @@ class StoredRow(NamedTuple):
     beginning_count: int = 0  # number of digests in the file of beginnings
     part_key: int = 0  # the key of the first part in the file of parts
     part_count: int = 0  # number of places in the file of parts
+    first_turn: int = 0  # from ``text_digests``
+    turns_key: int = 0  # the key of that part, or 0
+    is_single: bool = True  # from ``row_digests``
 
 
-_ROW_TYPES = ["i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "u1", "u8", "i4", "u8", "i4"]
+_ROW_TYPES = [
+    *("i8", "u1", "u1", "u8", "u8", "u8", "u8", "u8", "u8", "u1", "u8"),
+    *("i4", "u8", "i4", "i4", "u8", "u1"),
+]
 ROW = np.dtype(list(zip(StoredRow._fields, _ROW_TYPES, strict=True)))
 
 
@@ -64,6 +70,9 @@ def store_row(row: Row, *, thinking: bool) -> tuple[StoredRow, TextDigests]:
         beginning_count=len(text.beginnings),
         part_key=int(text.parts["key"][0]) if len(text.parts) else 0,
         part_count=len(text.parts),
+        first_turn=text.first_turn,
+        turns_key=int(text.parts["key"][text.first_turn]) if text.first_turn else 0,
+        is_single=digests.is_single,
     )
     return stored, text
 

@@ -189,6 +189,10 @@ def put_before(answer: str, prompt: str, thoughts: str, block: ThoughtBlock) -> 
     inside = answer.lstrip().removeprefix(block.opening).lstrip()
     if inside.startswith(thoughts) and block.closing in inside:
         return answer
+
+    # Some templates close a block in every answer, also if nothing opens it
+    if inside.startswith(block.closing):
+        answer = inside.removeprefix(block.closing).lstrip("\n")
     return block.render(thoughts) + answer
 
 

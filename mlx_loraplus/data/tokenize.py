@@ -142,6 +142,11 @@ class RowRenderer:
                 "the chat template rewrites earlier turns, so an answer of several turns is not one"
                 " text; leave one assistant turn in each answer"
             )
+        if rejected and rejected[0].text == texts[0].text:
+            raise BadRowError(
+                "chosen and rejected are equal once the chat template has rendered them, so there"
+                " is nothing to prefer"
+            )
         return [*texts, *rejected]
 
     def _render_answer(self, row: Row, notes: list[str]) -> list[RenderedText]:

@@ -50,7 +50,8 @@ def check(config: ExportConfig) -> None:
     if config.to != "hub" and config.repo_id:
         problems.append(f"repo_id {config.repo_id!r:.80} is for --to hub: leave it out")
     if config.to == "hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo_id):
-        problems.append(f"repo_id must be owner/name, not {config.repo_id!r:.80}")
+        given = f", not {config.repo_id!r:.80}" if config.repo_id else ""
+        problems.append(f"--to hub needs --repo-id OWNER/NAME{given}")
 
     if problems:
         raise ConfigError(join_problems(problems))
@@ -89,6 +90,8 @@ def export_adapter(config: ExportConfig, log: Callable[[str], None]) -> None:
     refused: tuple[Contents, ...] = ("a run", "a sweep", "data")
     if config.to is not None:
         refused = (*refused, "an adapter")
+    if config.to in (None, "peft"):  # an adapter beside a model would be applied to it
+        refused = (*refused, "a model")
     check_free(save_path, [name, config.adapter_path], overwrite=config.overwrite, refused=refused)
     check_files_and_folders(save_path, ours)
 
@@ -145,8 +148,7 @@ def _load(
     from ..models.loading import load_folder
     from ..models.prompt_format import PROMPT_FORMAT, PromptFormat
     from .gguf_lora import load_gguf_lora
-    from .peft import load_peft
-    from .peft_import_checks import find_unknown_settings
+    from .peft import find_doubts, load_peft
 
     source = find_model(name)
     if source.note:
@@ -158,7 +160,7 @@ def _load(
         return _Loaded(model, tokenizer, source, stored)
     attach = {None: load_adapter, "peft": load_peft, "gguf": load_gguf_lora}[config.from_]
     attach(model, Path(config.adapter_path))
-    if config.from_ == "peft" and (note := find_unknown_settings(Path(config.adapter_path))):
+    for note in find_doubts(Path(config.adapter_path)) if config.from_ == "peft" else ():
         log(note)
 
     # An adapter names its base, but what is published contains no local path.

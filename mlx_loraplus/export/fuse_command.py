@@ -9,10 +9,10 @@ import mlx.nn as nn
 
 from ..adapters.combined_adapters import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
-from ..adapters.stored_files import model_for
+from ..adapters.stored_files import check_not_peft, is_model_folder, model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
-from ..errors import counted
+from ..errors import AdapterError, counted
 from ..files import check_free
 from ..models.find_model import find_model
 from ..models.loading import load_folder, shared_copy, stored_dtypes
@@ -52,6 +52,13 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
         copy_model(config, whole, log)
         return
     folders = [adapter_folder(path) for path in weights]
+    for folder in folders:
+        check_not_peft(folder)
+        if is_model_folder(folder):
+            raise AdapterError(
+                f"{folder} is a model, not an adapter: give the folder of a run or an adapter, and"
+                f" --model {folder} if this is its base"
+            )
     name = model_for(config.model, folders[0])
     check_free(
         save_path,
@@ -69,6 +76,9 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     base, tokenizer, base_config = load_folder(source.path)
     vision = find_vision(base, source.path, keep=config.keep_vision, log=log)
     model = load_adapters(shared_copy(base), weights)
+
+    if config.dequantize:
+        note_if_plain(model, name, log)
 
     # If no weight is rounded, the fused model gives the same answers as base + adapter.
     if run and not _compares(config, model):
@@ -119,6 +129,12 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
     log(f"try it: mlx_loraplus.generate --model {shell_word(config.save_path)} --prompt '...'")
+
+
+def note_if_plain(model: nn.Module, name: str, log: Callable[[str], None]) -> None:
+    """Report that ``--dequantize`` has no effect on a model without quantized layers."""
+    if not any(map(is_quantized, model.modules())):
+        log(f"note: --dequantize changes nothing, because no weight of {name} is quantized")
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:

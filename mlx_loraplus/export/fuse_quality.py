@@ -211,15 +211,15 @@ def data_settings(config: FuseConfig, folders: Iterable[Path], log: Log) -> Trai
     """
     files = [folder / SETTINGS for folder in folders if (folder / SETTINGS).is_file()]
     if config.sample_tokens == 0 or not (files or config.data):
+        if config.sample_tokens:
+            log("the answers are not compared: no run.yaml names training data; give --data")
         return None
-
     try:
         settings = read_run_settings(files[0]) if files else {}
         if config.data:
             settings = settings | {"data": config.data, "data_weights": ()}
         return configure(TrainConfig, settings)
     except ConfigError as problem:
-        # For example, the file is truncated, or another version wrote it.
         where = f"{files[0]} can't be read" if files else "the data can't be used"
         log(f"the answers are not compared: {where}: {problem}")
         return None

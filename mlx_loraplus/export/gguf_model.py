@@ -38,7 +38,10 @@ from ..models.gguf.tokenizer_to_gguf import add_tokenizer
 from ..setting_types import Merged
 from .peft import is_tied
 
-_CONTEXT = {"gemma2": 8192, "mixtral": 32_768, "gpt_oss": 131_072}
+_CONTEXT = {
+    "gemma": 8192, "gemma2": 8192, "mixtral": 32_768, "gpt_oss": 131_072, "cohere": 8192,
+    "cohere2": 131_072, "starcoder2": 16_384, "qwen2_moe": 32_768,
+}  # fmt: skip
 """Context lengths of the families whose models in mlx-lm do not store them; others get 2048."""
 
 _GEMMA2_WINDOW = 4096  # of every second layer; llama.cpp applies it, mlx-lm's Gemma 2 does not
@@ -55,6 +58,7 @@ _FAMILY_METADATA: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 """model_type → the function that returns the metadata besides simple numbers, by key."""
 
 _SENSITIVE = ("token_embd.weight", "output.weight")
+_ENOUGH_BITS = ("f32", "f16", "q8_0")  # the types that also hold sensitive tensors
 _FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d")
 """Parts of the names of small tensors that stay in f32: llama.cpp requires it of the convolutions,
 and a router's choice of experts is sensitive."""
@@ -204,7 +208,7 @@ def tensor_types(
             chosen = GGMLQuantizationType[kind.upper()]
 
         # The embeddings and the head lose the most. llama.cpp also gives them more bits.
-        if tensor in _SENSITIVE and kind in ("q5_1", "q4_1"):
+        if tensor in _SENSITIVE and kind not in _ENOUGH_BITS:
             chosen = GGMLQuantizationType.Q8_0
 
         # A quantized row must consist of whole blocks.

@@ -36,7 +36,12 @@ from .peft_experts import (
     names_by_parameter,
     stacked_rank,
 )
-from .peft_import_checks import CONFIG, check_complete, check_peft_base, read_peft_config
+from .peft_import_checks import (
+    CONFIG,
+    check_peft_base,
+    find_unknown_settings,
+    read_peft_config,
+)
 from .peft_import_tensors import (
     MAGNITUDE,
     PREFIX,
@@ -45,6 +50,7 @@ from .peft_import_tensors import (
     split_stacked_experts,
     untie,
 )
+from .peft_selection import check_complete, find_unselected
 from .transformers_names import (
     has_names,
     has_translated_targets,
@@ -293,8 +299,7 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
         AdapterError: The adapter is not a LoRA or DoRA, does not fit the model, or has an
             initialization that changed the base.
     """
-    if folder.name == WEIGHTS and folder.is_file():
-        folder = folder.parent
+    folder = _folder_of(folder)
     config = read_peft_config(folder)
     file = folder / WEIGHTS
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
@@ -327,3 +332,20 @@ def load_peft(model: nn.Module, folder: Path) -> nn.Module:
         "train_modules": sorted({name.rpartition(".")[0] for name in learned}),
     })  # fmt: skip
     return attach_saved(model, stored, weights, learned, folder)
+
+
+def find_doubts(path: Path) -> list[str]:
+    """Return notes on an adapter that PEFT may compute in another way than this package.
+
+    Args:
+        path: The adapter's folder, or the file of its weights; ``load_peft`` has read it.
+    """
+    folder = _folder_of(path)
+    config, tensors = read_peft_config(folder), read_weights(folder / WEIGHTS)
+    notes = find_unknown_settings(folder), find_unselected(config, tensors, folder)
+    return [note for note in notes if note]
+
+
+def _folder_of(path: Path) -> Path:
+    """Return an adapter's folder, which may be given as the file of its weights."""
+    return path.parent if path.name == WEIGHTS and path.is_file() else path

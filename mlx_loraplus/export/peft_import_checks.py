@@ -8,13 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pydantic
 
-from ..adapters.base_layers import EMBEDDINGS, EXPERTS, LINEARS
+from ..adapters.base_layers import EMBEDDINGS
 from ..adapters.stored_files import WEIGHTS as OWN_WEIGHTS
 from ..adapters.stored_files import read_adapter_config
-from ..adapters.stored_tensors import MISSING
 from ..errors import AdapterError, counted
 from .peft_import_tensors import PEFTConfig, StoredAdapter
-from .transformers_names import hub_path
 
 CONFIG = "adapter_config.json"
 
@@ -37,9 +35,9 @@ _UNREADABLE = (
 # Settings without an effect on an adapter that is stored, or whose effect the tensors show.
 _NEUTRAL = (
     "auto_mapping", "base_model_name_or_path", "corda_config", "enable_lora", "ensure_weight_tying",
-    "eva_config", "inference_mode", "layers_pattern", "loftq_config", "lora_ga_config",
+    "eva_config", "inference_mode", "loftq_config", "lora_ga_config",
     "megatron_core", "merge_weights", "peft_version", "qalora_group_size", "revision",
-    "runtime_config", "target_parameters", "task_type",
+    "runtime_config", "task_type",
 )  # fmt: skip
 _NOT_MERGEABLE = ("lora_bias", "megatron_config", "arrow_config", "alora_invocation_tokens")
 _ROUNDING = 0.01  # of the largest weight, for a base that is stored in another type
@@ -119,36 +117,6 @@ def check_peft_base(
             raise AdapterError(
                 f"{folder} was trained with another {name} than this model's, and holds a copy"
                 f" of it: {_MERGE}"
-            )
-
-
-def check_complete(
-    found: StoredAdapter, config: PEFTConfig, model: nn.Module, folder: Path
-) -> None:
-    """Check that every layer that ``target_modules`` names has an adapter.
-
-    A name that layers of experts have is not checked: PEFT may adapt them alone.
-
-    Raises:
-        AdapterError: A layer has none.
-    """
-    prefix = "language_model." if hasattr(model, "language_model") else ""
-    kind = str(getattr(model, "model_type", ""))
-    plain: dict[str, str] = {}
-    of_experts: set[str] = set()
-    for path, module in model.named_modules():
-        if isinstance(module, EXPERTS):
-            of_experts.add(path.rpartition(".")[2])
-        elif isinstance(module, (*LINEARS, *EMBEDDINGS)):
-            plain[path.removeprefix(prefix)] = hub_path(path, kind)
-
-    names = tuple(f".{name}" for name in config.targets if name not in of_experts)
-    for path, theirs in plain.items():
-        is_saved = path in found.layers or f"{path}.weight" in found.learned
-        if f".{theirs}".endswith(names) and not is_saved:
-            raise AdapterError(
-                f"{folder} is incomplete: {path}, which target_modules names, {MISSING}; get the"
-                " adapter again, or name in target_modules only what it adapts"
             )
 
 

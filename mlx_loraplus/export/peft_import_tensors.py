@@ -34,16 +34,18 @@ LEAVES = {
 """The ending of a PEFT tensor's name → our name."""
 
 _EXPERT = re.compile(r"(.+\.)(block_sparse_moe|mlp)\.experts\.(\d{1,4})\.(\w+)")
-_BLOCK_OF = re.compile(r"\.(?:mlp|block_sparse_moe)\.experts")
+_BLOCK_OF = re.compile(r"(?:\.(?:mlp|block_sparse_moe)|(?<=\d))\.experts")
 _STACKED = (".experts", ".experts.base_layer")  # modules that contain all experts
 _COPY = ".base_layer."  # in the name of a copy, before that of its array
 _NOT_TEXT = re.compile(
     r"(^|\.)(vision_\w+|visual|audio_\w+|multi_modal_projector|embed_vision|embed_audio)\."
 )
 
-# Limits for the keys of patterns, because some patterns need exponential time to match.
+# Limits for the keys of patterns, because some patterns take very long to match.
 _LONGEST_PATTERN = 200
 _NESTED_REPEAT = re.compile(r"[+*}]\)[+*{]")
+_REPEAT = re.compile(r"[+*}]")
+_MOST_REPEATS = 6
 
 
 class PEFTConfig(pydantic.BaseModel):
@@ -75,16 +77,10 @@ class PEFTConfig(pydantic.BaseModel):
 
     # What was adapted; the tensors show it, so these only show whether some are missing.
     target_modules: Any = None
+    target_parameters: Any = None
     exclude_modules: Any = None
     layers_to_transform: Any = None
-
-    @property
-    def targets(self) -> list[str]:
-        """The names whose modules are all adapted; empty if the choice is not a list of names."""
-        names = self.target_modules
-        if not isinstance(names, list) or self.exclude_modules or self.layers_to_transform:
-            return []
-        return [name for name in names if isinstance(name, str)]
+    layers_pattern: Any = None
 
     @property
     def scale(self) -> float:
@@ -117,13 +113,19 @@ class PEFTConfig(pydantic.BaseModel):
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
+def may_take_long(pattern: str, longest: int) -> bool:
+    """Return whether a regular expression is too long, or may take very long to match."""
+    is_slow = _NESTED_REPEAT.search(pattern) or len(_REPEAT.findall(pattern)) > _MOST_REPEATS
+    return len(pattern) > longest or bool(is_slow)
+
+
 def _first_match(setting: str, patterns: Mapping[str, float] | None, name: str) -> float | None:
     """Return the value of the first key that applies to a module, as PEFT's get_pattern_key."""
     for pattern, value in (patterns or {}).items():
-        if len(pattern) > _LONGEST_PATTERN or _NESTED_REPEAT.search(pattern):
+        if may_take_long(pattern, _LONGEST_PATTERN):
             raise AdapterError(
-                f"the {setting} {pattern[:80]!r} may take very long to match: shorten it, and nest"
-                " no repetitions"
+                f"the {setting} {pattern[:80]!r} may take very long to match: shorten it, nest no"
+                f" repetitions, and use at most {_MOST_REPEATS} of them"
             )
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):

@@ -28,7 +28,13 @@ _ONE_BY_ONE = (
 _TRANSLATED = tuple(kind for kind in _ONE_BY_ONE if kind != "qwen2_moe")
 
 # Model types whose experts are stacked in a checkpoint → whether the rows of gate and up alternate.
-_STACKED = {"granitemoe": False, "gpt_oss": True}
+_STACKED = {
+    "granitemoe": False, "granitemoehybrid": False, "gemma4": False, "gemma4_text": False,
+    "gpt_oss": True,
+}  # fmt: skip
+
+# The modules of mlx-lm that hold a block's experts. The second one is Gemma 4's.
+_HOLDERS = (".switch_mlp", ".switch_glu")
 
 
 def hub_path(path: str, kind: str) -> str:
@@ -45,7 +51,9 @@ def expert_parts(path: str, kind: str) -> tuple[str, str] | None:
     ``module``.
     """
     block, _, leaf = path.rpartition(".")
-    module = block.removesuffix(".switch_mlp").removesuffix(".experts")
+    module = block
+    for ending in (*_HOLDERS, ".experts"):
+        module = module.removesuffix(ending)
     if module == block or leaf not in EXPERT_NAMES or kind not in (*_ONE_BY_ONE, *_STACKED):
         return None
 

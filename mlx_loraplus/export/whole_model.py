@@ -68,7 +68,12 @@ def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> 
     vision = find_vision(model, folder, keep=config.keep_vision, log=log)
 
     # Quantize it, and compare the answers before and after.
-    is_rounded = config.bits != "auto" and not any(map(is_quantized, model.modules()))
+    is_quantized_already = any(map(is_quantized, model.modules()))
+    is_rounded = config.bits != "auto" and not is_quantized_already
+    if config.dequantize and not is_quantized_already:
+        log(f"note: --dequantize changes nothing, because no weight of {folder} is quantized")
+    if not is_rounded and (config.data or config.sample_tokens):
+        log("note: no weight is rounded, so the answers are not compared")
     run = data_settings(config, [folder], log) if is_rounded else None
     sample = sample_examples(run, model, tokenizer, config, log) if run else None
     before = None if sample is None else collect_answers(model, sample[0], "the model", tracked)

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from ..adapters.storage import load_adapter
-from ..adapters.stored_files import is_model_folder, model_for
+from ..adapters.storage import adapter_folder, load_adapter
+from ..adapters.stored_files import check_is_adapter, is_model_folder, model_for
 from ..command_config import ChatConfig
 from ..data.encode_prompt import content_of_answer
 from ..data.template_check import check_template
@@ -70,6 +70,8 @@ class Conversation:
         if config.model is None and adapter_path is not None and is_model_folder(adapter_path):
             self.name, adapter_path, only = adapter_path, None, "model"
         else:
+            if adapter_path is not None:
+                check_is_adapter(adapter_folder(adapter_path))
             self.name = model_for(config.model, adapter_path)
 
         # Both models use the prompt format of the adapter.

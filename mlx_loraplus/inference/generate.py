@@ -17,8 +17,8 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..adapters.storage import load_adapter
-from ..adapters.stored_files import is_adapter, is_model_folder, model_for
+from ..adapters.storage import adapter_folder, load_adapter
+from ..adapters.stored_files import check_is_adapter, is_adapter, is_model_folder, model_for
 from ..adapters.tensor_parallel import shard_model
 from ..command_config import ChatConfig
 from ..data.encode_prompt import encode_prompt
@@ -75,6 +75,8 @@ def load(
     # The folder of a run with adapter full is a model.
     if adapter_path is not None and name is None and is_model_folder(adapter_path):
         name, adapter_path = adapter_path, None
+    if adapter_path is not None:
+        check_is_adapter(adapter_folder(fspath(adapter_path)))
     name = model_for(None if name is None else fspath(name), adapter_path)
     check_model_path(name)
     source = find_model(name)
@@ -146,8 +148,12 @@ def read_tools(path: str | None, tokenizer: TokenizerWrapper, *, chat: bool) -> 
 
     try:
         tools = json.loads(read_bounded(Path(path)))
-    except (OSError, ValueError, RecursionError) as problem:
-        raise ConfigError(f"--tools {path} can't be read as JSON: {problem!s:.200}") from None
+    except OSError as problem:
+        raise ConfigError(f"--tools {path} can't be read: {problem.strerror}") from None
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(
+            f"--tools {path} can't be read as JSON: {problem!s:.200}; write one list of tools"
+        ) from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ConfigError(
             f"--tools {path} does not hold a list of tools; write it as in the rows: "

@@ -20,6 +20,7 @@ from ..files.page_path import check_save_path
 from ..keyword_types import PlanOptions, StrPath
 from ..migration import translate
 from ..models.known_models import MODELS, sizes
+from ..models.model_name_check import check_model_path
 from ..models.trainable_families import check_trainable
 from ..pages.pages import render_notebook, render_page
 from ..python_messages import in_keywords, speak_keywords
@@ -201,6 +202,11 @@ def plan_memory(
     used = translate(TrainConfig, dict(settings))
     used.pop("data", None)
     used.pop("data_weights", None)
+    if used.get("resume_adapter_file") is not None:
+        raise ConfigError(
+            "plan_memory does not read the adapter in resume_adapter_file: give its own settings"
+            " instead (rank, target_modules, …), or use the command mlx_loraplus.plan"
+        )
     config = configure(TrainConfig, used | {"model": model or "gemma-3"})
     plan = plan_run(config, memory, families, is_named=model is not None)
     plan.advice[:] = map(in_keywords, plan.advice)
@@ -211,10 +217,15 @@ def _check_family(word: str) -> None:
     """Check that short names contain a word.
 
     Raises:
-        ConfigError: None does, or the word is a path or a hub id, which goes to ``--model``.
+        ConfigError: None does, or the word is an adapter, or a path or a hub id, which goes to
+            ``--model``.
+        ModelError: The word is a file that is not a model.
     """
     path = Path(word)
     is_model = path.is_file() or (path / "config.json").is_file()
+    if path.exists() and not sizes(word):
+        check_model_path(word)
+        check_names_model(word)
     if is_model or (not sizes(word) and ("/" in word or word.endswith(".gguf"))):
         raise ConfigError(f"{word!r:.80} is not part of a short name: write --model {word:.80}")
     if word.upper() in ("GB", "G", "MB"):
@@ -257,6 +268,7 @@ def plan_run(
         config = replace(config, model=_largest_that_fits(family))
 
     # The plan of the run.
+    check_model_path(config.model)
     check_names_model(config.model)
     check_trainable(config.model)
     memory_plan = memory_plan_of(config, machine=machine)

@@ -46,6 +46,7 @@ _NEUTRAL = {
     "scale_attn_by_inverse_layer_idx": (None, False),
     "scale_attn_weights": (None, True),
     "use_bidirectional_attention": (None, False, "vision"),
+    "is_causal": (None, True),
 }
 """Setting that can change a model's outputs → the values that do not change them; "vision" concerns
 the tokens of images only."""

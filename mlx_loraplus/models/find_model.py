@@ -139,7 +139,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
     if local.is_dir():
         if missing := missing_file(local):
-            raise ModelError(f"the folder {name} is not a model: {missing}{_if_adapter(local)}")
+            raise ModelError(f"the folder {name} is not a model: {missing}{_what_is_inside(local)}")
         return ModelSource(name, local)
 
     if re.fullmatch(_HUB_ID, name):
@@ -151,8 +151,11 @@ def find_model(name: str) -> ModelSource:
     )
 
 
-def _if_adapter(folder: Path) -> str:
-    """Return advice to append to an error if a folder holds an adapter, or an empty string."""
+def _what_is_inside(folder: Path) -> str:
+    """Return advice on a folder that holds a .gguf file or an adapter, or an empty string."""
+    converted = sorted(folder.glob("*.gguf"))
+    if converted:
+        return f"; it holds {converted[0].name}: give the file, --model {converted[0]}"
     if not (folder / "adapter_config.json").is_file():
         return ""
     return (

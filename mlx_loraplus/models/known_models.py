@@ -1,5 +1,6 @@
 """The models that have short names, from ``models.toml``."""
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,8 @@ CHOSEN_BY_MEMORY = ("gemma-3", "gemma-4")
 def sizes(*words: str) -> list[str]:
     """Return one short name for each model and size, in the order of models.toml.
 
-    The list leaves out the families' names, base models that have an instruct version of the same
-    size, and models that are not quantized.
+    The list leaves out the families' names, and base models that have an instruct version of the
+    same size. Without words, it also leaves out models that are not quantized.
 
     Args:
         words: Only names that contain one of these words, in lower or upper case.
@@ -69,11 +70,18 @@ def sizes(*words: str) -> list[str]:
     names: list[str] = []
     for name, known in KNOWN.items():
         is_repeated = name in CHOSEN_BY_MEMORY or f"{name}-it" in KNOWN
-        if is_repeated or not known.repo.endswith(QUANTIZED):
+        if is_repeated or not (words or known.repo.endswith(QUANTIZED)):
             continue
         if not words or any(word.lower() in name for word in words):
             names.append(name)
     return names
+
+
+def relatives(model_type: str) -> list[str]:
+    """Return the names from ``sizes`` of the models whose family begins as a model_type does."""
+    word = re.match(r"[a-z]*", model_type.lower())
+    family = word[0] if word else ""
+    return [name for name in sizes() if len(family) > 2 and name.startswith(family)]
 
 
 def gemma_for(budget: int, family: str = "gemma-3") -> str:

@@ -237,6 +237,30 @@ def check_quantized(model: nn.Module) -> None:
                     " that mlx-lm does not know: use a version of the model in bfloat16, or one"
                     " that mlx-lm has quantized"
                 )
+        _check_float_arrays(path, module)
+
+
+def _check_float_arrays(path: str, module: nn.Module) -> None:
+    """Check that the scales and biases of a layer, and the weight of a norm, are no integers.
+
+    Raises:
+        ModelError: One holds integers, with which the outputs would be wrong.
+    """
+    kind = type(module).__name__
+    names = ["bias", "biases"]
+    if kind.endswith("Norm"):
+        names.append("weight")
+    if "Quantized" in kind and getattr(module, "mode", "affine") == "affine":
+        names.append("scales")  # those of other modes are bytes
+
+    for name in names:
+        array = module.get(name)
+        if isinstance(array, mx.array) and not mx.issubdtype(array.dtype, mx.floating):
+            dtype = str(array.dtype).removeprefix("mlx.core.")
+            raise ModelError(
+                f"its array {path}.{name} holds values of type {dtype}, where floating-point"
+                " numbers are needed: get the folder again, or use another version of the model"
+            )
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -16,7 +16,7 @@ from ..files import read_bounded
 from .config_problems import explain_problem
 from .config_translation import check_config, for_mlx_lm
 from .find_model import find_config
-from .known_models import KNOWN
+from .known_models import KNOWN, relatives
 from .layer_kinds import check_runs
 
 VISION_BYTES = 840_000_000
@@ -78,10 +78,12 @@ def _check_installed(model_type: str) -> None:
         with redirect_stdout(printed):
             _get_classes({"model_type": model_type})
     except SystemExit:
-        advice = " ".join(printed.getvalue().split())
+        advice = " ".join(printed.getvalue().split()) or "no package is named"
+        names = relatives(model_type)[:4]
+        other = f"; or use another model of its family: {', '.join(names)}" if names else ""
         raise ModelError(
             f"mlx-lm needs a package that is not installed for models of type {model_type}:"
-            f" {advice or 'no package is named'}"
+            f" {advice}{other}"
         ) from None
     except Exception:  # noqa: BLE001
         return

@@ -1,14 +1,14 @@
 """Refuse a family that mlx-lm can't train before its weights are downloaded."""
 
-import re
 from dataclasses import dataclass
 from importlib.metadata import version
 
 from mlx_lm.utils import _get_classes  # pyright: ignore[reportPrivateUsage]
 
+from ..device import backend
 from ..errors import ModelError
 from .find_model import find_config
-from .known_models import CHOSEN_BY_MEMORY, KNOWN, sizes
+from .known_models import CHOSEN_BY_MEMORY, KNOWN, relatives
 from .skeleton import config_of, read_config
 
 _CHECKED_VERSION = "0.32.2"
@@ -35,6 +35,11 @@ _UNTRAINABLE = {
 """The hub's model_type → why mlx-lm of the checked version can't train it. Source: the results of
 scripts/judges/families."""
 
+_UNTRAINABLE_ON_METAL = {
+    "rwkv7": _Untrainable("its Metal kernel has no gradient", "qwen3.5-0.8b"),
+}
+"""The same for what mlx-lm can't train on a Mac alone."""
+
 
 def check_trainable(name: str) -> None:
     """Check that mlx-lm can train the family of a model. Only its config is downloaded.
@@ -51,6 +56,8 @@ def check_trainable(name: str) -> None:
     config = read_config(path) if path else config_of(name)
     model_type = config["model_type"]
     found = _UNTRAINABLE.get(model_type)
+    if backend() == "metal":
+        found = found or _UNTRAINABLE_ON_METAL.get(model_type)
     if found and version("mlx-lm") == _CHECKED_VERSION:
         raise ModelError(
             f"mlx-lm {_CHECKED_VERSION} can't train {name}, a {model_type}: {found.reason}; the"
@@ -76,9 +83,7 @@ def _is_known(model_type: str) -> bool:
 
 def _relatives(model_type: str) -> str:
     """Return advice that names the models of the same family that have short names."""
-    word = re.match(r"[a-z]*", model_type.lower())
-    family = word[0] if word else ""
-    names = [name for name in sizes() if len(family) > 2 and name.startswith(family)]
+    names = relatives(model_type)
     if not names:
         chosen = " or ".join(CHOSEN_BY_MEMORY)
         return f"use a newer mlx-lm, or another model, such as {chosen} (--list-models)"

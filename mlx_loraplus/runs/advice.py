@@ -111,8 +111,7 @@ def _advice_on_trend(run: Run, found: Verdict) -> Advice:
     """Return what to do next by how the validation loss developed."""
     rate = run.config.optimizer.learning_rate or 0.0
     is_full = run.config.adapter.adapter == "full"
-    can_sweep = not is_full and not run.config.objective.is_paired
-    search = " (mlx_loraplus.sweep finds a rate)" if can_sweep else ""
+    search = "" if is_full else " (mlx_loraplus.sweep finds a rate)"
     kept = "weights are" if is_full else "adapter is"
     advised: dict[Trend | None, Advice] = {
         "not better": Advice(

@@ -2,9 +2,9 @@
 
 Rank and alpha can be searched too. The settings of the best third of the trials enter the next
 round, whose runs are three times as long. Every trial is a complete run: it has its own warm-up and
-schedule, and starts with new adapters on the same base and the same batches. The last round trains
-its few trials and the baseline with several seeds. A trial that diverges is cut: it stops at that
-step.
+schedule, and starts with new adapters, or those of ``resume_adapter_file``, on the same base and
+the same batches. The last round trains its few trials and the baseline with several seeds. A trial
+that diverges is cut: it stops at that step.
 """
 
 import itertools
@@ -19,10 +19,16 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..adapters.base_layers import fingerprint
+from ..adapters.storage import load_adapter
+from ..adapters.trainable import adapter_arrays, find_adapters
 from ..command_config import SweepConfig
+from ..config import TrainConfig
+from ..data.dataset import Examples
 from ..data.load_data import load_examples
 from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
+from ..data.sources import SplitName
 from ..errors import ConfigError, DataError, DeviceError, counted
 from ..failures import failures_in_one_line
 from ..files import locked
@@ -30,12 +36,17 @@ from ..kernels.trunk_and_head import find_trunk_and_head
 from ..keyword_types import SweepOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
+from ..models.loading import shared_copy
+from ..runs.history import Run
 from ..runs.progress import Log, no_log
-from ..settings import configure, settings_of
+from ..settings import configure, setting_names, settings_of
+from ..training.distributed import ALONE
+from ..training.reference import add_reference
 from ..training.run_checks import check_no_adapters, with_model_name
 from ..training.run_fingerprint import model_fingerprint
 from ..training.self_consistency import check_caches
-from ..training.validation import score
+from ..training.session import Session
+from ..training.starting_adapter import resolve_config
 from .sweep_folder import (
     check_sweep_folder,
     start_sweep_folder,
@@ -44,15 +55,16 @@ from .sweep_folder import (
     write_trials,
 )
 from .sweep_result import Sweep, resume_sweep_command
-from .trial import Point, Trial, TrialExamples, run_config_of, run_trial
+from .trial import Point, Trial, TrialExamples, run_config_of, run_trial, score_trial
 
 CUT = 3  # each round keeps one trial in three
 _RATE_FACTORS = (0.25, 1, 4, 16)  # of the baseline's learning rate, if no rates are given
 
 # Settings that may change on --resume: they say how to search, name paths, or are part of a trial.
 RESUME_MAY_CHANGE_SWEEP = {
-    "model", "data", "adapter_path", "learning_rates", "lr_ratios", "ranks", "alphas", "rounds",
-    "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio", "rank", "alpha",
+    "model", "data", "adapter_path", "resume_adapter_file", "learning_rates", "lr_ratios", "ranks",
+    "alphas", "rounds", "seeds", "max_minutes", "resume", "overwrite", "learning_rate", "lr_ratio",
+    "rank", "alpha",
 }  # fmt: skip
 
 
@@ -67,7 +79,7 @@ class _Search:
     sweep: Sweep
     model: nn.Module
     examples: TrialExamples
-    untrained: float  # the base's validation loss
+    untrained: float  # the validation loss before training
     identity: Mapping[str, Any]
     log: Log
     deadline: float  # seconds of time.perf_counter
@@ -212,7 +224,7 @@ def sweep_rates(
     Raises:
         ConfigError: A setting is unknown or not allowed, or all trials of a round diverged.
         DataError: Examples can't be trained on, or there are none to validate on.
-        AdapterError: The model has adapters.
+        AdapterError: The model has adapters, or ``resume_adapter_file`` holds none that fits it.
         ModelError: The model's logits are not numbers, or differ with and without caches.
         DeviceError: Memory ran out, or the GPU failed; the message says how to continue.
         OutputError: ``adapter_path`` holds another sweep, or can't be written.
@@ -221,10 +233,11 @@ def sweep_rates(
         >>> sweep = sweep_rates(model, tokenizer, data="my_folder", iters=100)
         >>> run = finetune(model, tokenizer, data="my_folder", **sweep.settings)
     """
-    given = store_data(translate(SweepConfig, dict(settings)))
-    config = configure(SweepConfig, with_model_name(model, given))
+    given = with_model_name(model, store_data(translate(SweepConfig, dict(settings))))
+    config = configure(SweepConfig, given)
     check_no_adapters(model)
     check_sweep_folder(config)
+    config = _with_adapter_settings(config, model, given)
     check_caches(model)
     run = resolve_length(run_config_of(config), model, log)
 
@@ -240,15 +253,23 @@ def sweep_rates(
     # The batch size is chosen once, for all trials.
     run = resolve_batch(run, model, int(examples.train.lengths.max()), log)
     config = replace(config, data=run.data)
-    untrained = score(
-        model, find_trunk_and_head(model), examples.valid, config.data.batch_size
-    ).loss
+
+    # The reference is the same for all trials, and so is the model that they start from.
+    start = shared_copy(model)
+    if config.resume_adapter_file is not None:
+        load_adapter(start, config.resume_adapter_file)
+    identity = _identity_of(config, model, examples, start)
+    splits: dict[SplitName, Examples] = {"train": examples.train, "valid": examples.valid}
+    session = Session(Run(run), tokenizer, splits, None, ALONE, log, [])
+    add_reference(model, session, identity["model"])
+    untrained = score_trial(start, find_trunk_and_head(start), examples.valid, run)["valid_loss"]
+    del start  # each trial loads the adapter again
     deadline = math.inf
     if config.max_minutes:
         deadline = time.perf_counter() + 60 * config.max_minutes
 
     # Run the trials, and write what they found.
-    identity, default = _identity_of(config, model, examples), Point.of(run)
+    default = Point.of(run)
     with locked(Path(config.adapter_path)):
         sweep = Sweep(config, default, start_sweep_folder(config, identity))
         search = _Search(sweep, model, examples, untrained, identity, log, deadline)
@@ -257,8 +278,29 @@ def sweep_rates(
     return sweep
 
 
-def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples) -> dict[str, Any]:
-    """Return the values that must stay the same when a sweep is resumed."""
+def _with_adapter_settings(
+    config: SweepConfig, model: nn.Module, given: Mapping[str, Any]
+) -> SweepConfig:
+    """Return a sweep's settings with those of the adapter that its trials start from, if any.
+
+    Raises:
+        ConfigError: A setting that was given differs from the adapter's own.
+        AdapterError: ``resume_adapter_file`` holds no adapter, or one that does not fit.
+    """
+    if config.resume_adapter_file is None:
+        return config
+    names = set(setting_names(TrainConfig)) - {"resume", "overwrite"}
+    shared = {name: value for name, value in given.items() if name in names}
+    return replace(config, adapter=resolve_config(model, shared).adapter)
+
+
+def _identity_of(
+    config: SweepConfig, model: nn.Module, examples: TrialExamples, start: nn.Module
+) -> dict[str, Any]:
+    """Return the values that must stay the same when a sweep is resumed.
+
+    ``start`` is the model with the adapter that the trials start from, if any.
+    """
     settings = settings_of(config)
     fingerprints = (examples.train.fingerprint(), examples.valid.fingerprint())
     return {
@@ -267,6 +309,7 @@ def _identity_of(config: SweepConfig, model: nn.Module, examples: TrialExamples)
         },
         "model": model_fingerprint(model),
         "rows": " ".join(fingerprints),
+        "resume_adapter_file": fingerprint(adapter_arrays(start)) if find_adapters(start) else "",
     }
 
 

@@ -22,6 +22,7 @@ from ..files import (
 )
 from ..models.moved_run_paths import stored_settings
 from ..runs.matplotlib_plots import write_picture
+from ..settings import settings_of
 from .sweep_page import sweep_page
 from .sweep_result import BEST, SETTINGS, Sweep
 from .trial import Trial, run_config_of
@@ -41,7 +42,8 @@ def check_sweep_folder(config: SweepConfig) -> None:
     folder = Path(config.adapter_path)
     check_writable(folder, "adapter_path")
     check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
-    check_apart(folder, [config.model, *config.data.data], "--adapter-path")
+    read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
+    check_apart(folder, read, "--adapter-path")
 
     # Names that a sweep writes.
     held = [name for name in FILES if os.path.lexists(folder / name)]
@@ -102,10 +104,11 @@ def _read_trials(folder: Path, identity: Mapping[str, Any]) -> list[Trial]:
                 line["loss"] = math.inf
         trials = TypeAdapter(list[Trial]).validate_python(lines)
 
-        # The first line is the identity.
-        before, now = first["settings"], identity["settings"]
-        different = [name for name in now if before.get(name) != now[name]]
-        different += [name for name in ("model", "rows") if first[name] != identity[name]]
+        # The first line is the identity. Settings that it lacks are newer, and had their defaults.
+        before, now = settings_of(SweepConfig()) | first["settings"], identity["settings"]
+        different = [name for name in now if before[name] != now[name]]
+        others = [name for name in identity if name != "settings"]
+        different += [name for name in others if first.get(name, "") != identity[name]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OutputError(

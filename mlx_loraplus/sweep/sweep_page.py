@@ -15,7 +15,7 @@ from ..runs.report_headline import sentence
 from ..settings import settings_of
 from ..userpaths import public_name
 from .heatmap import Heatmap, loss_text
-from .sweep_result import Sweep, resume_sweep_command, train_best_command
+from .sweep_result import PREFERRED, Sweep, resume_sweep_command, train_best_command
 
 _MAX_CURVES = 5  # that a chart can tell apart
 
@@ -85,16 +85,23 @@ def _finalists(sweep: Sweep) -> HTMLTable:
     Their loss is not always the lowest one: a gain within the noise is no reason to change.
     """
     is_finished = sweep.outcome == "finished"
-    rows: list[tuple[str, str, str, str]] = []
+    head = ["settings", "validation loss", "seeds", ""]
+    has_preferences = sweep.config.objective.has_preferences
+    if has_preferences:
+        head.insert(2, PREFERRED)
+
+    rows: list[list[str]] = []
     for point, losses in sweep.finalists().items():
         spread = f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""
         remarks = ["the defaults"] if point == sweep.default else []
         remarks += ["chosen"] if is_finished and point == sweep.best else []
-        loss = f"{fmean(losses):.4f}{spread}"
-        rows.append((str(point), loss, str(len(losses)), ", ".join(remarks)))
+        row = [str(point), f"{fmean(losses):.4f}{spread}", str(len(losses)), ", ".join(remarks)]
+        if has_preferences:
+            row.insert(2, sweep.preferred(point))
+        rows.append(row)
 
     chosen = frozenset({str(sweep.best)} if is_finished else ())
-    return HTMLTable(rows, ("settings", "validation loss", "seeds", ""), marked=chosen)
+    return HTMLTable(rows, head, marked=chosen)
 
 
 def _grid_of(heatmap: Heatmap) -> HTMLTable:

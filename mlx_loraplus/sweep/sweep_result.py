@@ -18,10 +18,12 @@ from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
 from ..runs.matplotlib_plots import Plot
 from ..runs.state import Outcome
+from ..runs.verdict import percent
 from ..userpaths import shell_word
 from .heatmap import Heatmap
 from .trial import Point, Trial
 
+PREFERRED = "chosen answers preferred"  # the name of a trial's accuracy if answers are compared
 SETTINGS, BEST = "sweep.yaml", "best.yaml"  # in the sweep's folder
 
 # Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
@@ -51,6 +53,15 @@ class Sweep(RichDisplay):
 
         finite = {point: found for point, found in losses.items() if np.isfinite(found).all()}
         return dict(sorted(finite.items(), key=lambda item: fmean(item[1])))
+
+    def preferred(self, point: Point) -> str:
+        """Return how often the chosen answer is preferred after the full runs of a point."""
+        found: list[float] = []
+        for trial in self.trials:
+            is_full = trial.steps == self.config.iters and trial.point == point
+            if is_full and trial.accuracy is not None:
+                found.append(trial.accuracy)
+        return percent(fmean(found)) if found else ""
 
     @property
     def gain(self) -> tuple[float, float] | None:
@@ -227,13 +238,19 @@ class Sweep(RichDisplay):
 
     def __rich__(self) -> Group:
         """Return the heat maps, the last round, the verdict and the cost."""
-        names = ("eta", "lambda", "rank", "alpha", "validation loss")
+        names = ["eta", "lambda", "rank", "alpha", "validation loss"]
+        has_preferences = self.config.objective.has_preferences
+        if has_preferences:
+            names.append(PREFERRED)
         table = Table(*(Column(name, justify="right") for name in names), "")
         for point, losses in self.finalists().items():
             numbers = [f"{value:.3g}" for value in asdict(point).values()]
+            numbers.append(_with_noise(losses))
+            if has_preferences:
+                numbers.append(self.preferred(point))
             remarks = ["default"] if point == self.default else []
             remarks += ["chosen"] if self.outcome == "finished" and point == self.best else []
-            table.add_row(*numbers, _with_noise(losses), ", ".join(remarks))
+            table.add_row(*numbers, ", ".join(remarks))
 
         title = f"the last round, after {counted(self.config.iters, 'step')}"
         lines = [self.verdict(), *self.edges(), self.cost()]

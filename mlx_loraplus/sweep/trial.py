@@ -18,21 +18,29 @@ from ..adapters.unfreeze import FullyTrained, end_training, own_arrays
 from ..command_config import SweepConfig
 from ..config import TrainConfig
 from ..data.dataset import Examples
-from ..kernels.trunk_and_head import find_trunk_and_head
+from ..data.labeled import LabeledExamples
+from ..data.pairs import Pairs
+from ..kernels.choices import default_choices
+from ..kernels.trunk_and_head import TrunkAndHead, find_trunk_and_head
 from ..memory.run_sizes import resolve_grad_checkpoint
 from ..models.find_model import original_of
+from ..models.prompt_format import format_of
 from ..runs.progress import no_log
 from ..runs.state import Event, Outcome
 from ..settings import configure, setting_names, settings_of
+from ..training.distributed import ALONE
 from ..training.interrupts import explain_failure
+from ..training.kto import fraction_ranked_right
 from ..training.make_batches import make_batches
 from ..training.optimizer import LoRAPlus
 from ..training.schedule import schedule_of
 from ..training.self_consistency import resolve_sound_checkpoint
+from ..training.starting_adapter import continue_adapters, continues
 from ..training.trainer import TrainState, train
-from ..training.validation import score
+from ..training.validation import validate
 
-DIVERGED = 1.5  # times the untrained model's loss
+# Times the loss before training. The losses of preferences vary far more from pair to pair.
+DIVERGED, DIVERGED_PREFERENCES = 1.5, 10.0
 
 
 def run_config_of(sweep: SweepConfig, **changes: Any) -> TrainConfig:
@@ -80,7 +88,9 @@ class Trial:
     steps: int  # planned
     seed: int  # of the initialization and the batches
     loss: float  # of the last validation; infinite if the trial diverged
-    accuracy: float  # fraction of validation tokens ranked first
+    accuracy: float | None
+    """Fraction of the validation tokens that are ranked first, or of the pairs whose chosen answer
+    is preferred, as for ``evaluate``; None if there are no pairs."""
     seconds: float
     done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
@@ -101,15 +111,23 @@ class _Diverged(Exception):  # noqa: N818
 
 @contextmanager
 def new_adapters(model: nn.Module, config: TrainConfig) -> Generator[TrainableParams]:
-    """Attach adapters inside the block, and restore the model at its end."""
+    """Attach adapters inside the block, and restore the model at its end.
+
+    They are new, or those of ``resume_adapter_file``.
+    """
     adapter = config.adapter
     targets = find_targets(model, adapter.target_modules, adapter.num_layers, adapter.rank or 1)
     trained = find_trained(model, adapter.train_modules, adapter.num_layers)
     before = {path: own_arrays(module) for path, module in trained.items()}
+    prompt_format = format_of(model)
 
     try:
-        yield attach_adapters(model, adapter, original_of(config.model))
+        if continues(model, config, None):
+            yield continue_adapters(model, config, None, no_log)
+        else:
+            yield attach_adapters(model, adapter, original_of(config.model))
     finally:
+        model.prompt_format = prompt_format
         # Replace adapters by the layers that they wrap, and restore the arrays of trained modules.
         model.update_modules(tree_unflatten(list(targets.items())))
         for path, module in trained.items():
@@ -139,6 +157,7 @@ def trial_state(
         batches,
         schedule,
         grad_checkpoint=grad_checkpoint,
+        objective=config.objective,
     )
 
 
@@ -158,18 +177,20 @@ def run_trial(
         model: The base.
         config: The run's settings.
         examples: The training and validation examples.
-        untrained: The base's loss. A trial counts as diverged and is cut if its training loss
-            exceeds ``DIVERGED`` times this loss, or if a step is skipped.
+        untrained: The loss before training. A trial counts as diverged and is cut if its training
+            loss exceeds ``DIVERGED`` times this loss (for preferences, ``DIVERGED_PREFERENCES``
+            times), or if a step is skipped.
         rule: The class of the optimizer; studies use others than LoRA+.
         validate_during: Validate every ``steps_per_eval`` steps too, not only at the end.
         finish: Called after training, while the adapters are still attached.
     """
     started = time.perf_counter()
     history: list[Event] = []
+    highest = DIVERGED_PREFERENCES if config.objective.has_preferences else DIVERGED
 
     def callback(event: Event) -> None:
         history.append(event)
-        if "skipped" in event or event.get("loss", 0.0) > DIVERGED * untrained:
+        if "skipped" in event or event.get("loss", 0.0) > highest * untrained:
             raise _Diverged
 
     # The seed determines everything random, so all trials of a seed see the same batches.
@@ -178,21 +199,19 @@ def run_trial(
         state = trial_state(model, config, examples.train, trainable, rule)
 
         # A trial that does not end normally keeps these values.
-        loss = accuracy = math.nan
+        loss: float = math.nan
+        accuracy: float | None = 0.0
         outcome: Outcome = "finished"
         with suppress(_Diverged), explain_failure([], config, can_checkpoint=False):
             valid = examples.valid if validate_during else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":
                 if validate_during:
-                    validations = [event for event in history if "valid_loss" in event]
-                    loss = validations[-1]["valid_loss"]
-                    accuracy = validations[-1]["valid_accuracy"]
+                    scores = [event for event in history if "valid_loss" in event][-1]
                 else:
-                    found = score(
-                        model, state.trunk_and_head, examples.valid, config.data.batch_size
-                    )
-                    loss, accuracy = found.loss, found.accuracy
+                    scores = score_trial(model, state.trunk_and_head, examples.valid, config)
+                loss = scores["valid_loss"]
+                accuracy = _accuracy(state, examples.valid, config, scores)
                 finish()
 
     # A loss that is not finite counts as infinite.
@@ -209,3 +228,29 @@ def run_trial(
         history=history,
     )
     return trial, outcome
+
+
+def score_trial(
+    model: nn.Module, trunk_and_head: TrunkAndHead | None, valid: Examples, config: TrainConfig
+) -> Event:
+    """Return the scores of a model on the validation examples, as a run does."""
+    _, scores = validate(
+        model,
+        trunk_and_head,
+        valid,
+        config.data.batch_size,
+        config.objective,
+        ALONE,
+        default_choices(),
+    )
+    return scores
+
+
+def _accuracy(
+    state: TrainState, valid: Examples, config: TrainConfig, scores: Event
+) -> float | None:
+    """Return a trial's accuracy; see ``Trial``."""
+    if isinstance(valid, LabeledExamples):
+        size = config.data.batch_size
+        return fraction_ranked_right(state.model, state.trunk_and_head, valid, size)
+    return scores["valid_preferred" if isinstance(valid, Pairs) else "valid_accuracy"]

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from ..adapters.attach import attach_adapters, check_targets
 from ..adapters.stored_files import adapter_files, recorded_model
+from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.first_rows import check_rows
@@ -29,13 +30,14 @@ from ..memory.plan import memory_plan_of
 from ..memory.run_sizes import check_fit
 from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
-from ..runs.progress import describe_full_rates
+from ..runs.progress import describe_full_rates, no_log
 from ..runs.state import Event
 from ..runs.trackers import check_trackers
 from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
+from .given_adapter import load_and_resolve
 from .make_batches import plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
@@ -47,6 +49,7 @@ from .run_checks import (
 )
 from .run_fingerprint import keep_first_choices
 from .schedule import Schedule, schedule_of
+from .starting_adapter import Settings, continue_adapters
 from .step_choices import plan_grad_checkpoint
 from .trainer import TrainState, train
 
@@ -75,11 +78,12 @@ class _Findings:
             return None
 
 
-def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
+def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> None:
     """Print a run's data, settings, memory, time and disk space, and the command that starts it.
 
     Args:
         config: The run's settings.
+        settings: Those that were given.
         words: The words of the command with ``--dry-run``.
 
     Raises:
@@ -95,8 +99,13 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     before = len(found.problems)
     found.check(check_model_name, config.model)
     read_data = preview_run if len(found.problems) == before else check_rows
-    if config.resume_adapter_file is not None:
-        found.check(_check_start, Path(config.resume_adapter_file))
+    # A resumed run takes its adapters from its own folder. A run that can't start from an adapter
+    # is not described, because its settings are not known.
+    starts = True
+    if config.resume_adapter_file is not None and not config.resume:
+        known = len(found.problems)
+        config = _start_from_adapter(config, settings, found)
+        starts = len(found.problems) == known
     data = found.check(read_data, config)
 
     # The data, and what training on it takes.
@@ -104,7 +113,7 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
         problems, data.data.problems = data.data.problems, []
         found.problems += [problem for problem in problems if problem not in found.problems]
         console.print(data)
-        if data.plan is not None:
+        if data.plan is not None and starts:
             console.print()
             for name, line in _describe_run(data, checkpoint, data.plan.useful_tokens, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
@@ -120,7 +129,19 @@ def rehearse(config: TrainConfig, words: Sequence[str]) -> None:
     console.print(Text(f"\nto start: {_command(words)}"), soft_wrap=True)
 
 
-def _check_start(path: Path) -> None:
+def _start_from_adapter(config: TrainConfig, settings: Settings, found: _Findings) -> TrainConfig:
+    """Check the adapter that a run starts from, and return the config with its settings.
+
+    The adapter is compared with the loaded model, unless another problem prevents that.
+    """
+    assert config.resume_adapter_file is not None
+    found.check(_check_adapter, Path(config.resume_adapter_file))
+    if found.problems:
+        return config
+    return found.check(load_and_resolve, config.model, settings) or config
+
+
+def _check_adapter(path: Path) -> None:
     """Check that a path, a folder or the weights file in it, leads to an adapter."""
     folder, _ = adapter_files(path)
     recorded_model(folder)
@@ -267,7 +288,7 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     The tokens are those without padding; the time includes padding.
     """
     model, _ = load(config.model)
-    trainable = attach_adapters(model, config.adapter, original_of(config.model))
+    trainable = _start_adapters(model, config)
     optimizer = LoRAPlus(replace_auto_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
@@ -292,6 +313,13 @@ def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
     if "loss" not in last:  # the step was skipped
         return None
     return last["seconds"] / last["useful_tokens"]
+
+
+def _start_adapters(model: nn.Module, config: TrainConfig) -> TrainableParams:
+    """Attach the adapters that a run starts with, new ones or those of an earlier run."""
+    if config.resume_adapter_file is not None and not config.resume:
+        return continue_adapters(model, config, None, no_log)
+    return attach_adapters(model, config.adapter, original_of(config.model))
 
 
 def _disk(config: TrainConfig, needed: float, found: _Findings) -> str:

@@ -246,7 +246,8 @@ def _score_split(
         others = " or ".join(other for other in SPLITS if other != split)
         raise DataError(
             f"{describe_sources(config.data.data)} has no {split} rows: add a {split} file, or"
-            f" evaluate on {others} (rows from Python without a split are train)"
+            f' evaluate on {others} (in Python, data={{"{split}": rows}}; without a split, rows are'
+            " train)"
         )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))

@@ -15,11 +15,11 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from ..adapters.base_layers import fingerprint
 from ..adapters.storage import load_adapter
-from ..adapters.trainable import find_adapters, find_fully_trained
+from ..adapters.trainable import adapter_arrays, find_adapters, find_fully_trained
 from ..config import TrainConfig
 from ..data.pairs import ComparedExamples
 from ..errors import ConfigError, counted
@@ -56,7 +56,7 @@ def add_reference(model: nn.Module, session: Session, base: str) -> str | None:
     # Identify the reference; that of a resumed run must be the same.
     with world.sync_errors():
         reference = reference_model(model, config)
-        adapters = fingerprint(_arrays_of(reference))
+        adapters = fingerprint(adapter_arrays(reference))
         digest = hashlib.blake2b(f"{base} {adapters}".encode(), digest_size=16).hexdigest()
         checkpoint = session.checkpoint
         if checkpoint is not None and checkpoint.history[0].get("reference") != digest:
@@ -103,16 +103,6 @@ def reference_model(model: nn.Module, config: TrainConfig) -> nn.Module:
     bases = [(path, adapter.base) for path, adapter in adapters.items()]
     reference.update_modules(tree_unflatten(bases))
     return reference
-
-
-def _arrays_of(model: nn.Module) -> list[mx.array]:
-    """Return the arrays of a model's adapters and of its fully trained modules."""
-    modules = [*find_adapters(model).values(), *find_fully_trained(model).values()]
-    arrays: list[mx.array] = []
-    for module in modules:
-        parameters: dict[str, mx.array] = dict(tree_flatten(module.parameters()))
-        arrays += parameters.values()
-    return arrays
 
 
 def _log_probs_of(

@@ -9,7 +9,7 @@ import mlx.nn as nn
 from ..adapters.full import check_full, trains_weights
 from ..adapters.stored_files import UNKNOWN_MODEL, check_names_model
 from ..adapters.tensor_parallel import is_sharded
-from ..adapters.trainable import find_adapters
+from ..adapters.trainable import check_no_foreign_adapters, find_adapters
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, ConfigError, counted
@@ -61,7 +61,10 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     Raises:
         ConfigError: An earlier run left its adapters on the model, and ``resume`` is off; or it
             trained the model's weights; or adapter full can't save the model.
+        AdapterError: The model has adapters of another program.
     """
+    check_no_foreign_adapters(model)
+
     # Weights that an earlier run trained can't be undone.
     trained_in = getattr(model, "trained_in", None)
     if trains_weights(model) and trained_in is None:
@@ -89,15 +92,15 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
 
 
 def check_no_adapters(model: nn.Module) -> None:
-    """Check that a model has no adapters before a sweep, which starts with new ones.
+    """Check that a model has no adapters before a sweep, which attaches its own.
 
     Raises:
         AdapterError: It has some.
     """
     if find_adapters(model):
         raise AdapterError(
-            "the model has adapters already, and a sweep starts with new ones: load the model"
-            " again, without an adapter"
+            "the model has adapters already, and a sweep attaches its own: load the model again,"
+            " without an adapter (--resume-adapter-file starts every trial from one)"
         )
 
 

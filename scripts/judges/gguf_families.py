@@ -106,6 +106,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         | _LLAMA4
         | {"interleave_moe_layer_step": 1, "rope_scaling": _LLAMA3 | _EQUAL_LIMITS},
     },
+    "gemma": {"model_type": "gemma", "head_dim": 32, "tie_word_embeddings": True},
     "gemma2": _GEMMA | {"model_type": "gemma2"},
     "gemma3": _GEMMA
     | {"model_type": "gemma3_text", "num_hidden_layers": 7, "sliding_window": 8}
@@ -118,6 +119,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"use_double_wide_mlp": False, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
     | {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2_moe": _EXPERTS | {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 48},
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True},
     "qwen3, YaRN": {"model_type": "qwen3", "head_dim": 32, "rope_scaling": _YARN},
     "qwen3_moe": _EXPERTS | {"model_type": "qwen3_moe", "head_dim": 32},
@@ -140,8 +142,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmo2": _PLAIN | {"model_type": "olmo2"},
     "olmo3": {"model_type": "olmo3", "sliding_window": 8, "num_hidden_layers": 5},
     "olmo3, YaRN": {"model_type": "olmo3", "sliding_window": 8, "rope_scaling": _YARN},
+    "olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 2}
+    | {"num_key_value_heads": 4},
     "ministral3": {"model_type": "ministral3", "rope_parameters": _GROWING_ROPE},
     "granite": _PLAIN | _GRANITE | {"model_type": "granite", "tie_word_embeddings": True},
+    "granitemoe": _PLAIN
+    | _GRANITE
+    | {"model_type": "granitemoe", "num_local_experts": 8, "num_experts_per_tok": 2}
+    | {"tie_word_embeddings": True},
     "granitemoehybrid": _PLAIN
     | _GRANITE
     | _MAMBA
@@ -152,6 +160,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"layer_types": ["mamba", "mamba", "attention", "mamba"], "position_embedding_type": "nope"}
     | {"num_local_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
     "granitemoehybrid, attention": _PLAIN | _GRANITE | _MAMBA | {"layer_types": ["attention"] * 4},
+    "cohere": {"model_type": "cohere", "logit_scale": 0.5},
+    "cohere2": {"model_type": "cohere2", "head_dim": 16, "logit_scale": 0.5, "sliding_window": 8},
+    "glm4": {"model_type": "glm4", "head_dim": 32, "partial_rotary_factor": 0.5}
+    | {"attention_bias": False},
+    "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32, "use_bias": False},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_bias": True},
+    "starcoder2": {"model_type": "starcoder2", "num_hidden_layers": 3},
 }
 """Name → the fields of its config that differ from the others'."""
 
@@ -201,13 +216,14 @@ def adapt_family(model: Any) -> Any:
 def saturate_gelu(model: Any) -> Any:
     """Enlarge the weights before every GELU, so that GELU(x) is x or 0, and return the model."""
     arrays: Any = tree_flatten(model.parameters())
-    before = ("gate_proj.weight", "per_layer_input_gate.weight")
+    before = ("gate_proj.weight", "per_layer_input_gate.weight", "c_fc.weight")
     changed = [(path, array * 2.0**20) for path, array in arrays if path.endswith(before)]
     model.update(tree_unflatten(changed))
     return model
 
 
 _exact_gelu = nn.gelu_approx
+_WITH_GELU = ("gemma", "starcoder2")
 
 
 def table_gelu(x: mx.array) -> mx.array:
@@ -223,19 +239,19 @@ def table_gelu(x: mx.array) -> mx.array:
 
 def has_gelu(name: str) -> bool:
     """Return whether the MLPs of a family use GELU."""
-    return FAMILIES[name]["model_type"].startswith("gemma")
+    return FAMILIES[name]["model_type"].startswith(_WITH_GELU)
 
 
 @contextmanager
 def gelu_of_llama_cpp() -> Generator[None]:
-    """Make mlx-lm's Gemma models compute GELU as llama.cpp does."""
-    gelu, gated = nn.gelu_approx, gemma4_text.geglu
-    nn.gelu_approx = table_gelu
+    """Make mlx-lm's models compute GELU as llama.cpp does."""
+    gelu, exact, gated = nn.gelu_approx, nn.gelu, gemma4_text.geglu
+    nn.gelu_approx = nn.gelu = table_gelu
     gemma4_text.geglu = lambda gate, x: table_gelu(gate) * x
     try:
         yield
     finally:
-        nn.gelu_approx, gemma4_text.geglu = gelu, gated
+        nn.gelu_approx, nn.gelu, gemma4_text.geglu = gelu, exact, gated
 
 
 def byte_level_tokenizer(pre: str = "gpt-2") -> TokenizerWrapper:

@@ -202,3 +202,13 @@ def test_another_file_is_a_one_line_error(
     said = capsys.readouterr().err.strip().splitlines()
 
     assert (stop.value.code, message in said[-1]) == (2, True), said
+
+
+def test_a_config_beside_an_adapter_does_not_make_it_a_model(home: Path, tmp_path: Path):
+    """Some programs store the config.json of the base with its adapter."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(home / "run", folder)
+    tokens = mx.array([[5, 9, 17, 33]])
+    expected = ml.load(str(folder))[0](tokens)
+    shutil.copy(home / "model" / "config.json", folder)
+    assert mx.array_equal(ml.load(str(folder))[0](tokens), expected)

@@ -104,7 +104,7 @@ def test_adapters_and_their_weights_are_parsed(tmp_path: Path):
         str(odd): 1,
     }
 
-    for words in (["a", "a:0.5"], ["a:0.5", "./a/:0.5"]):
+    for words in (["a", "a:0.5"], ["a:0.5", "./a/:0.5"], ["a", "a/adapters.safetensors:2"]):
         with pytest.raises(ConfigError, match="give each folder once"):
             parse_adapters(words)
     for words in (["a:0"], ["a:nan"], ["a:inf"], ["a:1e30"], ["a:-1001"]):

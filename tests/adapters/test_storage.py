@@ -156,6 +156,10 @@ def test_a_truncated_file_raises(
             r"is damaged: .*lora_a has rank 4, but start_rank 3 in adapter_config\.json needs 6",
         ),
         (
+            '{"lora_parameters": {"scale": 1, "rank": 8}}',
+            r"holds matrices of rank 4, but its adapter_config\.json has rank 8: correct the rank",
+        ),
+        (
             '{"lora_parameters": {"scale": 1}, "base_quantization": {"bits": 7}}',
             "base_quantization.bits Input should be 2",
         ),
@@ -300,6 +304,12 @@ def test_a_folder_without_an_adapter_raises(tiny: TinyModel, tmp_path: Path):
         load_adapter(tiny("llama"), tmp_path)
     with pytest.raises(AdapterError, match="no adapters to save"):
         save_adapter(tiny("llama"), tmp_path)
+
+    # A run has its settings before its first checkpoint.
+    (tmp_path / "run.yaml").write_text("model: tiny\n")
+    told = r"has saved no adapter yet: .* mlx_loraplus\.train -c \S+run\.yaml --resume"
+    with pytest.raises(AdapterError, match=told):
+        load_adapter(tiny("llama"), tmp_path)
 
 
 def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):

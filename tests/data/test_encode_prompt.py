@@ -54,6 +54,21 @@ def test_the_second_prompt_of_a_chat_is_that_of_training(letters: LetterTokenize
     assert prompt == trained
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_an_empty_system_message_is_left_out_as_in_generation(
+    letters: LetterTokenizer, template: str
+):
+    tokenizer = letters(template, **TEMPLATES[template])
+    turns = [user("zork"), bot("xyzzy")]
+    rows = [
+        {"messages": [{"role": "system", "content": empty}, *turns]} for empty in ("", " \n")
+    ] + [{"messages": turns}]
+    made = [make_row(row, 1) for row in rows]
+    assert made[0].notes == ("empty system messages are left out",)
+    tokens = [encoded.examples[0].tokens.tolist() for encoded in encode_rows(made, tokenizer)]
+    assert tokens[0] == tokens[1] == tokens[2]
+
+
 @pytest.mark.parametrize(
     ("template", "generated", "content"),
     [

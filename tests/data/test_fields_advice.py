@@ -38,6 +38,27 @@ def test_advice_is_right_when_followed(row: dict[str, Any], fields: dict[str, An
     assert make_row(row, 1, parse_names(pairs)).fields == fields
 
 
+@pytest.mark.parametrize(
+    ("row", "advice"),
+    [
+        (USER, "it is one message: put all messages of a conversation into one row"),
+        ({"from": "human", "value": "Hi"}, "it is one message"),
+        (
+            {"segments": [{"label": True, "text": "a"}]},
+            "'segments' is a list of objects that are no",
+        ),
+        ({"data": [{"prompt": "a", "completion": "b"}]}, "the rows are in 'data'"),
+        ({"how are you?": "so so", "fine": "good"}, "stand where its columns should be named"),
+        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "perhaps a list as Python writes it"),
+        ({"messages": '[{"role": "user", "content": "Hi'}, "is text that is no JSON"),
+    ],
+)
+def test_rows_in_another_form_get_no_columns_as_advice(row: dict[str, Any], advice: str):
+    with pytest.raises(BadRowError) as error:
+        make_row(row, 1)
+    assert advice in str(error.value)
+
+
 def test_what_is_asked_is_not_advised_as_the_answer():
     row = {"context": "A story", "question": "Who?", "answers": {"text": ["She"]}}
     with pytest.raises(BadRowError, match=r"no 'answer' \(it has 'context', .*\)$"):
@@ -150,3 +171,19 @@ def test_thoughts_in_several_places_are_noted():
     ):
         record = make_row({"messages": [USER, ANSWER | turn]}, 1)
         assert [places in note for note in record.notes] == [True] * bool(places)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"What is 1 + 1?": "What is 2 + 2?", "2": "4"}, {"1": 2, "Where is my order now": "x", "3": "y"},
+        {"Hello there.": "Hi"}, {"word " * 40: "Another long text, and so on"},
+    ],
+)  # fmt: skip
+def test_a_csv_file_without_a_line_of_names_is_suspected(row: dict[str, Any]):
+    """--fields with these names would work, but lose the first row."""
+    with pytest.raises(BadRowError, match="write the line prompt,completion above the first row"):
+        make_row(row, 2)
+    for name in ("Customer question", "prompt text"):
+        with pytest.raises(BadRowError, match="--fields "):
+            make_row({name: "What is 1 + 1?", "reply": "It is two"}, 2)

@@ -51,6 +51,14 @@ def test_columns_with_tokens_and_splits_are_noted():
     assert note.startswith("'split' of rows has no effect")
 
 
+@pytest.mark.parametrize("value", [0, 0.0, "0"])
+def test_a_label_of_0_may_mark_an_unwanted_answer(value: object):
+    (note,) = make_row(PLAIN | {"label": value}, 1).notes
+    assert note.startswith("rows with label 0 are trained on like the others")
+    assert make_row(PLAIN | {"label": 1}, 1).notes == ()
+    assert make_row(PLAIN | {"label": value}, 1, {"prompt": "prompt"}).notes == ()
+
+
 def test_fields_of_messages_that_look_like_weights_are_noted():
     answer = {"role": "assistant", "content": "b", "loss_mask": 0, "trainable": False, "score": 3}
     record = make_row({"messages": [CHAT["messages"][0], answer]}, 1)

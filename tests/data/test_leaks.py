@@ -86,6 +86,16 @@ def test_names_of_validation_files(tmp_path: Path, name: str):
     ]
 
 
+def test_a_validation_file_that_is_given_as_a_second_data_set(tmp_path: Path):
+    folder = write(tmp_path / "data", train=GOOD, valid=GOOD)
+    train, valid = find_sources([str(folder / "train.jsonl"), str(folder / "valid.jsonl")])
+    assert train["train"][0].notes == []
+    assert valid["train"][0].notes == [
+        "valid.jsonl is trained on, like every file of --data; to validate, give the folder instead:"
+        f" --data {folder}"
+    ]
+
+
 @pytest.mark.parametrize(
     ("epochs", "per_epoch", "batches"), [(0.07, 100, 7), (0.1 * 3, 100, 30), (1 / 3, 300, 100), (0.29, 100, 29),
                                          (1.1, 10, 11), (0.001, 10, 1), (0.011, 100, 2)],

@@ -16,10 +16,13 @@ from mlx_loraplus.data.pairs import PairBatches, Pairs
 from mlx_loraplus.data.preference_rows import make_pair
 from mlx_loraplus.data.row_digests import row_digests
 from mlx_loraplus.data.rows import make_row
+from mlx_loraplus.data.tokenize import RowRenderer
 from mlx_loraplus.errors import DataError
 from mlx_loraplus.settings import configure
 from mlx_loraplus.training.make_batches import plan_batches
 from scripts.tiny_model import write_tiny_model
+from tests.data.conftest import LetterTokenizer
+from tests.data.test_template_kinds import TEMPLATES
 
 USER = {"role": "user", "content": "Hi"}
 GOOD, BAD = (
@@ -94,7 +97,7 @@ def test_fields_name_the_columns():
         ({"chosen": [USER, GOOD], "rejected": [BAD]}, "do not begin with the same prompt"),
         (
             {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER | {"content": "?"}, BAD]},
-            "do not begin with the same prompt",
+            "although 'prompt' has the question",
         ),
         ({"chosen": [USER, GOOD], "rejected": [USER, GOOD, USER, BAD]}, "is the beginning of"),
         ({"chosen": "Hello", "rejected": "Go"}, "have no prompt"),
@@ -213,6 +216,29 @@ def test_problems_are_reported_by_line(folder: Path):
     assert "a row needs prompt + chosen + rejected" in str(caught.value)
     data, _ = load(folder, "bad.jsonl", on_bad="drop")
     assert len(data.examples["train"]) == 1
+
+
+def test_pairs_that_the_template_makes_equal_are_bad_rows(letters: LetterTokenizer):
+    tokenizer = letters("gemma3", **TEMPLATES["gemma3"])  # it strips contents
+    row = make_pair({"prompt": "a", "chosen": "b", "rejected": " b\n"}, 1)
+    rendered = RowRenderer(tokenizer).render(row)
+    assert "equal once the chat template has rendered them" in str(rendered.problem)
+    assert not rendered.texts
+
+
+def test_a_prompt_is_rendered_once():
+    system = {"role": "system", "content": "Be kind"}
+    chats = {"chosen": [USER | {"content": "Hi\n"}, GOOD], "rejected": [USER, BAD]}
+    for prompt in ("Hi", [USER], [system, USER]):
+        messages = make_pair({"prompt": prompt} | chats, 1).fields["messages"]
+        assert [each["role"] for each in messages if each != system] == ["user", "assistant"]
+
+    # An answer may go on with questions, and the prompt may be the system message
+    for prompt in ([system], [USER, BAD]):
+        row = {"prompt": prompt, "completion": [USER, GOOD, USER, BAD]}
+        assert len(make_row(row, 1).fields["messages"]) == len(prompt) + 4
+    with pytest.raises(BadRowError, match="'completion' begins with a user message"):
+        make_row({"prompt": "Why?", "completion": [USER, GOOD]}, 1)
 
 
 def test_documents_have_no_pairs(folder: Path):

@@ -159,6 +159,13 @@ def test_fields_can_be_mapped():
     assert make_row({"messages": CHAT, "text": "t"}, 1, chosen).kind == "chat"
 
 
+def test_an_empty_prompt_is_noted():
+    for row in ({"prompt": " ", "completion": "b"}, {"instruction": "", "output": "b"}):
+        (note,) = make_row(row, 1).notes
+        assert note.startswith("the prompt is empty")
+    assert make_row({"text": "b"}, 1).notes == ()
+
+
 @pytest.mark.parametrize("pair", ["prompt", "prompt=", "promt=q", "=q"])
 def test_an_invalid_mapping_is_refused(pair: str):
     with pytest.raises(ConfigError, match="is not of the form field=column"):

@@ -70,6 +70,39 @@ def labels(messages: Messages, mark: str = "", end: str = "\n\n") -> str:
     return "".join(f"{mark}{names[m['role']]}: {m['content']}{end}" for m in messages)
 
 
+def thinking(messages: Messages) -> Messages:
+    return [
+        bot(f"<think>\nHm, let me see.\n</think>\n\n{m['content']}") if m["role"] != "user" else m
+        for m in messages
+    ]
+
+
+def vicuna(messages: Messages) -> str:
+    """Return a chat on one line, with the system message before it."""
+    turns = [
+        f"USER: {m['content']}" if m["role"] == "user" else f"ASSISTANT: {m['content']}</s>"
+        for m in messages
+    ]
+    return " ".join(["A chat between a user and an assistant.", *turns])
+
+
+def llama2(messages: Messages) -> str:
+    return f"<s>[INST] <<SYS>>\n{PIRATE}\n<</SYS>>\n\n" + instructions(messages).removeprefix(
+        "<s>[INST] "
+    )
+
+
+def named(messages: Messages, names: tuple[str, str], form: str) -> str:
+    """Return a chat whose turns begin with other names of the roles."""
+    turns = [(names[m["role"] != "user"], m["content"]) for m in messages]
+    return "\n".join(form.format(name=name, content=content) for name, content in turns)
+
+
+def quoted(messages: Messages) -> Messages:
+    """Return messages with other punctuation around their words."""
+    return [{**m, "content": f'"{m["content"].rstrip(".?")}"'} for m in messages]
+
+
 def numbers(count: int, seed: int = 0) -> str:
     """Return words without punctuation."""
     chance = random.Random(seed)
@@ -82,8 +115,9 @@ def characters(count: int) -> str:
     return "".join(chr(chance.randrange(0x4E00, 0x9000)) for _ in range(count))
 
 
-CHAT = turns(1, 0, 6)
 PIRATE = "You are a pirate who tells of towns."
+TEACHER = "Answer as a patient teacher of geography would."
+CHAT = turns(1, 0, 6)
 SAME = "row that is in train"
 PART = "row whose conversation or text is partly in train"
 
@@ -148,6 +182,69 @@ ALIKE: dict[str, tuple[Any, Any, str]] = {
         {"messages": [user(f"{PIRATE} {CHAT[0]['content']}"), CHAT[1]]},
         PART,
     ),
+    # Chats that a template has rendered, with other system messages
+    "two systems": (
+        {"text": tagged([system(PIRATE), *CHAT])},
+        {"text": tagged([system(TEACHER), *CHAT])},
+        PART,
+    ),
+    "middle, two systems": (
+        {"text": llama([system(PIRATE), *CHAT])},
+        {"text": tagged([system(TEACHER), *CHAT[4:8]])},
+        PART,
+    ),
+    "middle, one system": (
+        {"text": tagged([system(PIRATE), *CHAT])},
+        {"text": tagged([system(PIRATE), *CHAT[4:8]])},
+        PART,
+    ),
+    "sliding, one system": (
+        {"text": tagged([system(PIRATE), *CHAT[:8]])},
+        {"text": tagged([system(PIRATE), *CHAT[4:]])},
+        PART,
+    ),
+    "middle, Llama 2": ({"messages": CHAT}, {"text": llama2(CHAT[4:8])}, PART),
+    "another last answer, two systems": (
+        {"messages": [system(PIRATE), *CHAT]},
+        {"messages": [system(TEACHER), *CHAT[:-1], bot("I do not know that town.")]},
+        PART,
+    ),
+    # Thoughts in one of them
+    "thoughts": ({"messages": CHAT}, {"messages": thinking(CHAT)}, PART),
+    "middle with thoughts": ({"messages": CHAT}, {"messages": thinking(CHAT[4:8])}, PART),
+    "rendered thoughts": ({"messages": CHAT}, {"text": tagged(thinking(CHAT))}, PART),
+    # Other names of roles
+    "one line": ({"messages": CHAT}, {"text": vicuna(CHAT)}, PART),
+    "names": (
+        {"messages": CHAT},
+        {"text": named(CHAT, ("Alice", "Bob"), "{name}: {content}")},
+        PART,
+    ),
+    "numbers": (
+        {"messages": CHAT},
+        {"text": named(CHAT, ("User", "Bot"), "3. {name}: {content}")},
+        PART,
+    ),
+    "brackets": (
+        {"messages": CHAT},
+        {"text": named(CHAT, ("USER", "BOT"), "[{name}]: {content}")},
+        PART,
+    ),
+    "bars": (
+        {"messages": CHAT},
+        {"text": named(CHAT, ("user", "assistant"), "[|{name}|]{content}[|endofturn|]")},
+        PART,
+    ),
+    "XML": (
+        {"messages": CHAT},
+        {"text": named(CHAT, ("user", "assistant"), "<{name}>{content}</{name}>")},
+        PART,
+    ),
+    "JSON": ({"messages": CHAT}, {"text": json.dumps([system(PIRATE), *CHAT])}, PART),
+    "JSON row": ({"messages": CHAT}, {"text": json.dumps({"messages": CHAT[4:8]})}, PART),
+    # Punctuation
+    "quoted": ({"messages": CHAT}, {"messages": quoted(CHAT)}, PART),
+    "middle, quoted": ({"messages": CHAT}, {"messages": quoted(CHAT[4:8])}, PART),
     # Characters that look alike
     "braille blank": ({"text": "what is it"}, {"text": "what\u2800is it"}, SAME),
     "Hangul filler": ({"text": "what is it"}, {"text": "what\u3164is it"}, SAME),
@@ -192,6 +289,20 @@ def test_windows_that_slide_over_a_conversation_are_one(tmp_path: Path, letters:
 
 
 HONEST: dict[str, list[Any]] = {
+    # Questions about the documents in system messages, and one about texts after a label
+    "documents": [
+        {"messages": [system(f"Town {n} lies at river {n}."), user("At which river does the town lie?"),
+                      bot(f"The town lies at river number {n}.")]}
+        for n in range(MOST_BRANCHES)
+    ],
+    "tasks": [
+        {"prompt": f"{task}:\n{numbers(30)}", "completion": f"{task} done."}
+        for task in ("Summarize", "Translate", "Shorten")
+    ],
+    "sums": [
+        {"prompt": f"What is {a} {sign} {b}?", "completion": "I do not know it."}
+        for a, sign, b in (("1.5", "*", "2"), ("15", "*", "2"), ("15", "-", "2"), ("15", "", "2"))
+    ],
     # A system message, in its place or in the user's first message
     "system": [
         {"messages": [system(PIRATE), *turns(n, 0, 2)]} for n in range(3 * MOST_BRANCHES)
@@ -226,6 +337,22 @@ HONEST: dict[str, list[Any]] = {
         for n in range(10, 10 + 3 * MOST_BRANCHES)
     ],
 }  # fmt: skip
+
+
+def test_many_system_messages_before_one_conversation(tmp_path: Path, letters: LetterTokenizer):
+    systems = [system(f"You are guide number {n}.") for n in range(3 * MOST_BRANCHES)]
+    rows = [{"messages": [each, *CHAT]} for each in systems]
+    assert count_groups(letters, tmp_path / "chats", rows) == 1
+
+    # The document that a question is about may stand in the system message
+    rows = [{"messages": [each, *CHAT[:2]]} for each in systems]
+    assert count_groups(letters, tmp_path / "questions", rows) == len(rows)
+
+
+def test_a_part_of_a_long_conversation_is_found(tmp_path: Path, letters: LetterTokenizer):
+    chat = turns(1, 0, 200)
+    rows = [{"messages": chat}, {"messages": chat[380:382]}, {"messages": turns(2, 0, 1)}]
+    assert count_groups(letters, tmp_path / "data", rows) == 2
 
 
 @pytest.mark.parametrize("kind", HONEST)

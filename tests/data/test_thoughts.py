@@ -2,7 +2,7 @@
 
 import pytest
 
-from mlx_loraplus.data.thoughts import fill_empty_block
+from mlx_loraplus.data.thoughts import ThoughtBlock, fill_empty_block, put_before
 
 EMPTY = "<think>\n\n</think>\n"
 
@@ -26,3 +26,9 @@ def test_an_empty_block_is_filled_unless_the_thoughts_follow_it(
     filled = fill_empty_block(EMPTY + rest, "", message)
     expected = f"<think>\n{thoughts}\n</think>\n{rest}" if is_filled else EMPTY + rest
     assert filled == expected
+
+
+@pytest.mark.parametrize("answer", ["yes<eos>", "\n</think>\n\nyes<eos>", "</think>yes<eos>"])
+def test_thoughts_before_an_answer_are_closed_once(answer: str):
+    block = ThoughtBlock.of("{{ '<think>\\n' }} {{ '\\n</think>\\n\\n' }}")
+    assert put_before(answer, "", "it is", block) == "<think>\nit is\n</think>\n\nyes<eos>"

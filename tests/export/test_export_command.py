@@ -100,8 +100,8 @@ def test_settings_that_do_not_go_together_are_reported(
         words(place, "--to", "peft", "--merged", "f16"), capsys
     )
     for more, told in (
-        (["--to", "hub"], "repo_id must be owner/name, not ''"),
-        (["--to", "hub", "--repo-id", "me"], "repo_id must be owner/name, not 'me'"),
+        (["--to", "hub"], "--to hub needs --repo-id OWNER/NAME"),
+        (["--to", "hub", "--repo-id", "me"], "--to hub needs --repo-id OWNER/NAME, not 'me'"),
         (["--to", "peft", "--repo-id", "me/it"], "repo_id 'me/it' is for --to hub: leave it out"),
     ):
         assert told in fails(words(place, *more), capsys)
@@ -135,14 +135,14 @@ def test_other_files_stay_beside_what_is_replaced(
     main(words(place, *more))
     out = place / "out"
     assert not kept_files_note(out, ours), "every file that is written is known as ours"
-    foreign = {"config.json", "model.safetensors", "notes.txt", "run.yaml", "sub/adapter.gguf"}
+    foreign = {"config.json", "notes.txt", "run.yaml", "sub/adapter.gguf", "weights.bin"}
     for name in foreign | set(ours):
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("mine")
     capsys.readouterr()
     main(words(place, *more, "--overwrite"))
     assert (
-        f"kept the other files in {out}: config.json, model.safetensors, notes.txt and 2 more"
+        f"kept the other files in {out}: config.json, notes.txt, run.yaml and 2 more"
         in capsys.readouterr().out
     )
     assert {(out / name).read_text() for name in foreign} == {"mine"}

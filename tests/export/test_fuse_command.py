@@ -366,3 +366,25 @@ def test_a_comparison_that_is_asked_for_or_needed_is_made(trained: Path, tmp_pat
     assert fused(trained, tmp_path / "asked", "--dequantize", "--data", str(trained / "data"))[
         "answers"
     ]
+
+
+def test_settings_of_a_fuse_that_have_no_effect_are_noted(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    plain = write_tiny_model(tmp_path / "plain")
+    model, _, _ = load_folder(plain)
+    attach_adapters(model, AdapterConfig(rank=4))
+    randomize_adapters(model)
+    save_adapter(model, tmp_path / "adapter")
+    words = ["--model", str(plain), "--adapter-path", str(tmp_path / "adapter")]
+    fuse.main([*words, "--save-path", str(tmp_path / "a"), "--dequantize"])
+    said = capsys.readouterr().out
+    assert f"note: --dequantize changes nothing, because no weight of {plain} is quantized" in said
+    fuse.main([*words, "--save-path", str(tmp_path / "b"), "--sample-tokens", "100"])
+    assert "not compared: no run.yaml names training data; give --data" in capsys.readouterr().out
+
+    # Where they have an effect, nothing is said.
+    fused(trained, tmp_path / "c", "--dequantize", "--sample-tokens", "0")
+    said = capsys.readouterr().out
+    assert "changes nothing" not in said
+    assert "not compared" not in said

@@ -24,7 +24,7 @@ from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.gguf_model import gguf_config, write_model
 from mlx_loraplus.models.gguf.architectures import ARCHITECTURES
 from mlx_loraplus.models.gguf.convert import check_tensors, describe_conversion, write_folder
-from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL
+from mlx_loraplus.models.gguf.pre_tokenizers import BYTE_LEVEL, SYNONYMS
 from mlx_loraplus.models.gguf.read_config import config_from_gguf
 from mlx_loraplus.models.gguf.reader import read_gguf
 from mlx_loraplus.models.loading import load_folder
@@ -287,6 +287,10 @@ def test_mxfp4_stays_exactly_as_it_is(tmp_path: Path):
         ("qwen3", {"rope_scaling": {"type": "yarn", "mscale": 0.7}}, "'yarn' with mscale"),
         ("mixtral", {"rope_scaling": {"type": "llama3"}}, "RoPE scaling 'llama3'"),
         ("granite", {"mlp_bias": True}, "mlp_bias True"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads 2 instead of 4"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True"),
+        ("cohere2", {"sliding_window_pattern": 3}, "sliding_window_pattern 3 instead of 4"),
+        ("qwen2_moe", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling 'linear'"),
         ("gpt_oss", {"rope_scaling": {"type": "llama3"}}, "RoPE scaling 'llama3'"),
         ("qwen3_next", {"norm_topk_prob": False}, "norm_topk_prob False"),
         ("qwen3_5", {"linear_value_head_dim": 64}, "linear_value_head_dim 64 instead of 32"),
@@ -309,7 +313,9 @@ def test_llama_cpp_judged_every_architecture_and_pre_tokenizer():
     results = json.loads(RESULTS.read_text())
     assert results["families"].keys() == FAMILIES.keys()
     assert {gguf_config(make_family(name))["model_type"] for name in FAMILIES} == {*ARCHITECTURES}
-    assert results["pre_tokenizers"] == dict.fromkeys([*BYTE_LEVEL, "gemma3", "gemma4"], True)
+    assert results["pre_tokenizers"] == dict.fromkeys(
+        [*BYTE_LEVEL, *SYNONYMS, "gemma3", "gemma4"], True
+    )
     for judged in results["families"].values():
         assert judged["read back"]
         for row in (judged["base"], judged["lora"], judged["merged"]):

@@ -22,6 +22,7 @@ TOKENS = mx.array([[1, 5, 2, 7, 3, 9, 11, 100, 50, 3]])
 PREFIX = "base_model.model.model.layers.1."
 KINDS = (
     "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "granitemoe", "gpt_oss",
+    "granitemoehybrid", "gemma4", "gemma4_text",
 )  # fmt: skip
 
 

@@ -260,16 +260,19 @@ def test_a_call_that_the_template_does_not_write_is_refused(name: str):
     ("content", "words", "told"),
     [
         ("{", (), "can't be read as JSON"),
+        ('{"name": "a"}\n{"name": "b"}', (), "write one list of tools"),
+        (None, (), "tools.json can't be read: No such file or directory"),
         ('{"name": "weather"}', (), "does not hold a list of tools"),
         ("[]", ("--no-chat",), "--no-chat leaves the prompt as it is"),
     ],
 )
 def test_tools_that_cannot_reach_the_model_are_refused(
-    content: str, words: tuple[str, ...], told: str, tmp_path: Path,
+    content: str | None, words: tuple[str, ...], told: str, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
     folder = write_model(tmp_path / "model", FAMILIES["Qwen 3.5"])
-    (tmp_path / "tools.json").write_text(content)
+    if content is not None:
+        (tmp_path / "tools.json").write_text(content)
     with pytest.raises(SystemExit) as stop:
         generate_main(["--model", str(folder), "--tools", str(tmp_path / "tools.json"), *words])
     assert stop.value.code == 2

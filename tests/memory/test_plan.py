@@ -199,6 +199,11 @@ def test_a_plan_is_a_page_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         planned.save(page)
 
 
+def test_a_short_name_of_an_unquantized_model_is_planned():
+    assert list(ml.plan_memory(families="SmolLM2", memory="16GB").family) == ["smollm2-135m"]
+    assert "smollm2-135m" not in ml.plan_memory(memory="16GB").family
+
+
 def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
     capsys: pytest.CaptureFixture[str],
 ):

@@ -150,6 +150,7 @@ def test_layers_of_gemma_3_have_bases_of_their_own():
             "final_logit_softcapping 30.0, which mlx-lm's gemma3_text ignores",
         ),
         (GEMMA | {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (CONFIGS["qwen3"] | {"is_causal": False}, "is_causal False"),
         (CONFIGS["gemma4_text"] | {"use_bidirectional_attention": "all"}, "use_bidirectional"),
         (CONFIGS["nanochat"] | {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         (CONFIGS["qwen2_moe"] | {"norm_topk_prob": True}, "norm_topk_prob True"),

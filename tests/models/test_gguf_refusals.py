@@ -14,14 +14,16 @@ from hypothesis import strategies as st
 from mlx_loraplus.errors import ModelError
 from mlx_loraplus.models.find_model import find_model, smollm2_file
 from mlx_loraplus.models.gguf.convert import convert_gguf, write_folder
+from mlx_loraplus.models.gguf.read_config import config_from_gguf
+from mlx_loraplus.models.gguf.reader import read_gguf
 from tests.conftest import cpu_limit
-from tests.models.gguf_files import HIDDEN, PIECES, write_gguf
+from tests.models.gguf_files import HIDDEN, LAYERS, PIECES, write_gguf
 
 # What can't be used is one line, and leaves nothing behind.
 
 GPT2: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"}
 REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-    ("rwkv7", {}, {}, "architecture is 'rwkv7'; allowed are llama, llama4, gemma2, gemma3"),
+    ("rwkv7", {}, {}, "architecture is 'rwkv7'; allowed are llama, llama4, gemma, gemma2, gemma3"),
     ("llama", {"llama.expert_count": 8}, {}, "llama.expert_used_count is None"),
     ("gemma3", {"gemma3.expert_count": 8}, {}, "mixture of experts"),
     (
@@ -162,3 +164,17 @@ def test_a_gguf_with_any_bytes_changed_converts_or_is_refused(
     folder.mkdir()
     with contextlib.suppress(ModelError):
         write_folder(changed, folder, "float32")
+
+
+def test_a_list_with_one_equal_number_for_each_block_is_that_number(tmp_path: Path):
+    """llama.cpp reads both forms."""
+    lists = {
+        "llama.attention.head_count_kv": [2] * LAYERS,
+        "llama.feed_forward_length": [64] * LAYERS,
+    }
+    as_lists = config_from_gguf(read_gguf(write_gguf(tmp_path / "lists.gguf", metadata=lists)))
+    assert as_lists == config_from_gguf(read_gguf(write_gguf(tmp_path / "numbers.gguf")))
+    for wrong in ([2, 2], [2] * (LAYERS - 1) + [1]):
+        changed = lists | {"llama.attention.head_count_kv": wrong}
+        with pytest.raises(ModelError, match=r"head_count_kv is \["):
+            config_from_gguf(read_gguf(write_gguf(tmp_path / "wrong.gguf", metadata=changed)))

@@ -202,3 +202,28 @@ def test_what_is_no_file_is_told_at_once(folder: Path, name: str, what: str):
     if name != "model.safetensors":
         with cpu_limit(), pytest.raises(ModelError, match=f"its {name} is {what}"):
             load_folder_tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.self_attn.q_proj.scales",
+        "model.layers.1.self_attn.q_proj.biases",
+    ],
+)
+def test_whole_numbers_in_place_of_scales_and_norms_are_refused(
+    folder: Path, tmp_path: Path, name: str
+):
+    """MLX computes with them, and stock mlx-lm answers with nonsense."""
+    (tmp_path / "4bit").mkdir()
+    write_folder(tmp_path / "tiny.gguf", tmp_path / "4bit", "4bit")
+    file = str(tmp_path / "4bit" / "model.safetensors")
+    weights: dict[str, mx.array] = mx.load(file)  # pyright: ignore[reportAssignmentType]
+    load_folder(tmp_path / "4bit")
+    weights[name] = weights[name].astype(mx.int32)
+    mx.eval(weights)  # the file is written over
+    mx.save_safetensors(file, weights)
+    with pytest.raises(ModelError, match=f"its array {name} holds values of type int32"):
+        load_folder(tmp_path / "4bit")

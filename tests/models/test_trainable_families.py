@@ -39,9 +39,23 @@ def test_unknown_families_name_their_relatives(tmp_path: Path):
 def test_a_package_that_mlx_lm_needs_is_named_before_any_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(ml.ModelError, match=r"type olmo: To run olmo .*pip install ai2-olmo"):
+    said = r"type olmo: To run olmo .*pip install ai2-olmo; or use another .*: olmo-3-7b"
+    with pytest.raises(ml.ModelError, match=said):
         check_trainable(folder_of("olmo", tmp_path))
     assert capsys.readouterr().out == ""
+
+
+def test_what_only_a_mac_cannot_train_is_refused_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = folder_of("rwkv7", tmp_path)
+    check_trainable(name)
+    monkeypatch.setattr(trainable, "backend", lambda: "cuda")
+    check_trainable(name)
+    monkeypatch.setattr(trainable, "backend", lambda: "metal")
+    with pytest.raises(ml.ModelError, match=r"a rwkv7: its Metal kernel .*--model qwen3.5-0.8b"):
+        check_trainable(name)
+    assert all(found.instead in KNOWN for found in trainable._UNTRAINABLE_ON_METAL.values())
 
 
 def test_train_says_so_before_anything_else(

@@ -113,6 +113,16 @@ def test_a_perplexity_has_one_format():
     assert texts == ["1", "2.72", "245", "22,026", "very large"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "is_advised"),
+    [({"objective": "dpo"}, True), ({"objective": "kto"}, True), ({"adapter": "full"}, False)],
+)
+def test_a_sweep_is_advised_where_it_works(settings: dict[str, str], is_advised: bool):
+    words = advised(run_with([1.0, 1.5, 1.2], **settings)) or ""
+    assert "no validation was better" in words
+    assert ("(mlx_loraplus.sweep finds a rate)" in words) is is_advised
+
+
 def run_of_preferences(objective: str, ranked: list[float], logps: list[float]) -> ml.Run:
     """Return a run whose loss still falls, with these shares and log-probabilities.
 

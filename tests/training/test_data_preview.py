@@ -165,4 +165,4 @@ def test_the_command_prints_it_and_says_by_its_code_whether_training_would_go(
     )
     assert not printed.err, "it is said once"
     with pytest.raises(ConfigError):
-        dry_run.rehearse(configure(TrainConfig, {"model": "smollm2-135m", "data": bad}), [])
+        dry_run.rehearse(configure(TrainConfig, {"model": "smollm2-135m", "data": bad}), {}, [])

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import mlx.nn as nn
 import pytest
+import yaml
 
-from mlx_loraplus import cli
+from mlx_loraplus import ConfigError, cli, plan_memory
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.memory.model_shapes import measure
 from mlx_loraplus.training import dry_run
+from scripts.tiny_model import write_tiny_model
 from tests.conftest import TinyModel
 from tests.training.tiny_runs import Place
 
@@ -77,6 +79,42 @@ def test_an_adapter_may_be_given_as_its_weights_file(
     place.run("first", iters=1, warmup=0)
     start = str(place.folder / "first" / "adapters.safetensors")
     cli.train(words(place, "--dry-run", "--resume-adapter-file", start))
+    assert "to start: mlx_loraplus.train" in capsys.readouterr().out
+
+
+def test_a_run_from_an_adapter_is_described_with_that_adapters_settings(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2, num_layers=1, alpha=4.0)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    cli.train(words(place, "--dry-run", *start, "--grad-checkpoint", "auto"))
+    described = capsys.readouterr().out
+    cli.train(words(place, *start, "--grad-checkpoint", "auto"))
+    trained = capsys.readouterr().out
+    assert "lora, 1,024 parameters to train" in described
+    assert re.findall("plan: (.* at the peak)", trained) == re.findall(
+        "memory +(.* at the peak)", described
+    )
+
+    # A dry run refuses other settings than those of the adapter, as training does.
+    shutil.rmtree(place.folder / "my run")
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *start, "--rank", "4", "--alpha", "3", *also))
+        said = "".join(capsys.readouterr())
+        assert "adapters with other settings: rank 4 (theirs: 2); alpha 3.0 (theirs: 4.0)" in said
+
+
+def test_a_dry_run_needs_no_more_than_training_to_resume(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """A resumed run has its adapters, so that the adapter that it started from may be gone."""
+    place.run("first", iters=1, warmup=0)
+    start = str(place.folder / "first")
+    place.run("second", stop_at=2, iters=4, warmup=0, resume_adapter_file=start)
+    shutil.rmtree(start)
+    for also in (["--dry-run"], []):
+        cli.train(["-c", str(place.folder / "second" / "run.yaml"), "--resume", *also])
     assert "to start: mlx_loraplus.train" in capsys.readouterr().out
 
 
@@ -157,3 +195,84 @@ def test_an_adapter_as_the_model_is_told_once(place: Place, capsys: pytest.Captu
     assert "holds an adapter, not a model: give its model" in said
     assert "leave --model out" not in said
     assert "bad.jsonl:1: no known field" in said
+
+
+def test_the_model_of_the_adapter_to_start_from_is_the_default(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """As in all other commands: without it, the adapter would be put on Gemma 3."""
+    place.run("first", iters=1, warmup=0, rank=2)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    without_model = words(place, *start, "--grad-checkpoint", "auto")[2:]
+    for also in (["--dry-run"], []):
+        cli.train([*without_model, *also])
+    run = yaml.safe_load((place.folder / "my run" / "run.yaml").read_text())
+    assert run["model"] == str(place.folder / "model")
+
+    # An adapter that names no model needs one.
+    (place.folder / "first" / "run.yaml").unlink()
+    file = place.folder / "first" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model": None}))
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train([*without_model, "--overwrite", *also])
+        assert "does not say which model it belongs to: give --model" in capsys.readouterr().err
+
+
+def test_a_plan_has_the_settings_of_the_adapter_to_start_from(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2, num_layers=1)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    sizes = []
+    for more in (start, ["--rank", "2", "--num-layers", "1"], []):
+        cli.plan(["--model", str(place.folder / "model"), *more])
+        sizes += re.findall(r"adapters +.*", capsys.readouterr().out)
+    assert sizes[0] == sizes[1] != sizes[2]
+
+    for more, problem in (
+        (["--rank", "4"], "rank 4 (theirs: 2)"),
+        (["qwen"], "an adapter belongs to one model: leave out qwen"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.plan([*more, *start])
+        assert problem in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="does not read the adapter in resume_adapter_file"):
+        plan_memory(str(place.folder / "model"), resume_adapter_file=start[1])
+
+
+def test_the_adapter_to_start_from_is_checked_and_its_settings_are_described(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    place.run("first", iters=1, warmup=0, rank=2)
+    capsys.readouterr()
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    cli.train(words(place, "--dry-run", *start))
+    assert "lora, 2,048 parameters to train" in capsys.readouterr().out
+
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train(words(place, *start, "--rank", "4", *also))
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "the run starts from adapters with other settings: rank 4 (theirs: 2)" in said
+
+
+def test_without_a_model_a_run_starts_on_the_model_of_its_adapter(place: Place):
+    place.run("first", iters=1, warmup=0)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    without = words(place, *start)[2:]
+    for also in (["--dry-run"], []):
+        cli.train([*without, *also])
+    settings = (place.folder / "my run" / "run.yaml").read_text()
+    assert f"model: {place.folder / 'model'}\n" in settings
+
+
+def test_an_adapter_of_another_model_is_refused(place: Place, capsys: pytest.CaptureFixture[str]):
+    place.run("first", iters=1, warmup=0)
+    write_tiny_model(place.folder / "wide", hidden=64)
+    start = ["--resume-adapter-file", str(place.folder / "first")]
+    for also in (["--dry-run"], []):
+        with pytest.raises(SystemExit, match="2"):
+            cli.train([*words(place, *start, *also), "--model", str(place.folder / "wide")])
+        said = "".join(capsys.readouterr()).splitlines()[-1]
+        assert "belongs to another model" in said

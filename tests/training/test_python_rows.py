@@ -69,7 +69,8 @@ def test_rows_are_evaluated_and_swept(place: Place):
     model, tokenizer = ml.load(str(place.folder / "model"))
     assert ml.evaluate(model, tokenizer, split="test", data={"test": VALID}).examples == 4
     with pytest.raises(
-        ml.DataError, match=r"data from Python has no test rows: .*without a split are"
+        ml.DataError,
+        match=r"Python has no test rows: .* \(in Python, data={\"test\": rows}; without a",
     ):
         ml.evaluate(model, tokenizer, split="test", data=ROWS)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx_loraplus as ml  # isort: skip  before mlx
 import pytest
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_loraplus import train
 from mlx_loraplus.adapters.trainable import find_adapters
@@ -236,3 +237,23 @@ def test_a_rate_of_embeddings_needs_embeddings(place: Place):
         place.run("none", **settings)
     place.run("norms", **settings, train_modules=["norms"])
     place.run("head", **settings, target_modules=["embed_tokens", "q_proj"])
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_that_mlx_lm_put_on_the_model_are_refused(place: Place, kind: str):
+    """New adapters would be put inside of them, and theirs would be lost when ours are saved."""
+    name = str(place.folder / "model")
+    model, tokenizer = ml.load(name)
+    parameters = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    linear_to_lora_layers(model, 2, parameters, use_dora=kind == "dora")
+    told = r"the model has adapters of mlx_lm \(model\..* is a \w+Linear\)"
+    with pytest.raises(ml.AdapterError, match=told):
+        finetune(place, ((model, tokenizer), {}))
+    with pytest.raises(ml.AdapterError, match=told):
+        ml.attach_adapters(model, AdapterConfig(rank=2))
+
+    # What the message advises works.
+    place.run("first", iters=2)
+    with pytest.raises(ml.AdapterError, match=told):
+        ml.load_adapter(model, place.folder / "first")
+    finetune(place, (ml.load(name, adapter_path=place.folder / "first"), {}))

@@ -70,22 +70,22 @@ _MAMBA = {
     "mamba_d_conv": "ssm.conv_kernel",
     "mamba_n_groups": "ssm.group_count",
 }
-_DELTA_NET_MOE = (
-    _DELTA_NET
-    | _QWEN3_MOE
-    | {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
-)
+_SHARED_EXPERT = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
+_DELTA_NET_MOE = _DELTA_NET | _QWEN3_MOE | _SHARED_EXPERT
+_LAYER_NORM = {"layer_norm_eps": "attention.layer_norm_epsilon"}
+_COHERE = _LAYER_NORM | {"logit_scale": "logit_scale"}
 
 REALS = {
     "rms_norm_eps", "rope_theta", "rope_local_base_freq", "rope.freq_base", "rope.freq_base_swa",
-    "attention.temperature_scale",
-    *_GRANITE, *_GEMMA2,
+    "attention.temperature_scale", "norm_epsilon",
+    *_GRANITE, *_GEMMA2, *_COHERE,
 }  # fmt: skip
 """The numbers that are not restricted to integers."""
 
 _SILU = {"hidden_act": "silu"}
 _NO_BIAS = {"attention_bias": False, "mlp_bias": False} | _SILU
 _USUAL_ROPE = {"rope_traditional": False}
+_NO_RMS_NORM = ("rms_norm_eps",)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ ARCHITECTURES = {
     "mixtral": Architecture(
         "llama", "MixtralForCausalLM", _LOCAL_EXPERTS, _SILU | _USUAL_ROPE, is_interleaved=True,
     ),
+    "gemma": Architecture(
+        "gemma", "GemmaForCausalLM",
+        fixed={"hidden_activation": "gelu_pytorch_tanh"} | _USUAL_ROPE, scalings=(),
+        adds_one=True,
+    ),
     "gemma2": Architecture(
         "gemma2", "Gemma2ForCausalLM", _GEMMA2, _USUAL_ROPE, scalings=(), adds_one=True
     ),
@@ -142,6 +147,13 @@ ARCHITECTURES = {
         may_be_zero=("num_kv_shared_layers", "hidden_size_per_layer_input"),
     ),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", fixed=_SILU | _USUAL_ROPE),
+    "qwen2_moe": Architecture(
+        "qwen2moe", "Qwen2MoeForCausalLM", _QWEN3_MOE | _SHARED_EXPERT,
+        {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+        | _SILU
+        | _USUAL_ROPE,
+        scalings=(),
+    ),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", fixed=_NO_BIAS),
     "qwen3_moe": Architecture(
         "qwen3moe", "Qwen3MoeForCausalLM", _QWEN3_MOE,
@@ -169,6 +181,10 @@ ARCHITECTURES = {
     ),
     "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", fixed=_NO_BIAS | _USUAL_ROPE),
     "olmo3": Architecture("olmo2", "Olmo3ForCausalLM", _WINDOW, _NO_BIAS),
+    "olmoe": Architecture(
+        "olmoe", "OlmoeForCausalLM", _EXPERTS,
+        {"norm_topk_prob": False} | _NO_BIAS | _USUAL_ROPE,
+    ),
     "ministral3": Architecture(
         "mistral3", "Ministral3ForCausalLM", fixed=_NO_BIAS, scalings=("yarn",),
         is_interleaved=True,
@@ -176,10 +192,43 @@ ARCHITECTURES = {
     "granite": Architecture(
         "granite", "GraniteForCausalLM", _GRANITE, _NO_BIAS, is_interleaved=True
     ),
+    "granitemoe": Architecture(
+        "granitemoe", "GraniteMoeForCausalLM", _GRANITE | _LOCAL_EXPERTS,
+        {"attention_bias": False} | _SILU, is_interleaved=True,
+    ),
     "granitemoehybrid": Architecture(
         "granitehybrid", "GraniteMoeHybridForCausalLM", _GRANITE | _MAMBA,
         {"mamba_n_groups": 1, "mamba_proj_bias": False} | _NO_BIAS,
         scalings=(), is_interleaved=True, not_numbers=("num_key_value_heads",),
+    ),
+    "cohere": Architecture(
+        "command-r", "CohereForCausalLM", _COHERE,
+        {"attention_bias": False, "layer_norm_bias": False, "use_qk_norm": False} | _SILU,
+        scalings=(), not_numbers=_NO_RMS_NORM,
+    ),
+    "cohere2": Architecture(
+        "cohere2", "Cohere2ForCausalLM", _COHERE | _WINDOW,
+        {"attention_bias": False, "layer_norm_bias": False, "sliding_window_pattern": 4} | _SILU,
+        scalings=(), not_numbers=_NO_RMS_NORM,
+    ),
+    "glm4": Architecture(
+        "glm4", "Glm4ForCausalLM",
+        fixed={"attention_bias": False, "rope_traditional": True} | _SILU, scalings=(),
+        rotates_part=True,
+    ),
+    "ernie4_5": Architecture(
+        "ernie4_5", "Ernie4_5ForCausalLM", fixed={"use_bias": False} | _SILU, scalings=()
+    ),
+    "seed_oss": Architecture(
+        "seed_oss", "SeedOssForCausalLM",
+        fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
+        | _SILU
+        | _USUAL_ROPE,
+    ),
+    "starcoder2": Architecture(
+        "starcoder2", "Starcoder2ForCausalLM", {"norm_epsilon": "attention.layer_norm_epsilon"},
+        {"hidden_act": "gelu_pytorch_tanh", "use_bias": True}, scalings=(),
+        not_numbers=_NO_RMS_NORM,
     ),
 }  # fmt: skip
 """The hub's model_type → the architecture."""
@@ -258,6 +307,8 @@ def fixed_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     # The kinds of the layers, which a GGUF file does not store.
     if model_type == "gemma3_text":
         settings["sliding_window_pattern"] = 6
+    if model_type == "olmoe":  # llama.cpp's norm of the keys is as large as that of the queries
+        settings["num_key_value_heads"] = config["num_attention_heads"]
     if model_type in ("llama", "ministral3"):
         settings["layer_types"] = ["full_attention"] * layers
     if model_type == "smollm3":

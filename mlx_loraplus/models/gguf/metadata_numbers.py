@@ -28,7 +28,7 @@ class MetadataNumbers:
         If it is invalid, or missing without a default, add a problem and return 1.
         """
         key = self.key(name)
-        found = self.file.metadata.get(key, default)
+        found = self._same_in_all_blocks(self.file.metadata.get(key, default))
         kind = int | float if name in REALS else int
         is_number = isinstance(found, kind) and not isinstance(found, bool)
         may_be_zero = name in self.architecture.may_be_zero
@@ -41,6 +41,12 @@ class MetadataNumbers:
             f"{key} is {found!r:.40}, allowed is {number} {least} and up to {most:,}"
         )
         return 1
+
+    def _same_in_all_blocks(self, found: Any) -> Any:
+        """Return the number in a list that holds it once for each block; other values unchanged."""
+        blocks = self.file.metadata.get(self.key("num_hidden_layers"))
+        is_list = isinstance(found, list) and len(found) == blocks and found
+        return found[0] if is_list and found.count(found[0]) == len(found) else found
 
     def read_per_layer(self, name: str, layers: int) -> list[int]:
         """Return a number that may differ from layer to layer, as a list with one for each layer.

@@ -30,6 +30,7 @@ _SIGNS_WITHOUT_MARKS = r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
 _QWEN35 = f"{_CONTRACTIONS}|{_WORDS_WITH_MARKS}|\\p{{N}}|{_SIGNS_WITHOUT_MARKS}|{_SPACES}"
 _QWEN2 = f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}|{_SIGNS}|{_SPACES}"
 _GPT4O = "|".join([_cased(f"{_CONTRACTIONS}?"), r"\p{N}{1,3}", _SIGNS_OR_SLASH, _SPACES])
+_SEED = f"{_CONTRACTIONS}|{_WORDS}|\\p{{N}}{{1}}| ?[^\\s\\p{{L}}\\p{{N}}\\r\\n]+|{_SPACES}"
 _TEKKEN = "|".join([_cased(""), r"\p{N}", _SIGNS_OR_SLASH, _SPACES])
 
 
@@ -62,25 +63,31 @@ BYTE_LEVEL = {
     "qwen35": ByteLevelKind(_QWEN35),
     "gpt-4o": ByteLevelKind(_GPT4O),
     "tekken": ByteLevelKind(_TEKKEN, ignores_merges=True, adds_bos=True),
+    "seed-coder": ByteLevelKind(_SEED),
 }
 """llama.cpp's name of a pre-tokenizer → its kind."""
 
 GEMMA4 = "gemma4"
 """llama.cpp's name of Gemma 4, of its kind of tokenizer, and of its pre-tokenizer."""
 
-_SYNONYMS = {
+SYNONYMS = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "smaug-bpe": "dbrx",
     "starcoder": "smollm",
     "refact": "smollm",
+    "command-r": "smollm",
     "llama4": "gpt-4o",
+    "chatglm-bpe": "dbrx",
+    "glm4": "dbrx",
+    "olmo": "gpt-2",
 }
+"""Another name of a pre-tokenizer in llama.cpp → its name in ``BYTE_LEVEL``."""
 
 
 def byte_level_name(name: str) -> str:
     """Return the name in ``BYTE_LEVEL`` of a pre-tokenizer with another name, or the same name."""
-    return _SYNONYMS.get(name, name)
+    return SYNONYMS.get(name, name)
 
 
 def recognize_byte_level(backend: dict[str, Any]) -> str | None:

@@ -86,7 +86,7 @@ def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     most = {
         "num_hidden_layers": len(file.tensors),
         "num_key_value_heads": heads,
-        "rms_norm_eps": 1,
+        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon"), 1),
         "max_position_embeddings": 1 << 40,
         "rope_theta": 1e12,
         "rope_local_base_freq": 1e12,
