@@ -271,7 +271,7 @@ def preference_steps_table() -> str:
             f" | {found['peak_bytes'] / 1e6:,.0f} MB | {memory:.2f}x |"
         )
     size = f"{result['model']}, {result['pairs']} pairs, rows of {result['length']} tokens."
-    return "\n".join([*lines, "", STEP_LEGEND, "", f"{size} {source_line(result)}", ""])
+    return "\n".join([*lines, "", STEP_LEGEND, "", size, source_line(result), ""])
 
 
 def _result(room: str, name: str) -> dict[str, Any]:
