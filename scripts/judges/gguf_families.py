@@ -166,6 +166,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"attention_bias": False},
     "ernie4_5": {"model_type": "ernie4_5", "head_dim": 32, "use_bias": False},
     "seed_oss": {"model_type": "seed_oss", "head_dim": 32, "attention_bias": True},
+    "lfm2": {"model_type": "lfm2", "norm_eps": 1e-5, "conv_bias": False, "conv_L_cache": 3}
+    | {
+        "block_dim": 64,
+        "block_ff_dim": 96,
+        "block_multiple_of": 32,
+        "block_ffn_dim_multiplier": 1.5,
+    }
+    | {"block_auto_adjust_ff_dim": True, "layer_types": ["conv", "conv", "full_attention", "conv"]},
     "starcoder2": {"model_type": "starcoder2", "num_hidden_layers": 3},
 }
 """Name → the fields of its config that differ from the others'."""

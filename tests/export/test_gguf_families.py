@@ -229,7 +229,7 @@ def test_a_layer_that_predicts_further_tokens_is_left_out_and_said(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "name", ["gemma4", "qwen3_5_moe", "granitemoehybrid", "ministral3", "gpt_oss"]
+    "name", ["gemma4", "qwen3_5_moe", "granitemoehybrid", "ministral3", "gpt_oss", "lfm2"]
 )
 def test_wrong_numbers_are_refused_in_one_line(name: str, tmp_path: Path):
     tokenizer = byte_level_tokenizer("qwen35")

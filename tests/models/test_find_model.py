@@ -94,7 +94,8 @@ def test_the_names_of_the_issue_are_there():
 
 @pytest.mark.parametrize("name", [
     "gemma-3-270m", "llama-3.2-1b", "llama-4-scout", "smollm2-135m", "qwen3.5-35b-a3b",
-    "gpt-oss-20b", "olmo-3-7b", "ministral-3-3b", "granite-4.0-h-tiny",
+    "gpt-oss-20b", "olmo-3-7b", "ministral-3-3b", "granite-4.0-h-tiny", "granite-4.0-h-micro",
+    "granite-4.0-h-small", "qwen3.5-2b", "mistral-small-24b",
 ])  # fmt: skip
 def test_known_dimensions_are_a_config_that_mlx_lm_takes(name: str):
     config = config_of(name)

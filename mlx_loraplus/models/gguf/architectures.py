@@ -73,11 +73,12 @@ _MAMBA = {
 _SHARED_EXPERT = {"shared_expert_intermediate_size": "expert_shared_feed_forward_length"}
 _DELTA_NET_MOE = _DELTA_NET | _QWEN3_MOE | _SHARED_EXPERT
 _LAYER_NORM = {"layer_norm_eps": "attention.layer_norm_epsilon"}
+_LFM2 = {"norm_eps": "attention.layer_norm_rms_epsilon", "conv_L_cache": "shortconv.l_cache"}
 _COHERE = _LAYER_NORM | {"logit_scale": "logit_scale"}
 
 REALS = {
     "rms_norm_eps", "rope_theta", "rope_local_base_freq", "rope.freq_base", "rope.freq_base_swa",
-    "attention.temperature_scale", "norm_epsilon",
+    "attention.temperature_scale", "norm_epsilon", "norm_eps",
     *_GRANITE, *_GEMMA2, *_COHERE,
 }  # fmt: skip
 """The numbers that are not restricted to integers."""
@@ -224,6 +225,10 @@ ARCHITECTURES = {
         fixed={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False}
         | _SILU
         | _USUAL_ROPE,
+    ),
+    "lfm2": Architecture(
+        "lfm2", "Lfm2ForCausalLM", _LFM2, {"conv_bias": False}, scalings=(),
+        not_numbers=("rms_norm_eps", "intermediate_size", "num_key_value_heads"),
     ),
     "starcoder2": Architecture(
         "starcoder2", "Starcoder2ForCausalLM", {"norm_epsilon": "attention.layer_norm_epsilon"},

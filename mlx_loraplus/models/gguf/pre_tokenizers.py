@@ -73,6 +73,7 @@ GEMMA4 = "gemma4"
 SYNONYMS = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
+    "lfm2": "llama-bpe",
     "smaug-bpe": "dbrx",
     "starcoder": "smollm",
     "refact": "smollm",

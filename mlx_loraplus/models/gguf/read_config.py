@@ -8,6 +8,7 @@ from .architectures import ARCHITECTURES, fixed_settings, model_type_of
 from .delta_net import delta_net_settings
 from .gemma4 import gemma4_settings
 from .granite4 import mamba_settings
+from .lfm2 import lfm2_settings
 from .metadata_numbers import LARGEST, MetadataNumbers
 from .ministral3 import ministral3_settings
 from .reader import GGUFFile
@@ -16,6 +17,7 @@ from .rope_scaling import read_rope_scaling
 _FAMILY_SETTINGS: dict[str, Callable[[MetadataNumbers, dict[str, Any]], dict[str, Any]]] = {
     "gemma4_text": gemma4_settings,
     "granitemoehybrid": mamba_settings,
+    "lfm2": lfm2_settings,
     "ministral3": ministral3_settings,
     "qwen3_5": delta_net_settings,
     "qwen3_5_moe": delta_net_settings,
@@ -23,7 +25,7 @@ _FAMILY_SETTINGS: dict[str, Callable[[MetadataNumbers, dict[str, Any]], dict[str
 }
 """model_type → the function that reads the settings that are not simple numbers."""
 
-_OWN_HEADS = ("gemma4_text", "granitemoehybrid")
+_OWN_HEADS = ("gemma4_text", "granitemoehybrid", "lfm2")
 """The families whose layers have different heads. Their own functions check these."""
 
 
@@ -86,7 +88,7 @@ def _dimensions(numbers: MetadataNumbers) -> dict[str, Any]:
     most = {
         "num_hidden_layers": len(file.tensors),
         "num_key_value_heads": heads,
-        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon"), 1),
+        **dict.fromkeys(("rms_norm_eps", "layer_norm_eps", "norm_epsilon", "norm_eps"), 1),
         "max_position_embeddings": 1 << 40,
         "rope_theta": 1e12,
         "rope_local_base_freq": 1e12,

@@ -61,7 +61,7 @@ def in_column_order(
 
 def gguf_shape(name: str, shape: tuple[int, ...], config: dict[str, Any]) -> tuple[int, ...]:
     """Return a tensor's shape in GGUF, given its shape in mlx-lm."""
-    if name.endswith("ssm_conv1d.weight"):
+    if name.endswith(("ssm_conv1d.weight", "shortconv.conv.weight")):
         return shape[:2]
     if name.endswith((".ssm_a", ".ssm_d")) and config["model_type"] == "granitemoehybrid":
         return (*shape, 1)
