@@ -210,8 +210,7 @@ def test_a_family_is_shown_whole_and_its_largest_that_fits_in_detail(
     plan.main(["qwen3.5", "gpt", "--memory", "32GB", "--max-seq-length", "512"])
     said = capsys.readouterr().out
     assert [line.split()[0] for line in said.splitlines()[2:9]] == [
-        "qwen3.5-0.8b", "qwen3.5-2b", "qwen3.5-4b", "qwen3.5-9b", "qwen3.5-27b", "qwen3.5-35b-a3b",
-        "gpt-oss-20b",
+        *(f"qwen3.5-{size}" for size in ("0.8b", "2b", "4b", "9b", "27b", "35b-a3b")), "gpt-oss-20b",
     ]  # fmt: skip
     assert "qwen3.5-35b-a3b 19.50 GB does not fit" in said
     assert "gpt-oss-20b, 8 rows x 512 tokens: fits with checkpointing" in said
