@@ -118,8 +118,8 @@ def test_a_gpu_that_fails_in_a_sweep_or_an_evaluation_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError(HELD_UP)
 
-    for module in ("sweep.sweep", "training.evaluate"):
-        monkeypatch.setattr(import_module(f"mlx_loraplus.{module}"), "score", fail)
+    for module, name in (("sweep.sweep", "score_trial"), ("training.evaluate", "score")):
+        monkeypatch.setattr(import_module(f"mlx_loraplus.{module}"), name, fail)
     with pytest.raises(ml.DeviceError, match="caffeinate -i"):
         ml.sweep_rates(model, tokenizer, data=data, adapter_path=str(tmp_path / "sweep"))
     with pytest.raises(ml.DeviceError, match="caffeinate -i"):

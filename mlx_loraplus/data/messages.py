@@ -130,8 +130,10 @@ def read_chat(chat: object, name: str) -> Chat:
         message = _to_openai(fields, place)
         role = message["role"]
 
-        # A prompt in generation has no empty system message.
-        if role == "system" and not message["content"].strip():
+        # A prompt in generation has no empty system message. Other fields, such as the tools of
+        # Phi 4 mini, make it one that is not empty.
+        is_plain = message.keys() <= {"role", "content"}
+        if role == "system" and is_plain and not message["content"].strip():
             notes.append("empty system messages are left out")
             continue
         messages.append(message)

@@ -209,6 +209,10 @@ def test_adapters_of_several_ranks_train_and_resume(place: Place):
     a, b = (weights[f"{path}.{leaf}"] for leaf in ("lora_a", "lora_b"))
     weights |= {f"{path}.lora_a": np.tile(a, (1, 2)), f"{path}.lora_b": np.tile(b, (2, 1))}
     save_file(weights, file)
+    config = place.folder / "saved" / "adapter_config.json"
+    stored = json.loads(config.read_text())
+    stored["lora_parameters"]["rank"] = 8
+    config.write_text(json.dumps(stored))
 
     # The run's rank is the largest one, and the scale stays.
     settings = {"iters": 3, "dropout": 0.0, **base}
