@@ -67,9 +67,9 @@ def _advice_on_answers(run: Run, found: Verdict) -> Advice | None:
     Return None if the answers give no reason for advice; then the trend of the loss decides.
     """
     # The loss of pairs can fall because both answers become less likely.
-    fall = fall_of_chosen(run)
+    fall = fall_of_chosen(run.history)
     if fall is not None:
-        return Advice(f"{fall}: {remedy_for_fall(run)}")
+        return Advice(f"{fall}: {remedy_for_fall(run.config.objective.objective)}")
 
     problem = shortfall(run, found)
     if problem is not None:
@@ -192,9 +192,8 @@ def lower_rate_command(run: Run) -> str | None:
     return f"mlx_loraplus.train -c {settings}{model} --adapter-path {folder} --learning-rate {rate}"
 
 
-def remedy_for_fall(run: Run) -> str:
+def remedy_for_fall(objective: str) -> str:
     """Return what keeps the chosen answers likely, by objective."""
-    objective = run.config.objective.objective
     if objective == "orpo":
         return "try a lower --learning-rate or --orpo-lambda"
     remedies = "a lower --learning-rate"

@@ -165,7 +165,7 @@ def _result(run: Run, found: Verdict, start: str, lower: str) -> str:
         if problem is not None:
             text = f"The validation loss is {lower} lower than that of {start}, but {problem}."
 
-    if fall_of_chosen(run) is not None:
+    if fall_of_chosen(run.history) is not None:
         text += " But the chosen answers have become less likely."
     return text
 

@@ -275,14 +275,14 @@ def took_effect(run: "Run") -> bool:
     return not skipped or skipped < run.progress.step
 
 
-def fall_of_chosen(run: "Run") -> str | None:
+def fall_of_chosen(history: Sequence[Event]) -> str | None:
     """Return a clause saying that the chosen validation answers became less likely, or None.
 
     An objective can be minimized by making both answers less likely, the rejected ones faster.
     """
     # Labeled answers may all be of one kind, and then have no margin.
     names = {"valid_logp_chosen", "valid_reward_margin"}
-    events = [event for event in run.history if names <= event.keys()]
+    events = [event for event in history if names <= event.keys()]
     if not events:
         return None
 

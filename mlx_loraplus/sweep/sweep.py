@@ -79,7 +79,6 @@ class _Search:
     sweep: Sweep
     model: nn.Module
     examples: TrialExamples
-    untrained: float  # the validation loss before training
     identity: Mapping[str, Any]
     log: Log
     deadline: float  # seconds of time.perf_counter
@@ -133,7 +132,8 @@ class _Search:
             f"sweep: {rounds}up to {counted(finals, 'trial')} of {counted(full_steps, 'step')};"
             f" in all up to {counted(self.planned, 'step')}, as many as {runs:.1f} full runs"
         )
-        self.log(f"sweep: the validation loss before training is {self.untrained:.4f}")
+        untrained = self.sweep.before["valid_loss"]
+        self.log(f"sweep: the validation loss before training is {untrained:.4f}")
         if self.sweep.trials:
             self.log(f"resume: {counted(len(self.sweep.trials), 'trial')} already ended")
 
@@ -176,7 +176,8 @@ class _Search:
             "steps_per_report": max(1, steps // 10),
         }
         run = run_config_of(config, **changes)
-        trial, outcome = run_trial(self.model, run, self.examples, untrained=self.untrained)
+        untrained = self.sweep.before["valid_loss"]
+        trial, outcome = run_trial(self.model, run, self.examples, untrained=untrained)
         if outcome != "finished":
             raise _Stopped(outcome)
 
@@ -262,7 +263,7 @@ def sweep_rates(
     splits: dict[SplitName, Examples] = {"train": examples.train, "valid": examples.valid}
     session = Session(Run(run), tokenizer, splits, None, ALONE, log, [])
     add_reference(model, session, identity["model"])
-    untrained = score_trial(start, find_trunk_and_head(start), examples.valid, run)["valid_loss"]
+    before = {"step": 0, **score_trial(start, find_trunk_and_head(start), examples.valid, run)}
     del start  # each trial loads the adapter again
     deadline = math.inf
     if config.max_minutes:
@@ -271,8 +272,8 @@ def sweep_rates(
     # Run the trials, and write what they found.
     default = Point.of(run)
     with locked(Path(config.adapter_path)):
-        sweep = Sweep(config, default, start_sweep_folder(config, identity))
-        search = _Search(sweep, model, examples, untrained, identity, log, deadline)
+        sweep = Sweep(config, default, start_sweep_folder(config, identity), before=before)
+        search = _Search(sweep, model, examples, identity, log, deadline)
         search.run(_grid(config, default))
         write_findings(sweep)
     return sweep

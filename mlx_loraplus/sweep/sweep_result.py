@@ -16,9 +16,10 @@ from ..command_config import SweepConfig
 from ..errors import counted
 from ..pages.pages import render_notebook
 from ..rich_display import RichDisplay
+from ..runs.advice import remedy_for_fall
 from ..runs.matplotlib_plots import Plot
-from ..runs.state import Outcome
-from ..runs.verdict import percent
+from ..runs.state import Event, Outcome
+from ..runs.verdict import fall_of_chosen, percent
 from ..userpaths import shell_word
 from .heatmap import Heatmap
 from .trial import Point, Trial
@@ -38,6 +39,7 @@ class Sweep(RichDisplay):
     default: Point  # the baseline to beat
     trials: list[Trial] = field(default_factory=list)  # in the order they were run
     outcome: Outcome = "interrupted"  # or "out of time", which can be resumed; or "finished"
+    before: Event = field(default_factory=dict[str, Any])  # the scores before training
 
     def finalists(self) -> dict[Point, list[float]]:
         """Return each point of the last round → its losses by seed, the best point first.
@@ -132,9 +134,24 @@ class Sweep(RichDisplay):
             f"({self.default}); the noise is {noise:.4f}"
         )
 
-    def edges(self) -> list[str]:
-        """Return a line for each setting whose best value lies at the edge of the grid."""
+    def fall_of_chosen(self) -> str | None:
+        """Return a clause saying that the best point made the chosen answers less likely, or None.
+
+        Such a point may have the lowest loss of an objective that compares answers.
+        """
+        for trial in self.trials:
+            if trial.point == self.best and trial.steps == self.config.iters:
+                fall = fall_of_chosen([self.before, *trial.history])
+                if fall is not None:
+                    return fall
+        return None
+
+    def advice(self) -> list[str]:
+        """Return lines on what to try next: lower rates, or values beyond the edge of the grid."""
         lines: list[str] = []
+        if (fall := self.fall_of_chosen()) is not None:
+            remedy = remedy_for_fall(self.config.objective.objective)
+            lines.append(f"with {self.best}, {fall}: {remedy}")
         for name, tried in self._values_at_an_edge().items():
             best = getattr(self.best, name)
             end, better = ("lowest", "lower") if best == tried[0] else ("highest", "higher")
@@ -172,8 +189,11 @@ class Sweep(RichDisplay):
         for name in ("learning_rate", "lr_ratio"):
             tried = sorted({getattr(trial.point, name) for trial in self.trials})
 
-            # A setting with only one value has no edge.
-            if len(tried) > 1 and getattr(self.best, name) in (tried[0], tried[-1]):
+            # A setting with only one value has no edge. If the best point makes the chosen answers
+            # less likely, higher values would do so even more.
+            best = getattr(self.best, name)
+            at_top = best == tried[-1] and self.fall_of_chosen() is None
+            if len(tried) > 1 and (best == tried[0] or at_top):
                 edges[name] = tried
         return edges
 
@@ -253,7 +273,7 @@ class Sweep(RichDisplay):
             table.add_row(*numbers, ", ".join(remarks))
 
         title = f"the last round, after {counted(self.config.iters, 'step')}"
-        lines = [self.verdict(), *self.edges(), self.cost()]
+        lines = [self.verdict(), *self.advice(), self.cost()]
         if wider := self.widen_command():
             lines.append(f"wider: {wider}")
         return Group(*self.heatmaps(), title, table, *lines)

@@ -94,7 +94,7 @@ class Trial:
     seconds: float
     done: int  # steps made; fewer than planned if the trial was cut
     history: list[Event] = field(default_factory=list, repr=False, compare=False)
-    """Reports, and validations during training."""
+    """Reports and validations."""
 
 
 @dataclass(frozen=True)
@@ -206,10 +206,10 @@ def run_trial(
             valid = examples.valid if validate_during else ()
             outcome = train(state, valid, config, report=callback, save=lambda: None)
             if outcome == "finished":
-                if validate_during:
-                    scores = [event for event in history if "valid_loss" in event][-1]
-                else:
+                if not validate_during:
                     scores = score_trial(model, state.trunk_and_head, examples.valid, config)
+                    history.append({"step": state.schedule.steps, **scores})
+                scores = [event for event in history if "valid_loss" in event][-1]
                 loss = scores["valid_loss"]
                 accuracy = _accuracy(state, examples.valid, config, scores)
                 finish()

@@ -172,10 +172,10 @@ def chosen_checker(session: Session) -> OnEvent:
         if has_warned or "valid_logp_chosen" not in event:
             return
 
-        fall = fall_of_chosen(session.run)
+        fall = fall_of_chosen(session.run.history)
         if fall is not None:
             has_warned = True
-            remedy = remedy_for_fall(session.run)
+            remedy = remedy_for_fall(session.config.objective.objective)
             session.log(f"warning: at step {event['step']} {fall}: {remedy}")
 
     return check_chosen

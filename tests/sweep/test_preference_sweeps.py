@@ -92,6 +92,11 @@ def test_a_trial_of_each_objective_is_the_run_that_train_makes(
     (trial,) = [trial for trial in found.trials if trial.point == found.best]
     assert run.losses("valid_loss")[-1][1] == pytest.approx(trial.loss, rel=1e-6)
 
+    # What shows whether the chosen answers become less likely is stored.
+    logps = [logp for _, logp in run.losses("valid_logp_chosen")]
+    seen = [event["valid_logp_chosen"] for event in (found.before, trial.history[-1])]
+    assert seen == pytest.approx([logps[0], logps[-1]], rel=1e-6)
+
     # The accuracy is that of evaluate, and is shown.
     model, tokenizer = ml.load(run.folder)
     data = str(place / ("labeled" if objective == "kto" else "pairs"))
@@ -119,6 +124,27 @@ def test_the_table_and_the_page_show_which_answers_are_preferred(objective: str,
     assert ("preferred" in text) is is_shown
 
 
+@pytest.mark.parametrize(("logp", "is_worse"), [(-9.0, False), (-30.0, True)])
+def test_a_best_point_that_makes_chosen_answers_unlikely_asks_for_no_higher_rate(
+    logp: float, is_worse: bool
+):
+    after = {"step": 6, "valid_logp_chosen": logp, "valid_reward_margin": 2.0}
+    points = [Point(rate, 4.0, 8, 16.0) for rate in (1e-4, 4e-4)]
+    trials = [
+        Trial(point, 6, 0, 0.5 - point.learning_rate, 1.0, 1.0, 6, [after]) for point in points
+    ]
+    config = configure(SweepConfig, {"iters": 6, "objective": "dpo"})
+    before = {"step": 0, "valid_logp_chosen": -10.0, "valid_reward_margin": 0.0}
+    found = Sweep(config, points[0], trials, "finished", before)
+    told = " ".join(found.advice())
+    assert found.best == points[1]
+    assert ("so a higher one may be better" in told) is not is_worse
+    assert ("than before training (log-probability -10.0 -> -30.0)" in told) is is_worse
+    assert ("try a lower --learning-rate, a higher --beta" in told) is is_worse
+    assert (found.widen_command() is None) is is_worse
+    assert ("less likely than before training" in sweep_page(found).decode()) is is_worse
+
+
 def test_labels_of_one_kind_have_no_pairs_to_rank(place: Path, tmp_path: Path):
     row = {"prompt": "1 + 1 =", "completion": " 2", "label": True}
     rows = [row | {"prompt": f"1 + {number} ="} for number in range(8)]
@@ -138,7 +164,8 @@ def test_a_trial_that_diverges_is_cut(place: Path, tmp_path: Path):
 
 def test_losses_that_vary_from_pair_to_pair_cut_no_trial(place: Path, tmp_path: Path):
     found = sweep(place, tmp_path, objective="simpo", batch_size=1, seeds=2, iters=18)
-    losses = [event["loss"] for trial in found.trials for event in trial.history]
+    events = [event for trial in found.trials for event in trial.history]
+    losses = [event["loss"] for event in events if "loss" in event]
     assert max(losses) > 1.5 * 1.21, "the loss before training is 1.20"
     assert [trial.done for trial in found.trials] == [18] * len(found.trials)
 

@@ -245,7 +245,7 @@ def test_a_best_value_at_an_edge_asks_for_wider_ones():
         Trial(point, 6, 0, 1.0 + abs(number - 1), 0, 1.0, 6) for number, point in enumerate(points)
     ]
     sweep = Sweep(SweepConfig(iters=6, adapter_path="found"), points[0], trials, "finished")
-    (line,) = sweep.edges()
+    (line,) = sweep.advice()
     assert (
         line
         == "the best learning_rate, 0.0001, is the lowest one tried, so a lower one may be better still"
@@ -267,7 +267,7 @@ def test_a_best_value_at_an_edge_asks_for_wider_ones():
 
     # A best value within the grid needs nothing more.
     sweep.trials = [*trials, Trial(Point(5e-5, 4.0, 8, 16.0), 6, 0, 9.0, 0, 1.0, 6)]
-    assert sweep.edges() == []
+    assert sweep.advice() == []
     assert sweep.widen_command() is None
 
 
