@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from mlx_lm.models import stablelm
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import pre_tokenizers
 
@@ -128,9 +129,13 @@ def test_what_a_lora_can_not_express_is_told(
     assert not list(tmp_path.iterdir())
 
 
-def test_another_architecture_is_told(tiny: TinyModel, tmp_path: Path):
-    model = adapted(tiny("cohere"))
-    model.model_type = "stablelm"
+def test_another_architecture_is_told(tmp_path: Path):
+    args = stablelm.ModelArgs(
+        "stablelm", vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=1,
+        num_key_value_heads=2, intermediate_size=32, rope_theta=1e4, use_qkv_bias=False,
+        partial_rotary_factor=0.5, layer_norm_eps=1e-5,
+    )  # fmt: skip
+    model = adapted(stablelm.Model(args))
     with pytest.raises(ModelError, match="stablelm can't be written as GGUF here, allowed are "):
         write_lora(model, tmp_path / "adapter.gguf")
 
