@@ -255,9 +255,11 @@ def check_not_peft(folder: Path) -> None:
     Raises:
         AdapterError: It was; the message says how to convert it.
     """
-    if "peft_type" in _stored_json(folder):
+    stored = _stored_json(folder)
+    if "peft_type" in stored:
         raise AdapterError(
-            f"{folder} holds an adapter in PEFT's format: convert it first, with"
+            f"{folder} holds an adapter in PEFT's format: convert it first (with --model, if its"
+            f" base {stored.get('base_model_name_or_path')} has another name or place here), with"
             f" mlx_loraplus.export --from peft --adapter-path {folder} --save-path imported"
         )
 

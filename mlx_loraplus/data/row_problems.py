@@ -44,7 +44,7 @@ def explain_line(line: bytes, error: json.JSONDecodeError) -> BadRowError:
     if is_lfs_pointer(line):
         return BadRowError(f"the file is {LFS_ADVICE}")
 
-    details = f"({error.msg} at column {error.colno})"
+    details = f"({error.msg.removesuffix(' at')} at column {error.colno})"
     if line.strip().startswith(b"[{"):
         details += (
             ": if the file is one JSON array, name it .json; otherwise write each row on one line"
@@ -53,4 +53,6 @@ def explain_line(line: bytes, error: json.JSONDecodeError) -> BadRowError:
         details = "(a row over several lines): write each row on one line"
     elif line.strip().endswith(b"},"):
         details = "(a comma after the row): remove the commas between rows"
+    elif line.startswith(b"{") and not line.rstrip().endswith(b"}"):
+        details += ": the row is cut off; complete it, or remove it"
     return MissingFieldsError(f"not JSON {details}")

@@ -44,6 +44,7 @@ SUFFIXES = (*READERS, DOCUMENT)
 STORED_ROWS = "python"
 _STORED_NAME = re.compile(r"(\d+)-rows-[0-9a-f]{16}")
 
+_WHAT_TO_GIVE = "; give a folder that contains train.jsonl, a file, or a hub id"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -172,10 +173,7 @@ def _find_source(name: str, names: Sequence[str]) -> Source:
     is_file_name = Path(name).suffix.lower() in SUFFIXES
     if _HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file_name:
         return _dataset_source(name, _load_dataset_dict(name))
-    raise DataError(
-        f"data not found: {name!r}{missing_hint(name)}; give a folder that contains train.jsonl, a"
-        " file, or a hub id"
-    )
+    raise DataError(f"data not found: {name!r}{missing_hint(name)}{_WHAT_TO_GIVE}")
 
 
 def _find_local(name: str, names: Sequence[str]) -> Source | None:
@@ -359,10 +357,12 @@ def _load_dataset_dict(name: str, folder: Path | None = None) -> Any:
     # Errors of the network, the server and the repository's files have no common base class
     except Exception as error:  # noqa: BLE001
         reason = " ".join(str(error).split()) or type(error).__name__
-        problem = "can't be loaded as a saved data set"
+        problem, advice = "can't be loaded as a saved data set", ""
         if folder is None:
             problem = "is not a local file or folder, and can't be loaded from the Hugging Face hub"
-        raise DataError(f"{name!r} {problem}: {reason:.300}{missing_hint(name)}") from None
+            advice = _WHAT_TO_GIVE
+        message = f"{name!r} {problem}: {reason:.300}{missing_hint(name)}{advice}"
+        raise DataError(message) from None
 
 
 def _dataset_source(name: str, dataset: Any) -> Source:

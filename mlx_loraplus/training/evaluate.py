@@ -315,6 +315,11 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     # Find the run's adapter, or the model if its weights were trained.
     folder, weights = adapter_files(Path(config.adapter_path))
     is_full = is_model_folder(folder)
+    if is_full and not stored:
+        raise AdapterError(
+            f"{config.adapter_path} holds a model, and no run.yaml: --test scores a run beside its"
+            " base; give the folder of a run"
+        )
     check_not_peft(folder)
     if not is_full and not (folder / weights).is_file():
         raise AdapterError(

@@ -130,7 +130,7 @@ def check_length(progress: Progress, steps: int) -> None:
     if progress.step > steps:
         raise ConfigError(
             f"the run has trained {counted(progress.step, 'step')}, more than the {steps:,} that"
-            f" are asked for: leave iters and epochs out, or give at least iters {progress.step}"
+            f" are asked for: leave iters and epochs out, or give iters above {progress.step}"
         )
 
 

@@ -153,7 +153,7 @@ CASES = [
           ("has a mistake", "mistaken-template", "fails for every chat at line 2"),
           ("calls what does not exist", "calling-template", "fails for every chat at line 1 ('say' is undefined)"),
           ("is empty", "empty-template", "is empty"),
-          ("writes no message", "silent-template", "writes none of a chat's messages"))),
+          ("writes no message", "silent-template", "renders none of a chat's messages"))),
     Case("rows: a template that has a mistake, generate", "generate --prompt zork --model ../models/mistaken-template",
          shows=("fails for every chat at line 2",)),
     Case("rows: a template that has a mistake, chat", "chat --model ../models/mistaken-template", stdin="zork\n",
