@@ -30,7 +30,7 @@ from .fuse_quality import (
     sample_examples,
 )
 from .fused_layer import is_quantized
-from .whole_model import copy_model, whole_model_of
+from .whole_model import copy_model, note_if_plain, whole_model_of
 from .written_files import MODEL, check_files_and_folders, kept_files_note
 
 
@@ -129,12 +129,6 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     sizes = f"{size / 1e9:.2f} → {written / 1e9:.2f} GB"
     log(f"fused {' and '.join(weights)} into {name}: {save_path} ({sizes})")
     log(f"try it: mlx_loraplus.generate --model {shell_word(config.save_path)} --prompt '...'")
-
-
-def note_if_plain(model: nn.Module, name: str, log: Callable[[str], None]) -> None:
-    """Report that ``--dequantize`` has no effect on a model without quantized layers."""
-    if not any(map(is_quantized, model.modules())):
-        log(f"note: --dequantize changes nothing, because no weight of {name} is quantized")
 
 
 def renamed_weights_note(base: Path, fused: Path) -> str | None:

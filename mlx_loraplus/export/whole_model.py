@@ -68,10 +68,9 @@ def copy_model(config: FuseConfig, folder: Path, log: Callable[[str], None]) -> 
     vision = find_vision(model, folder, keep=config.keep_vision, log=log)
 
     # Quantize it, and compare the answers before and after.
-    is_quantized_already = any(map(is_quantized, model.modules()))
-    is_rounded = config.bits != "auto" and not is_quantized_already
-    if config.dequantize and not is_quantized_already:
-        log(f"note: --dequantize changes nothing, because no weight of {folder} is quantized")
+    is_rounded = config.bits != "auto" and not any(map(is_quantized, model.modules()))
+    if config.dequantize:
+        note_if_plain(model, str(folder), log)
     if not is_rounded and (config.data or config.sample_tokens):
         log("note: no weight is rounded, so the answers are not compared")
     run = data_settings(config, [folder], log) if is_rounded else None
@@ -125,3 +124,9 @@ def write_model_repository(
     base = public_name(str(source) if run is None else run.config.model)
     card: ModelCard = model_card(base, licence_of(base), repo_id, run, ["model"])
     card.save(folder / "README.md")
+
+
+def note_if_plain(model: nn.Module, name: str, log: Callable[[str], None]) -> None:
+    """Report that ``--dequantize`` has no effect on a model without quantized layers."""
+    if not any(map(is_quantized, model.modules())):
+        log(f"note: --dequantize changes nothing, because no weight of {name} is quantized")
