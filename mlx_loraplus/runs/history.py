@@ -58,7 +58,7 @@ from ..files import read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
-from .state import COMPLETE, Event, Outcome, Progress
+from .state import COMPLETE, Event, Outcome, Progress, count_skipped
 from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
@@ -135,6 +135,7 @@ class Run:
             last["step"],
             best_step=last.get("best_step"),
             best_loss=last.get("best_loss"),
+            **count_skipped(history),
             seconds=_seconds_in_steps(history),
         )
         return cls(config, history, progress, start["steps"])
