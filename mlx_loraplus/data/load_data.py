@@ -118,7 +118,7 @@ def load_data(
     encoding = EncodingSettings(tokenizer, settings.train_on, names, log, make)
     for split in SPLITS:
         if split in wanted:
-            report = SplitReport(settings.max_seq_length, settings.on_long)
+            report = SplitReport(settings.max_seq_length, settings.on_long, settings.on_bad)
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoding, config.objective, report)
 

@@ -6,13 +6,14 @@ meaning only with a new schema number. Times are in seconds, memory is in 10^9 b
 in nats per supervised token, or per pair or labeled answer.
 
 ============  ====================================================================================
-start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions; train and valid
-              {examples, tokens, supervised}; adapter (what trains, as text); memory {weights_gb,
-              planned_gb (the peak, measured if steps were timed), available_gb}, null without a
-              plan; modules (paths, in the order of the norms below); prompts [{prompt, expected}];
-              probes (what was found out about the model: gated_mlps {path: gate}, head,
-              takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
-              cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
+start, once   schema, started (ISO 8601, UTC), steps (planned), batch_rows (of a full batch),
+              model, versions; train and valid {examples, tokens, supervised}; adapter (as text);
+              memory {weights_gb, planned_gb (the peak, measured if steps were timed),
+              available_gb}, null without a plan; modules (paths, in the order of the norms
+              below); prompts [{prompt, expected}]; probes (what was found out about the model:
+              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound); choices (how a step is
+              computed: choices {attention, cross_entropy, slice_bytes, delta_rule},
+              grad_checkpoint, compiled);
               self_check (what it found, if it was made); found_rate (the search for the learning
               rate, if it was made: rate, default, method, critical, tried [{rate, change}], steps,
               seconds, reason); reference (a digest, with objective dpo, ipo and kto);

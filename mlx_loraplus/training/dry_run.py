@@ -39,7 +39,7 @@ from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
-from .make_batches import plan_batches
+from .make_batches import note_few_rows, plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
     check_length,
@@ -167,6 +167,7 @@ def _describe_run(
     A run that would be resumed from a checkpoint keeps its first choices.
     """
     assert data.plan is not None
+
     # Check what depends on the run's length.
     batches = plan_batches(data.data.examples["train"], data.config.data, data.config.seed)
     schedule = schedule_of(data.config, batches.per_epoch)
@@ -182,7 +183,8 @@ def _describe_run(
     yield "model", config.model
     if config.resume_adapter_file is not None and not config.resume:
         yield "start", f"from the adapter in {config.resume_adapter_file}"
-    batch = config.data.batch_size * config.grad_accumulation_steps
+    batch = batches.full_rows * config.grad_accumulation_steps
+    note_few_rows(batches, config, found.warnings.append)
     optimizer = config.optimizer
     assert config.steps_per_report is not None
     assert config.steps_per_eval is not None
@@ -220,9 +222,8 @@ def _describe_run(
         yield "memory", line.removeprefix("plan: ")
     if plan is not None and checkpoints_blocks is not None:
         left = max(0, schedule.steps - done)
-        tokens = (
-            data.plan.useful_tokens * schedule.batches / batches.per_epoch * left / schedule.steps
-        )
+        epochs = schedule.batches / batches.per_epoch
+        tokens = data.plan.useful_tokens * epochs * left / schedule.steps
         timed = replace(config, grad_checkpoint="on" if checkpoints_blocks else "off")
         measure = partial(_seconds_per_token, timed, batches, load_model, found.warnings.append)
         yield "time", _time(timed, measure, plan.sizes, tokens, left, found)
@@ -318,7 +319,8 @@ def _seconds_per_token(
     optimizer.init(model, trainable.groups)
 
     # Make two steps, because the first one also compiles; and more if steps are skipped.
-    most = min(config.max_skipped_steps, _MOST_SKIPPED)
+    run_steps = schedule_of(config, batches.per_epoch).steps
+    most = min(config.max_skipped_steps, run_steps, _MOST_SKIPPED)
     steps, per_step = max(2, most), config.grad_accumulation_steps
     state = TrainState(
         model,
