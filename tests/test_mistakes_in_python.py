@@ -105,7 +105,7 @@ PYTHON = [
     ("evaluate('run', data='sums')", "model, tokenizer = mlx_loraplus.load('run') loads both"),
     # splits
     ("finetune(model, tokenizer, data={'test': [{'text': 'a'}]})", "no training rows, only test; training rows have the key 'train'"),
-    ("evaluate(model, tokenizer, data={'test': [{'text': 'a'}]})", "data from Python has no valid rows: add a valid file, or evaluate on train or test"),
+    ("evaluate(model, tokenizer, data={'test': [{'text': 'a'}]})", "data from Python has no valid rows: give data={\"valid\": rows}, because rows without"),
     ("finetune(model, tokenizer, train_dataset='sums')", "(did you mean 'data'?)"),
     ("finetune(model, tokenizer, rows='sums')", "(did you mean 'data'?)"),
     # lists in one text

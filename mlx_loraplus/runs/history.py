@@ -59,7 +59,7 @@ from ..files import read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
-from .state import COMPLETE, Event, Outcome, Progress, count_skipped
+from .state import COMPLETE, Event, Outcome, Progress, progress_of
 from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
@@ -129,17 +129,10 @@ class Run:
                 f"{path} holds no complete run: {error}; give a run's folder"
             ) from None
 
-        # The first event has the planned steps, and the last event has the steps made.
-        start, last = history[0], history[-1]
+        # The first event has the planned steps.
+        start = history[0]
         _check(start, _START, f"{path / HISTORY}:1 is not the start of a run")
-        progress = Progress(
-            last["step"],
-            best_step=last.get("best_step"),
-            best_loss=last.get("best_loss"),
-            **count_skipped(history),
-            seconds=_seconds_in_steps(history),
-        )
-        return cls(config, history, progress, start["steps"])
+        return cls(config, history, progress_of(history), start["steps"])
 
     @property
     def folder(self) -> Path:
@@ -248,17 +241,6 @@ class Run:
         from .report import fragment
 
         return fragment(self)
-
-
-def _seconds_in_steps(history: Sequence[Event]) -> float:
-    """Return the time that the steps of a history have taken."""
-    last, reports = history[-1], [event for event in history if "loss" in event]
-    if "outcome" in last or not reports:
-        return last.get("seconds", 0.0)
-
-    # The steps since the last report were about as fast.
-    seconds = sum(report["seconds"] for report in reports)
-    return seconds * last["step"] / reports[-1]["step"]
 
 
 def metrics(event: Event) -> dict[str, float]:

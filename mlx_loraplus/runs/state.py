@@ -91,11 +91,31 @@ class Progress:
         return None
 
 
-def count_skipped(history: Sequence[Event]) -> dict[str, int]:
-    """Return how many steps were skipped, in all and in a row at the end, named as in Progress."""
-    steps = [event["step"] for event in history if "skipped" in event]
-    last = history[-1]["step"]
+def progress_of(history: Sequence[Event]) -> Progress:
+    """Return how far a run has come by its history, which lacks the state inside a session."""
+    # The last event has the steps made. Count the skipped ones, and those in a row before it.
+    last = history[-1]
+    skipped = [event["step"] for event in history if "skipped" in event]
     in_a_row = 0
-    while in_a_row < len(steps) and steps[-1 - in_a_row] == last - in_a_row:
+    while in_a_row < len(skipped) and skipped[-1 - in_a_row] == last["step"] - in_a_row:
         in_a_row += 1
-    return {"skipped": len(steps), "skipped_in_a_row": in_a_row}
+
+    return Progress(
+        last["step"],
+        best_step=last.get("best_step"),
+        best_loss=last.get("best_loss"),
+        skipped=len(skipped),
+        skipped_in_a_row=in_a_row,
+        seconds=_seconds_in_steps(history),
+    )
+
+
+def _seconds_in_steps(history: Sequence[Event]) -> float:
+    """Return the time that the steps of a history have taken."""
+    last, reports = history[-1], [event for event in history if "loss" in event]
+    if "outcome" in last or not reports:
+        return last.get("seconds", 0.0)
+
+    # The steps since the last report were about as fast.
+    seconds = sum(report["seconds"] for report in reports)
+    return seconds * last["step"] / reports[-1]["step"]
