@@ -341,7 +341,7 @@ class TrainConfig:
     """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
     max_skipped_steps: Count = 5
     """Stop after this many skipped steps in a row. A step is skipped if the loss or a gradient is
-    not finite."""
+    not finite. A run that skips more than half of its steps fails."""
     parallel: Literal["data", "tensor"] = "data"
     """What several processes (--launch, mlx.launch) divide: each batch's examples (data), or the
     base's weights (tensor)."""

@@ -309,7 +309,7 @@ MISTAKES = [
     ("train -c run", "give a file, such as run/run.yaml"),
     ("train -c nothere.yaml", "the settings in nothere.yaml can't be read"),
     ("train -c run/run.yaml", "--resume continues it, --overwrite replaces it"),
-    ("train --adapter-path run --resume", "because no data is given; take them from the run (-c run/run.yaml)"),
+    ("train --adapter-path run --resume", "because no data is given; for a new run, leave out --resume"),
     ("train -c run/run.yaml --resume --rank 4", "can't resume with other settings: rank 8 -> 4"),
     # values that are missing or too many, and flags of other commands
     ("train --kto-weights 1", "--kto-weights needs 2 values, with a space between them, after it"),

@@ -9,7 +9,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import TrainConfig
 from ..errors import DataError
 from .load_data import load_data
-from .sources import SPLITS, SplitName, describe_sources, find_sources, is_stored
+from .sources import SPLITS, SplitName, describe_sources, find_sources, is_from_python
 from .split_report import SplitReport
 
 
@@ -46,7 +46,7 @@ def _advise_mending(report: SplitReport) -> str:
 
 def _advise_adding(names: Sequence[str], split: SplitName) -> str:
     """Return how to add rows of a split to data that has none."""
-    if any(map(is_stored, names)):
+    if any(map(is_from_python, names)):
         return f'give data={{"{split}": rows}}, because rows without a split are train rows'
 
     # A saved data set is a folder, too, but no files are read from it.
