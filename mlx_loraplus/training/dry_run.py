@@ -348,7 +348,7 @@ def _seconds_per_token(
         if all("skipped" in event for event in events[:most]):
             places = ", ".join(batches[0].places)
             remedy = remedy_for_skipped(Progress(1, skipped=1), f"its rows ({places:.200})")
-            first = "the first step" if most == 1 else f"the first {most} steps"
+            first = "the first step" if most == 1 else f"the first {counted(most, 'step')}"
             raise ConfigError(f"{first} would be skipped, {why}; {remedy}")
         warn(f"warning: the first step would be skipped, {why}")
     reports = [event for event in events if "loss" in event]

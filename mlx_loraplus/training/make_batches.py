@@ -57,7 +57,7 @@ def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
     unit = "packed row" if config.data.pack else f"training {config.objective.unit}"
     has = "a step has"
     if config.grad_accumulation_steps > 1:
-        has = f"each of the {config.grad_accumulation_steps} batches of a step has"
+        has = f"each of the {counted(config.grad_accumulation_steps, 'batch')} of a step has"
     log(
         f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so {has}"
         f" only {rows:,}"
