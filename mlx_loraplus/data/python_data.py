@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
+from .csv_rows import repeated_name
 from .hub_rows import dataset_rows
 from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName
 
@@ -272,8 +273,10 @@ def _rows_of_dataset(data: Any, label: str) -> Iterator[Any]:
 def _rows_of_pandas(data: Any, label: str) -> Iterator[Any]:
     """Return the rows of a pandas.DataFrame, without its index."""
     columns = [str(column) for column in data.columns]
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{label}: two columns have the same name ({', '.join(columns):.200})")
+    if name := repeated_name(columns):
+        raise DataError(
+            f"{label}: two columns have the same name ({name:.200}): rename or drop one of them"
+        )
     values = data.itertuples(index=False, name=None)
     return (dict(zip(columns, row, strict=True)) for row in values)
 
