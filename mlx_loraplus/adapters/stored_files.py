@@ -136,14 +136,14 @@ def _no_folder(path: Path) -> str:
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
-def _no_adapter(config: Path, reason: str) -> str:
+def _no_adapter(config: Path, error: OSError) -> str:
     """Return the message for a folder whose adapter's config can't be read, by what it holds."""
     folder = config.parent
     if files := sorted(folder.glob("*.gguf")):
         return f"{folder} holds no adapter; {_about_gguf(files[0])}"
     if describe_contents(folder).startswith("data"):
         return (
-            f"{folder} holds {describe_contents(folder)}, and no adapter: rows go to --data of"
+            f"{folder} holds no adapter, but {describe_contents(folder)}: rows go to --data of"
             " mlx_loraplus.train; give the folder of a run or an adapter"
         )
 
@@ -151,8 +151,8 @@ def _no_adapter(config: Path, reason: str) -> str:
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
     hint = f", such as {inside[-1]}" if inside else ""
     return (
-        f"{folder} holds no adapter (can't read {config.name}: {reason}): give the folder of a run"
-        f" or an adapter{hint}"
+        f"{folder} holds no adapter (can't read {config.name}: {error.strerror}): give the folder"
+        f" of a run or an adapter{hint}"
     )
 
 
@@ -178,7 +178,7 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
                 f"the run in {path.parent} has saved no adapter yet: wait for its first checkpoint,"
                 f" or if it has ended, mlx_loraplus.train -c {path.parent / RUN_SETTINGS} --resume"
             ) from None
-        raise AdapterError(_no_adapter(path, error.strerror)) from None
+        raise AdapterError(_no_adapter(path, error)) from None
     except pydantic.ValidationError as error:
         problems: list[str] = []
         for detail in error.errors():
