@@ -70,7 +70,7 @@ PYTHON = [
     ("finetune(model, tokenizer, data='sums', rank=True)", "rank must be a number, not True"),
     ("finetune(model, tokenizer, data=['sums'], data_weights=[True])", "data_weights must be a number, not [True]"),
     ("finetune(model, tokenizer, data='sums', target_modules=[])", "target_modules must have at least 1 item"),
-    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True, rank=3)", "with its own settings: mlx_loraplus.train -c run/run.yaml --resume"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True, rank=3)", "give only its own settings (see run/run.yaml)"),
     ("finetune(model, tokenizer, data='sums', launch=2)", "launch is not a setting (it is a flag of the command mlx_loraplus.train alone: leave it out)"),
     ("finetune(model, tokenizer, data='sums', verbosity='quiet')", "verbosity is not a setting (it is a flag of the command"),
     ("find_rate(model, tokenizer, data='sums', resume=True)", "leave out resume"),

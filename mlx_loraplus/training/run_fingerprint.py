@@ -16,9 +16,7 @@ from ..errors import ConfigError, join_problems
 from ..kernels.choices import StepChoices
 from ..memory.measured import MeasuredStep
 from ..models.moved_run_paths import lasting_name, relocated, stored_settings
-from ..runs.history import SETTINGS
 from ..settings import configure, current_names, settings_of
-from ..userpaths import shell_word
 from .model_probes import ModelProbes
 
 # The settings that may change when a run is resumed. Some are paths, which are compared by content.
@@ -165,8 +163,8 @@ def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
     if refused:
         raise ConfigError(
             f"can't resume with other settings: {join_problems(refused)}; for a new run, leave out"
-            " --resume and give another --adapter-path; to continue this run with its own settings:"
-            f" mlx_loraplus.train -c {shell_word(Path(config.adapter_path) / SETTINGS)} --resume"
+            " --resume and give another --adapter-path; to continue this run, give only its own"
+            f" settings (-c {config.adapter_path}/run.yaml)"
         )
     return allowed
 
