@@ -22,6 +22,7 @@ from .config import TrainConfig
 from .errors import ConfigError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
 from .settings import TRAIN_FLAGS, setting_names
+from .spelling import flag_of
 
 _DASHES = "\u2013\u2014\u2212"  # en dash, em dash and minus sign
 _WITH_DASH = re.compile(rf"-*[{_DASHES}][-{_DASHES}]*(?=[A-Za-z])")
@@ -101,7 +102,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         return f"{word!r} is not a flag: leave it out, and write its value alone"
     names = [each for each in names if each not in without_flag]
     if meant := meant_setting(name, names):
-        return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
+        return f"{word!r} is not a flag (did you mean '{flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
         is_prompt = word == SHORT_FLAGS["prompt"]
         other = _OTHER_COMMAND.format("generate")
@@ -116,7 +117,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     if is_other:
         problem = f"{word!r} is {_OTHER_COMMAND.format(owners[0])}"
     if similar := nearest_names(name, names, _ALMOST_EQUAL if is_other else _SIMILAR):
-        meant = " or ".join(repr(_flag_of(other)) for other in similar)
+        meant = " or ".join(repr(flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
 
@@ -169,11 +170,6 @@ def _fields_of(kind: Any) -> Iterator[dataclasses.Field[Any]]:
 def _flag_names(kind: type) -> list[str]:
     """Return the settings of a command that have a flag."""
     return [name for name in setting_names(kind) if name not in positional_words(kind)]
-
-
-def _flag_of(name: str) -> str:
-    """Return the flag of a setting or an option."""
-    return f"--{name.replace('_', '-')}"
 
 
 def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:

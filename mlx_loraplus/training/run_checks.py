@@ -112,12 +112,13 @@ def check_validation(config: TrainConfig, valid: Examples) -> None:
     """
     if config.patience is not None and not valid:
         raise ConfigError(
-            "patience needs validation examples: add a valid.jsonl, or leave out --patience"
+            "patience needs validation examples: add a valid file, give --valid-split 0.25, or"
+            " leave --patience out"
         )
     if config.prompts and not valid:
         raise ConfigError(
-            "prompts are answered at validations, which need examples: add a valid.jsonl, or"
-            " --valid-split"
+            "prompts are answered at validations, which need examples: add a valid file, give"
+            " --valid-split 0.25, or leave --prompts out"
         )
 
 
