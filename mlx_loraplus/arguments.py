@@ -103,8 +103,9 @@ def parse(
     if unknown:
         raise make_argument_error(unknown, arguments, kind, switches)
 
-    # Messages name a setting as the user wrote it.
-    flags -= given.in_file.keys() - given.native.keys()
+    # Messages name a setting as the user wrote it: in the file, or as a flag.
+    if given.file is not None:
+        flags &= {*given.native, *given.translated, *FOREIGN_NAMES}
     return configure(kind, settings_of(parsed.settings), flags=flags), parsed.switches
 
 

@@ -354,7 +354,8 @@ PROGRAMS: Mapping[str, Mapping[str, ForeignSetting]] = {
 }
 """Program → its settings that have another name here, or none."""
 
-FOREIGN_NAMES = frozenset(name for settings in PROGRAMS.values() for name in settings)
+FOREIGN_NAMES = frozenset(name for each in PROGRAMS.values() for name in each) - {"test"}
+"""The settings of all programs, except the one that is only a flag here."""
 
 NESTED = (
     "lora_parameters", "optimizer_config", "lr_schedule", "loftq_config", "hf_dataset",

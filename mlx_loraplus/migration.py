@@ -21,7 +21,7 @@ from .foreign_names import (
 )
 from .mlx_lm_schedule import read_schedule
 from .settings import current_names, setting_names
-from .translation import Translation, shown
+from .translation import Translation, value_text
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
 _PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
@@ -156,7 +156,9 @@ def _unpack(work: Translation) -> None:
             work.ours[name] = value
         elif name not in _USUAL or _number(value) != _USUAL[name]:
             usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
-            work.problems.append(f"optimizer_config: {name} {shown(value)} is not a setting{usual}")
+            work.problems.append(
+                f"optimizer_config: {name} {value_text(value)} is not a setting{usual}"
+            )
 
 
 def _pop_mapping(work: Translation, name: str) -> dict[str, Any]:
@@ -164,7 +166,7 @@ def _pop_mapping(work: Translation, name: str) -> dict[str, Any]:
     value = work.foreign.pop(name, {})
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
-    work.problems.append(f"{name} must hold settings, not {shown(value)}")
+    work.problems.append(f"{name} must hold settings, not {value_text(value)}")
     return {}
 
 
@@ -197,7 +199,7 @@ def _translate_by_table(work: Translation, name: str, value: Any, setting: Forei
     try:
         translated = setting.values[value]
     except (KeyError, TypeError):
-        allowed = setting.note or f"allowed are {', '.join(map(shown, setting.values))}"
+        allowed = setting.note or f"allowed are {', '.join(map(value_text, setting.values))}"
         work.refuse(name, value, allowed)
         return
     if translated is not None:
@@ -234,13 +236,13 @@ def _translate_warmup_ratio(work: Translation, name: str, value: Any) -> None:
         return
     if not isinstance(fraction, float | int) or not 0 < fraction < 1:
         work.problems.append(
-            f"{work.spell(name)} is a fraction of the run, such as 0.1, not {shown(value)}:"
+            f"{work.spell(name)} is a fraction of the run, such as 0.1, not {value_text(value)}:"
             " --warmup takes a number of steps"
         )
     elif not isinstance(iters, int) or iters < 1:
         work.problems.append(
-            f"{work.spell(name)} {shown(value)} needs the number of steps: give --iters N too, or"
-            f" {work.spell('warmup')} in steps instead"
+            f"{work.spell(name)} {value_text(value)} needs the number of steps: give --iters N"
+            f" too, or {work.spell('warmup')} in steps instead"
         )
     else:
         work.put(name, value, {"warmup": math.ceil(fraction * iters)})

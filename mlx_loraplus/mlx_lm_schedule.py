@@ -21,7 +21,7 @@ _ARGUMENTS = {
     "cosine_decay": "[start, steps] or [start, steps, end]",
     "linear_schedule": "[start, end, steps]",
 }
-_ALLOWED = "its names are cosine_decay and linear_schedule"
+_ALLOWED = "cosine_decay and linear_schedule"
 
 
 def read_schedule(value: Any, steps: int | None) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def read_schedule(value: Any, steps: int | None) -> dict[str, Any]:
             instead, with flags.
     """
     name, warmup, (start, length, end) = _read_parts(value)
-    advice = _instead(start if start > 0 else None, _SCHEDULES[name], warmup)
+    is_long = steps is not None and warmup >= steps
+    advice = _instead(start if start > 0 else None, _SCHEDULES[name], 0 if is_long else warmup)
     if start <= 0 or abs(end) > _NEAR_ZERO * start:
         raise ConfigError(f"it goes from {start:g} to {end:g}, and schedules here end at 0{advice}")
 
@@ -64,7 +65,9 @@ def _read_parts(value: Any) -> tuple[str, int, tuple[float, float, float]]:
     numbers = _numbers(arguments)
     start = numbers[0] if numbers and numbers[0] > 0 else None
     if name not in _SCHEDULES:
-        raise ConfigError(f"its name is {name!s:.80}, and here {_ALLOWED}{_instead(start)}")
+        raise ConfigError(
+            f"its name is {name!s:.80}, and only {_ALLOWED} are known{_instead(start)}"
+        )
 
     # The arguments are those of MLX's function.
     if name == "cosine_decay" and len(numbers) == 2:

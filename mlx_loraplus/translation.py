@@ -36,18 +36,18 @@ class Translation:
             here = self.spell(setting)
             if setting in self.ours and self.ours[setting] != translated:
                 self.problems.append(
-                    f"{self.spell(name)} {shown(value)} is {here} {shown(translated)} here, but"
-                    f" {here} is also {shown(self.ours[setting])}: give one of them"
+                    f"{self.spell(name)} {value_text(value)} is {here} {value_text(translated)}"
+                    f" here, but {here} is also {value_text(self.ours[setting])}: give one of them"
                 )
             self.ours[setting] = translated
             self.sources[setting] = name
 
-        made = [f"{self.spell(setting)} {shown(each)}" for setting, each in ours.items()]
+        made = [f"{self.spell(setting)} {value_text(each)}" for setting, each in ours.items()]
         self.report(name, value, ", ".join(made))
 
     def report(self, name: str, value: Any, here: str) -> None:
         """Report what a setting is here."""
-        self.translated.append(f"{self.spell(name)} {shown(value)} → {here}")
+        self.translated.append(f"{self.spell(name)} {value_text(value)} → {here}")
 
     def leave_out(self, name: str, note: str) -> None:
         """Report a setting that changes nothing here."""
@@ -58,7 +58,7 @@ class Translation:
         program = next(key for key, settings in PROGRAMS.items() if name in settings)
         advice = f"leave it out; {note}" if note else "leave it out"
         self.problems.append(
-            f"{program}'s {self.spell(name)} {shown(value)} can't be translated: {advice}"
+            f"{program}'s {self.spell(name)} {value_text(value)} can't be translated: {advice}"
         )
 
     def spell(self, name: str) -> str:
@@ -75,10 +75,10 @@ class Translation:
         return ChainMap(*map(dict, (self.context, self.ours, self.stored))).get(name, default)
 
 
-def shown(value: Any) -> str:
+def value_text(value: Any) -> str:
     """Return a value for a message."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return " ".join(map(shown, value))[:80]
+        return " ".join(map(value_text, value))[:80]
     return f"{value!s:.80}"

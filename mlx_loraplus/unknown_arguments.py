@@ -19,7 +19,7 @@ from .command_config import (
     positional_words,
 )
 from .config import TrainConfig
-from .errors import ConfigError, join_problems, nearest_names
+from .errors import ConfigError, LoRAPlusError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
 from .settings import TRAIN_FLAGS, setting_names
 from .spelling import flag_of
@@ -202,7 +202,25 @@ def _advice_on_path(path: Path, names: Sequence[str]) -> str:
     if "model" in names and (path / "config.json").is_file():
         return f"{follow}, as in --model {path}"
     if "epochs" in names and (path / "run.yaml").is_file():
-        return f"{follow}: -c {path / 'run.yaml'} --resume continues a run"
+        return (
+            f"{follow}: -c {path / 'run.yaml'} --resume continues a run, and --resume-adapter-file"
+            f" {path} starts from its adapter"
+        )
+    if "model" in names and (path / "adapter_config.json").is_file():
+        return _advice_on_adapter(path, names)
     if "data" in names and path.exists():
         return f"{follow}, as in --data {path}"
     return f"{follow} (--help lists them), and text with spaces needs quotes"
+
+
+def _advice_on_adapter(path: Path, names: Sequence[str]) -> str:
+    """Return what to do about the folder of a run or an adapter."""
+    from .adapters.stored_files import recorded_model
+
+    if "resume_adapter_file" in names:
+        return f"to start from its adapter, give --resume-adapter-file {path}"
+    try:
+        model = recorded_model(path)
+    except LoRAPlusError:
+        model = None
+    return f"this command takes a model: give the one of the adapter, --model {model or 'MODEL'}"

@@ -34,7 +34,7 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
     has_valid = any(source.get("valid") for source in sources)
     if has_valid and settings.valid_split:
         raise DataError(
-            "valid_split holds out training rows, but the data already has validation rows: use"
+            "--valid-split holds out training rows, but the data already has validation rows: use"
             " one of them"
         )
     has_train = any("train" in source for source in sources)
@@ -108,7 +108,7 @@ def split_holdout(
     _, groups, sizes = np.unique(conversations, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {fraction} needs rows with at least two different prompts, but there is"
+            f"--valid-split {fraction} needs rows with at least two different prompts, but there is"
             " only one (rows of one conversation count as one): provide a"
             " validation file instead"
         )

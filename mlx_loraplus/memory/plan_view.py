@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.stored_files import check_names_model
+from ..adapters.stored_files import check_names_model, check_not_peft, is_adapter, model_for
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
@@ -226,7 +226,7 @@ def _check_family(word: str) -> None:
     is_model = path.is_file() or (path / "config.json").is_file()
     if path.exists() and not sizes(word):
         check_model_path(word)
-        check_names_model(word)
+        _check_no_run(path)
     if is_model or (not sizes(word) and ("/" in word or word.endswith(".gguf"))):
         raise ConfigError(f"{word!r:.80} is not part of a short name: write --model {word:.80}")
     if word.upper() in ("GB", "G", "MB"):
@@ -235,6 +235,27 @@ def _check_family(word: str) -> None:
         raise ConfigError(
             f"no short name contains {word!r:.40}{nearest(word, sizes())}: a hub id or a folder"
             " goes to --model, and mlx_loraplus.train --list-models prints the names"
+        )
+
+
+def _check_no_run(path: Path) -> None:
+    """Check that a folder, which is no family of models, does not hold a run, adapter or sweep.
+
+    Raises:
+        ConfigError: It does; the message says how to plan such a run.
+        AdapterError: It holds an adapter that must be converted or that names no model.
+    """
+    check_not_peft(path)
+    for file, kind in (("run.yaml", "a run"), ("best.yaml", "a sweep")):
+        if (path / file).is_file():
+            raise ConfigError(
+                f"{path} is {kind}, not a family of models: mlx_loraplus.plan -c {path / file}"
+                " plans with its settings"
+            )
+    if is_adapter(path):
+        raise ConfigError(
+            f"{path} is an adapter, not a family of models: --model {model_for(None, path)} is its"
+            " model"
         )
 
 
