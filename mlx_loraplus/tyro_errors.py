@@ -44,7 +44,7 @@ def unboxed(printed: str) -> str:
     lines = [line.strip("│ ") for line in printed.splitlines()[1:]]
     after_rule = dropwhile(_is_rule, lines)
     before_rule = takewhile(lambda line: not _is_rule(line), after_rule)
-    message = " ".join(line for line in before_rule if line)
+    message = " ".join(line for line in before_rule if line).replace(") .", ").")
 
     # Replace the types, lists and names of arguments in Python's notation.
     for pattern, rewrite in _REWRITES.items():

@@ -67,6 +67,12 @@ def make_argument_error(
         kind: The config of the command.
         switches: The command's other options.
     """
+    for word in arguments:  # such as --pack=yes
+        flag, equals, value = word.partition("=")
+        if equals and value == unknown[0] and flag.startswith("--"):
+            off = flag.replace("--", "--no-", 1)
+            return ConfigError(f"{flag} takes no value, not {value!r}: write {flag}, or {off}")
+
     names = [*argument_names(kind, switches), "help", "help_all", "version"]
     without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.

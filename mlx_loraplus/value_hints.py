@@ -49,7 +49,7 @@ def number_hint(name: str, written: str, *, whole: bool) -> str:
         return (
             f" (it counts steps: --warmup-ratio {meant:g} with --iters N is a fraction of the run)"
         )
-    if meant is None or (whole and not meant.is_integer()):
+    if meant is None or (whole and (not meant.is_integer() or "%" in written)):
         return f" (such as {example_of(name, whole=whole)})"
     return f" (write {meant:.0f})" if meant.is_integer() else f" (write {meant:g})"
 

@@ -57,6 +57,15 @@ MORE_MISTAKES = [
     ("generate run 'what is 1 + 1'", "a prompt follows --prompt, as in --prompt 'what is 1 + 1'"),
     ("plan model.gguf", "write --model model.gguf"),
     ("plan tiny", "write --model tiny"),
+    ("plan run", "run is a run, not a family of models: mlx_loraplus.plan -c run/run.yaml plans"),
+    ("plan peft", "peft holds an adapter in PEFT's format"),
+    ("doctor run", "this command takes a model: give the one of the adapter, --model "),
+    ("doctor peft", "this command takes a model: give the one of the adapter, --model tiny"),
+    ("train run", "--resume-adapter-file run starts from its adapter"),
+    ("sweep peft", "to start from its adapter, give --resume-adapter-file peft"),
+    ("{T} --pack=yes", "--pack takes no value, not 'yes': write --pack, or --no-pack"),
+    ("{T} --on-bad=", "--on-bad must be one of drop, error, not ''"),
+    ("{T} --time-limit 1h", "did you mean '--max-minutes'?"),
     ("plan gema-3", "(did you mean 'gemma-3-"),
     # files of settings
     ("train -c percent.yaml", "valid_split must be a valid number, not '10%' (write 0.1)"),
@@ -107,6 +116,9 @@ MORE_MISTAKES = [
     ("fuse run --save-path new.gguf", "export --to gguf writes .gguf files into a folder"),
     ("export run --to gguf --save-path new.gguf", "give --save-path a name without .gguf"),
     ("fuse --model tiny --save-path new", "there is no folder adapters: give the folder of a run"),
+    ("generate run --prompt a --output-dir b", "this command writes nothing"),
+    ("compare run --lr 3", "--lr is --learning-rate here, which this command does not have"),
+    ("sweep --model tiny --data sums --adapter-path new --valid-split 0.5", "--valid-split holds out training rows"),
     ("sweep --adapter-path swept --model tiny --data sums --iters 9 --resume", "trials.jsonl is empty"),
 ]  # fmt: skip
 
