@@ -57,7 +57,6 @@ MORE_MISTAKES = [
     ("generate run 'what is 1 + 1'", "a prompt follows --prompt, as in --prompt 'what is 1 + 1'"),
     ("plan model.gguf", "write --model model.gguf"),
     ("plan tiny", "write --model tiny"),
-    ("plan run", "run is a run, not a family of models: mlx_loraplus.plan -c run/run.yaml plans"),
     ("plan peft", "peft holds an adapter in PEFT's format"),
     ("doctor run", "this command takes a model: give the one of the adapter, --model "),
     ("doctor peft", "this command takes a model: give the one of the adapter, --model tiny"),
