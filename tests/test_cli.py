@@ -54,7 +54,10 @@ def test_bad_data_is_told_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        (["--valid-split", "0.2"], "--valid-split holds out training rows, but the data already has"),
+        (
+            ["--valid-split", "0.2"],
+            "--valid-split holds out training rows, but the data already has",
+        ),
         (["--report-to", "wandb"], "--report-to wandb needs its library"),
     ],
 )
