@@ -207,12 +207,8 @@ def _advice_on_path(path: Path, names: Sequence[str]) -> str:
         return "this command takes one folder"
     if "model" in names and (path / "config.json").is_file():
         return f"{follow}, as in --model {path}"
-    if "epochs" in names and (path / "run.yaml").is_file():
-        return (
-            f"{follow}: -c {path / 'run.yaml'} --resume continues a run, and --resume-adapter-file"
-            f" {path} starts from its adapter"
-        )
-    if "model" in names and (path / "adapter_config.json").is_file():
+    is_run = (path / "run.yaml").is_file() or (path / "adapter_config.json").is_file()
+    if "model" in names and is_run:
         return _advice_on_adapter(path, names)
     if "data" in names and path.exists():
         return f"{follow}, as in --data {path}"
@@ -223,6 +219,11 @@ def _advice_on_adapter(path: Path, names: Sequence[str]) -> str:
     """Return what to do about the folder of a run or an adapter."""
     from .adapters.stored_files import recorded_model
 
+    if "epochs" in names and (path / "run.yaml").is_file():
+        return (
+            f"values follow their flags: -c {path / 'run.yaml'} --resume continues a run, and --resume-adapter-file"
+            f" {path} starts from its adapter"
+        )
     if "resume_adapter_file" in names:
         return f"to start from its adapter, give --resume-adapter-file {path}"
     try:
