@@ -46,6 +46,8 @@ def unboxed(printed: str) -> str:
     before_rule = takewhile(lambda line: not _is_rule(line), after_rule)
     message = " ".join(line for line in before_rule if line).replace(") .", ").")
 
+    message = re.sub(r"(?<![\w-])-\w/(?=--)", "", message)  # the short form of a flag
+
     # Replace the types, lists and names of arguments in Python's notation.
     for pattern, rewrite in _REWRITES.items():
         found = pattern.match(message)

@@ -221,8 +221,8 @@ def _advice_on_adapter(path: Path, names: Sequence[str]) -> str:
 
     if "epochs" in names and (path / "run.yaml").is_file():
         return (
-            f"values follow their flags: -c {path / 'run.yaml'} --resume continues a run, and --resume-adapter-file"
-            f" {path} starts from its adapter"
+            f"values follow their flags: -c {path / 'run.yaml'} --resume continues a run,"
+            f" and --resume-adapter-file {path} starts from its adapter"
         )
     if "resume_adapter_file" in names:
         return f"to start from its adapter, give --resume-adapter-file {path}"
