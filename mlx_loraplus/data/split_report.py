@@ -75,7 +75,7 @@ class SplitReport:
                 f" ({self.cut_tokens:,} lost)"
             )
         if self.drawn is not None:
-            parts.append(f"{counted(self.drawn, 'example')} in an epoch, by data_weights")
+            parts.append(f"{counted(self.drawn, 'example')} in an epoch, by --data-weights")
         return "; ".join(parts + self.dropped_rows())
 
     def dropped_rows(self) -> list[str]:
