@@ -105,7 +105,8 @@ def load(work: Path) -> None:
             row = {key: case[key] for key in ("model", "kind", "case", "notes")}
             row |= attempt(case, str(work / f"merged{number}"), mixed=False)
             if "enable_mixed_moe_lora_format" in (row["error"] or ""):
-                row["mixed"] = attempt(case, str(work / f"merged{number}"), mixed=True)
+                found = attempt(case, str(work / f"merged{number}"), mixed=True)
+                row["mixed"] = {key: found.get(key) for key in ("error", "difference")}
             rows.append(row)
             print(json.dumps(row), flush=True)
     (work / "rows.json").write_text(json.dumps(rows))
