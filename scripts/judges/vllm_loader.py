@@ -108,7 +108,6 @@ def load(work: Path) -> None:
                 found = attempt(case, str(work / f"merged{number}"), mixed=True)
                 row["mixed"] = {key: found.get(key) for key in ("error", "difference")}
             rows.append(row)
-            print(json.dumps(row), flush=True)
     (work / "rows.json").write_text(json.dumps(rows))
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     (work / "versions.json").write_text(json.dumps(versions))

@@ -307,8 +307,8 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
     embeddings = {"target_modules": ("all-linear", "embed_tokens")}
     assert write_peft(adapted("llama", **embeddings), "org/base", tmp_path) == []
     assert (
-        len(write_peft(adapted("gemma3", **embeddings), "org/base", tmp_path)) == 4
-    )  # A and B of both, tied
+        len(write_peft(adapted("gemma3", **embeddings), "org/base", tmp_path)) == 2
+    )  # the embeddings and the head
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,14 @@ def test_vllm_takes_ours_and_its_rules_are_told(tmp_path: Path):
         ("smollm3", ("embed_tokens", "q_proj"), ("lm_head",)),
         ("gpt_oss", ("q_proj",), ("embed_tokens", "lm_head")),
         ("mistral", ("q_proj",), ("embed_tokens", "lm_head")),
-        ("dots1", (), ("q_proj",)),
+        ("dots1", ("q_proj", "embed_tokens"), ("lm_head",)),
+        ("deepseek_v3", ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"), ("kv_b_proj", "lm_head")),
+        ("lfm2", ("in_proj", "out_proj", "w1", "lm_head"), ("conv",)),
+        ("starcoder2", ("c_fc", "c_proj", "embed_tokens"), ("lm_head",)),
+        ("ernie4_5", ("embed_tokens", "lm_head"), ("fc1",)),
+        ("seed_oss", ("embed_tokens",), ("lm_head",)),
+        ("llama4", ("v_proj", "o_proj", "lm_head"), ("q_proj", "k_proj")),
+        ("glm4", ("q_proj", "down_proj"), ("gate_up_proj",)),
     ],
 )
 def test_vllms_modules_depend_on_the_family(
