@@ -74,11 +74,14 @@ def merge(work: Path) -> None:
     for number, case in enumerate(json.loads((work / "cases.json").read_text())):
         base = PEFT["judge_load"](case["base"])
 
-        # PEFT changes a tied head and its embeddings one after the other, so untie them.
+        # PEFT changes a tied head and its embeddings one after the other, so untie them meanwhile.
         head = base.get_output_embeddings()
+        is_tied = head.weight is base.get_input_embeddings().weight
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model = PeftModel.from_pretrained(base, case["adapter"])
-        model.merge_and_unload().save_pretrained(work / f"merged{number}")
+        merged = PeftModel.from_pretrained(base, case["adapter"]).merge_and_unload()
+        if is_tied:
+            merged.get_output_embeddings().weight = merged.get_input_embeddings().weight
+        merged.save_pretrained(work / f"merged{number}")
 
 
 class Placeholder:
