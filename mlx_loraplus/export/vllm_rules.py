@@ -31,7 +31,6 @@ _MORE_MODULES: dict[str, tuple[str, ...]] = {
     "glm4_moe_lite": _LATENT,
     "granitemoehybrid": ("in_proj", "out_proj", "input_linear", "output_linear"),
     "lfm2": ("in_proj", "out_proj"),
-    "llama4": ("router",),
     "phi3": ("qkv_proj", "gate_up_proj"),
     "qwen3_5": _DELTA_NET,
     "qwen3_5_moe": _DELTA_NET,
