@@ -127,25 +127,29 @@ def _tensor_refusals(names: Iterable[str], model_type: str) -> list[str]:
     adapted = adapted_modules(model_type)
 
     # Check each layer, and collect the projections of the experts.
-    problems: dict[str, None] = {}
+    problems: list[str] = []
     stacked: set[str] = set()
     single: set[str] = set()
     for name in names:
         module = name.removeprefix(PREFIX).rpartition(".lora_")[0]
         leaf = module.rpartition(".")[2]
         if not name.startswith(PREFIX) or not name.endswith(endings):
-            problems[f"the tensor {name} is neither a lora_A nor a lora_B"] = None
+            problems.append(f"the tensor {name} is neither a lora_A nor a lora_B")
         elif leaf not in adapted:
-            problems[f"vLLM can't adapt {module} of a {model_type} model"] = None
+            problems.append(f"vLLM can't adapt {module} of a {model_type} model")
         elif leaf in _REORDERED.get(model_type, ()):
-            problems[f"vLLM reorders the rows of {module}, but not those of an adapter on it"] = (
-                None
+            problems.append(
+                f"vLLM reorders the rows of {module}, but not those of its adapter: fuse the"
+                f" adapter, or train without {leaf}"
             )
         elif leaf in _STACKED_NAMES:
             stacked.add(leaf)
         elif re.search(r"\.experts\.\d+\.", module):
             single.add(leaf)
-    return [*problems, *_expert_refusals(stacked, single, model_type)]
+
+    # A layer has two tensors, and one message.
+    problems += _expert_refusals(stacked, single, model_type)
+    return list(dict.fromkeys(problems))
 
 
 def _expert_refusals(stacked: Collection[str], single: Collection[str], kind: str) -> list[str]:
