@@ -4,6 +4,7 @@ import ast
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -70,6 +71,31 @@ def parser_of(template: str, tokenizer: TokenizerWrapper) -> tuple[str, Callable
     if "ythonic" in template:
         return "list of Python calls", _python_call
     return "JSON", _json_call
+
+
+@dataclass
+class WrittenForm:
+    """A call as the text of an answer, and the system message that shows the tools if the template does not."""
+
+    call: str
+    system: str | None
+
+
+def written_form(template: str, call: Call, tools: Sequence[Any]) -> WrittenForm | None:
+    """Return how to write a call into the content for a template that writes no calls, where it is known."""
+    as_json = json.dumps(call, ensure_ascii=False)
+    shown = json.dumps([tool["function"] for tool in tools])
+    if "SmolLM" in template:
+        return WrittenForm(f"<tool_call>\n{as_json}\n</tool_call>", f"<tools>{shown}</tools>")
+    if "<|tool|>" in template:
+        return WrittenForm(f"<|tool_call|>[{as_json}]<|/tool_call|>", f"<|tool|>{shown}<|/tool|>")
+    if "available_tools" in template:
+        return WrittenForm(f"<|tool_call|>[{as_json}]", None)
+    if "List of tools: " in template:
+        values = ", ".join(f"{name}={value!r}" for name, value in call["arguments"].items())
+        python = f"{call['name']}({values})"
+        return WrittenForm(f"<|tool_call_start|>[{python}]<|tool_call_end|>", None)
+    return None
 
 
 TOOLS_FOR_PARSER: list[Any] = []
