@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  DeepSeek writes marks with wide bars
 """What the chat templates of model families need from a tokenizer, and what reads their calls of tools."""
 
 import ast
