@@ -127,7 +127,9 @@ def _thought_forms(
     if block.is_own and (not block.is_usual or has_other_tags):
         forms.append("inline")
     forms += ["given", "key", "inline"]
-    return [*forms, *(["key or before"] if thought_key is not None else []), "before"]
+    if thought_key is not None:
+        forms.append("key or before")
+    return [*forms, "before"]
 
 
 def _thoughts_by_turn(messages: Sequence[Message]) -> dict[int, str]:

@@ -110,7 +110,8 @@ def _by_mlx_lm(tokenizer: TokenizerWrapper, text: str) -> Call:
         raise ValueError(f"no {tokenizer.tool_call_start}")
     end = tokenizer.tool_call_end
     inner = rest.partition(end)[0] if end else rest
-    found = tokenizer.tool_parser(inner.strip(), TOOLS_FOR_PARSER)
+    parse: Any = tokenizer.tool_parser
+    found = parse(inner.strip(), TOOLS_FOR_PARSER)
     call = found[0] if isinstance(found, Sequence) else found
     return {"name": call["name"], "arguments": call["arguments"]}
 
