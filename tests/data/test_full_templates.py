@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.data.rows import make_row
@@ -110,3 +111,24 @@ def test_an_answer_without_an_end_token_is_noted(letters: LetterTokenizer):
     assert note.startswith("the chat template renders no end token after some answers")
     ends = [example.tokens[np.flatnonzero(example.supervised)[-1]] for example in encoded.examples]
     assert any(end not in tokenizer.eos_token_ids for end in ends)
+
+
+def test_the_end_of_every_prompt_has_the_tokens_of_generation(smollm2: TokenizerWrapper):
+    """Line breaks before a word are two tokens for SmolLM2, and one at the end of a prompt."""
+    template = smollm2.chat_template
+    try:
+        smollm2.chat_template = TURN.replace("m.role + '\\n'", "m.role + '\\n\\n'").replace(
+            "assistant\\n'", "assistant\\n\\n'"
+        )
+        chat = [user("zork"), bot("xyzzy"), user("grue"), bot("quux"), user("frotz"), bot("wug")]
+        (encoded,) = encode_rows([make_row({"messages": chat}, 1)], smollm2)
+        (example,) = encoded.examples
+        begins = np.flatnonzero(example.supervised & ~np.append(False, example.supervised[:-1]))
+        assert len(begins) == 3
+        for begin, turn in zip(begins, (1, 3, 5), strict=True):
+            asked = smollm2.apply_chat_template(chat[:turn], add_generation_prompt=True)
+            assert example.tokens[begin - 3 : begin].tolist() == asked[-3:]
+        assert smollm2.decode(example.tokens).count("\n\n") == 6
+        assert sum("when it is encoded without the answer" in note for note in encoded.notes) == 1
+    finally:
+        smollm2.chat_template = template
