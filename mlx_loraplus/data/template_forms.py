@@ -126,7 +126,7 @@ def _thought_forms(
     has_other_tags = any(_has_other_tags(message, block) for message in messages)
     if block.is_own and (not block.is_usual or has_other_tags):
         forms.append("inline")
-    forms += ["given", "key", "inline"]
+    forms.extend(("given", "key", "inline"))
     if thought_key is not None:
         forms.append("key or before")
     return [*forms, "before"]
