@@ -3,6 +3,7 @@
 Settings, which are given as ``**settings``, are checked when they become a config.
 """
 
+import dataclasses
 import functools
 import inspect
 import numbers
@@ -10,10 +11,12 @@ from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, LoRAPlusError, ModelError, nearest
+from .errors import ConfigError, DataError, LoRAPlusError, ModelError, join_problems, nearest
+from .foreign_names import find_foreign, meant_setting
 
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
+Made = TypeVar("Made")
 
 # Types → the words for them in messages
 _WORDS = {
@@ -33,6 +36,12 @@ _WORDS = {
     "Evaluation": "the result of evaluate",
     "Group": "the result of mx.distributed.init",
 }
+
+DATA_ALLOWED = (
+    "give a path or a hub id, an iterable of rows such as {'prompt': …, 'completion': …}, a"
+    " datasets.Dataset, a data frame, or a dict of splits such as {'train': rows, 'valid': rows}"
+)
+MODEL_ALLOWED = "give the name of a model, a hub id, a folder or a .gguf file"
 
 _LOAD = "model, tokenizer = mlx_loraplus.load({name}) loads both"
 
@@ -58,7 +67,8 @@ def check_call(
 
     Raises:
         ConfigError: An argument has a wrong type.
-        ModelError: A model has a wrong type.
+        DataError: The data is None.
+        ModelError: A model has a wrong type, or its name is None.
     """
     signature = inspect.signature(function)
     try:
@@ -68,6 +78,7 @@ def check_call(
         return
 
     called, hints = _name_of(function), get_type_hints(function)
+    _check_not_none(called, signature, given, hints)
     for name, value in given.items():
         kind = signature.parameters[name].kind
         if name not in hints or name == "data" or kind is inspect.Parameter.VAR_KEYWORD:
@@ -84,6 +95,69 @@ def check_call(
                     f" {type(each).__name__}: write * before it"
                 )
             _check(called, name, each, hints[name])
+
+
+def _check_not_none(
+    called: str, signature: inspect.Signature, given: dict[str, Any], hints: dict[str, Any]
+) -> None:
+    """Check that neither data nor the name of a model is None, which would mean the default.
+
+    Raises:
+        DataError: The data is None.
+        ModelError: The name of a model is None.
+    """
+    values: dict[str, Any] = {}
+    for name, value in given.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            values |= value
+        elif _fits(None, hints.get(name, Any)):  # other types are refused with their own messages
+            values[name] = value
+
+    if "data" in values and values["data"] is None:
+        raise DataError(f"{called}: data is None; {DATA_ALLOWED}; or leave it out")
+    if "model" in values and values["model"] is None:
+        raise ModelError(f"{called}: model is None; {MODEL_ALLOWED}, or leave it out")
+
+
+def names_checked(kind: type[Made]) -> type[Made]:
+    """Let a dataclass of settings name the keyword that is probably meant by an unknown one."""
+    make: Any = kind.__init__
+    fields: Any = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]
+    names = [field.name for field in fields]
+    parts = [field for field in fields if dataclasses.is_dataclass(field.default_factory)]
+
+    @functools.wraps(make)
+    def make_checked(self: Made, *arguments: Any, **settings: Any) -> None:
+        unknown = [name for name in settings if name not in names]
+        if unknown:
+            problems = [f"takes no {name}{_hint(name, names, parts)}" for name in unknown]
+            raise ConfigError(f"{kind.__name__} {join_problems(problems)}")
+        make(self, *arguments, **settings)
+
+    setattr(kind, "__init__", make_checked)  # noqa: B010  a type checker keeps the real one
+    return kind
+
+
+def _hint(name: str, names: list[str], parts: list[Any]) -> str:
+    """Return what is probably meant by a keyword that a dataclass of settings does not have.
+
+    Args:
+        name: The keyword.
+        names: The fields of the dataclass.
+        parts: Those of them that are dataclasses of settings themselves.
+    """
+    # A setting of another program, or another word
+    foreign = find_foreign(name)
+    meant = (foreign.ours if foreign else None) or meant_setting(name, names) or name
+    if meant in names:
+        return f" (did you mean {meant!r}?)"
+
+    # A setting of a part
+    for part in parts:
+        owner = part.default_factory
+        if meant in {field.name for field in dataclasses.fields(owner)}:
+            return f" (did you mean {part.name}={owner.__name__}({meant}=…)?)"
+    return nearest(name, names) or f"; it takes {', '.join(names)}"
 
 
 def _name_of(function: Callable[..., Any]) -> str:

@@ -8,8 +8,8 @@ import dataclasses
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import tyro
 
@@ -29,7 +29,14 @@ from .config import TrainConfig
 from .errors import ConfigError
 from .interrupted_imports import INTERRUPTED
 from .launching import check_batch_size, check_processes, launch
-from .settings import Config, configure, settings_of
+from .run_argument import (
+    DEFAULT_RUN,
+    AdapterSwitches,
+    FuseSwitches,
+    spell_out_adapters,
+    with_run,
+)
+from .settings import settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -71,22 +78,6 @@ class PlanSwitches(Switches):
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
     save_path: str | None = None
     """Also write the plan as a page (.html); --overwrite replaces an existing one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AdapterSwitches(Switches):
-    """Options of the commands that use one adapter, and that are not settings."""
-
-    run: Annotated[str | None, tyro.conf.Positional] = None
-    """Folder of the run or adapter; the same as --adapter-path."""
-
-
-@dataclasses.dataclass(frozen=True)
-class FuseSwitches(Switches):
-    """Options of ``fuse`` that are not settings."""
-
-    run: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Folders of the runs or adapters; the same as --adapter-path."""
 
 
 def train(arguments: Arguments = None) -> None:
@@ -162,16 +153,25 @@ def generate(arguments: Arguments = None) -> None:
     """Answer a prompt."""
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.generate", GenerateConfig, words, AdapterSwitches) as parsed:
-        config = _with_run(*parsed, words)
+        if not words:
+            raise ConfigError(
+                "give a run or --model, and a prompt, as in mlx_loraplus.generate"
+                f" {DEFAULT_RUN if Path(DEFAULT_RUN).exists() else 'my_run'} --prompt '...'"
+            )
+        config = with_run(*parsed, words)
 
         import mlx.core as mx
 
+        from .adapters.stored_files import DEFAULT_MODEL
         from .data.encode_prompt import encode_prompt
         from .inference.generate import load, read_tools, stream, system_message
         from .models.prompt_format import format_of
 
         # Encode the prompt as training does.
-        model, tokenizer = load(config.model, config.adapter_path)
+        name = config.model
+        if name is None and config.adapter_path is None:
+            name = DEFAULT_MODEL
+        model, tokenizer = load(name, config.adapter_path)
         tools = read_tools(config.tools, tokenizer, chat=config.chat)
         tokens = encode_prompt(
             sys.stdin.read() if config.prompt == "-" else config.prompt,
@@ -200,7 +200,7 @@ def chat(arguments: Arguments = None) -> None:
     """Chat with a model, with and without its adapter."""
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.chat", ChatConfig, words, AdapterSwitches) as parsed:
-        config = _with_run(*parsed, words)
+        config = with_run(*parsed, words)
         from rich.console import Console
 
         from .inference.chat import Conversation
@@ -239,6 +239,8 @@ def compare(arguments: Arguments = None) -> None:
         from .files.page_path import check_save_path
         from .runs.compare import SAVED_AS, compare_runs
 
+        if not config.runs:
+            raise ConfigError("give the folders of runs, as in mlx_loraplus.compare run_a run_b")
         if config.save_path is not None:
             check_save_path(config.save_path, overwrite=config.overwrite, suffixes=SAVED_AS)
         comparison = compare_runs(*config.runs)
@@ -260,7 +262,7 @@ def export(arguments: Arguments = None) -> None:
     """Convert an adapter for other programs, or import one."""
     words = sys.argv[1:] if arguments is None else arguments
     with command("mlx_loraplus.export", ExportConfig, words, AdapterSwitches) as parsed:
-        config = _with_run(*parsed, words)
+        config = with_run(*parsed, words)
         from .export.export_command import check, export_adapter
 
         check(config)
@@ -269,9 +271,9 @@ def export(arguments: Arguments = None) -> None:
 
 def fuse(arguments: Arguments = None) -> None:
     """Merge adapters into their base, as a folder that stock mlx_lm loads."""
-    words = _spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
+    words = spell_out_adapters(sys.argv[1:] if arguments is None else arguments)
     with command("mlx_loraplus.fuse", FuseConfig, words, FuseSwitches) as parsed:
-        config = _with_run(*parsed, words)
+        config = with_run(*parsed, words)
         from .export.fuse_command import fuse_folder
 
         fuse_folder(config, log)
@@ -352,19 +354,6 @@ def main(arguments: Arguments = None) -> None:
         raise SystemExit(2)
 
 
-def _with_run(config: Config, switches: Any, words: Sequence[str]) -> Config:
-    """Return the config with the folder that was given without ``--adapter-path``, if any.
-
-    Raises:
-        ConfigError: The folder is given in both ways.
-    """
-    if not switches.run:
-        return config
-    if "adapter_path" in given_names(type(config), words):
-        raise ConfigError("the adapter is given twice: leave out --adapter-path")
-    return configure(type(config), settings_of(config) | {"adapter_path": switches.run})
-
-
 def _usage() -> str:
     """Return the commands, each with the first line of its docstring."""
     width = max(map(len, COMMANDS))
@@ -373,16 +362,3 @@ def _usage() -> str:
         purpose = (function.__doc__ or "").splitlines()[0]
         lines.append(f"  {name:{width}}  {purpose}")
     return "\n".join(lines)
-
-
-def _spell_out_adapters(arguments: Sequence[str]) -> list[str]:
-    """Replace ``--adapter a:0.7 --adapter b:0.3`` by ``--adapter-path a:0.7 b:0.3``."""
-    # The word after each --adapter is a folder.
-    folders: list[str] = []
-    rest: list[str] = []
-    for before, word in pairwise(["", *arguments]):
-        if before == "--adapter":
-            folders.append(word)
-        elif word != "--adapter":
-            rest.append(word)
-    return [*rest, "--adapter-path", *folders] if folders else list(arguments)

@@ -23,6 +23,9 @@ from .setting_types import (
     Written,
 )
 
+SHORT_FLAGS = {"config": "-c", "max_tokens": "-m", "prompt": "-p"}
+"""Settings and options → the short forms of their flags, which mlx-lm has too."""
+
 
 @dataclass(frozen=True)
 class SweepConfig:
@@ -81,7 +84,7 @@ class ChatConfig:
     file. Default: the model that the adapter names; gemma-3 without an adapter."""
     adapter_path: UserPath | None = None
     """Folder of a run or an adapter to attach. Default: none, the base model alone."""
-    max_tokens: Count = 256
+    max_tokens: Annotated[Count, arg(aliases=[SHORT_FLAGS["max_tokens"]])] = 256
     """Maximum number of tokens to generate."""
     temperature: NotNegative = 0.0
     """Sampling temperature; 0 takes the most likely token each time."""
@@ -95,7 +98,7 @@ class ChatConfig:
 class GenerateConfig(ChatConfig):
     """One answer from a model, with or without an adapter."""
 
-    prompt: Prompt = "The capital of France is"
+    prompt: Annotated[Prompt, arg(aliases=[SHORT_FLAGS["prompt"]])] = "The capital of France is"
     """Prompt to answer; - reads it from standard input."""
     chat: bool = True
     """Wrap the prompt in the model's chat template if it has one, as training does."""

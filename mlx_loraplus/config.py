@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes
 
+from .call_checks import names_checked
 from .setting_types import (
     AdapterKind,
     Alpha,
@@ -117,6 +118,7 @@ OLD_NAMES = {
 _MX_MODES = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}  # bits, weights per scale
 
 
+@names_checked
 @dataclass(frozen=True)
 class AdapterConfig:
     """What is trained: y = W x + s B A x on every targeted module, or a variant of it."""
@@ -177,6 +179,7 @@ class AdapterConfig:
         return {"mode": "affine", "bits": int(mode), "group_size": self.quantize_group_size}
 
 
+@names_checked
 @dataclass(frozen=True)
 class OptimizerConfig:
     """How it learns: A at the rate eta and B at lambda * eta, both on one schedule."""
@@ -207,6 +210,7 @@ class OptimizerConfig:
     """Clip the gradients' global norm to this; 0 disables clipping."""
 
 
+@names_checked
 @dataclass(frozen=True)
 class ObjectiveConfig:
     """What is minimized: the loss of the answers, or one that compares good and bad answers."""
@@ -260,6 +264,7 @@ class ObjectiveConfig:
         return self.objective in ("dpo", "ipo", "kto")
 
 
+@names_checked
 @dataclass(frozen=True)
 class DataConfig:
     """What it learns from, and how examples are batched."""
@@ -294,6 +299,7 @@ class DataConfig:
     attends only to itself."""
 
 
+@names_checked
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run."""

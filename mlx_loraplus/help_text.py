@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from .command_config import SweepConfig, positional_words
+from .command_config import SHORT_FLAGS, SweepConfig, positional_words
 from .config import TrainConfig
 from .settings import Config, configure, settings_of
 
@@ -130,7 +130,7 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
 
 def flag_of(name: str) -> str:
     """Return the flag of a setting."""
-    short = "-c, " if name == "config" else ""
+    short = f"{SHORT_FLAGS[name]}, " if name in SHORT_FLAGS else ""
     return f"{short}--{name.rstrip('_').replace('_', '-')}"
 
 

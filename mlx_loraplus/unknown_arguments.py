@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .command_config import (
+    SHORT_FLAGS,
     ChatConfig,
     CompareConfig,
     ExportConfig,
@@ -30,6 +31,11 @@ _SPLIT = re.compile(r"(valid|validation|val|eval|dev|test)(_(data|dataset|file|f
 
 # The least similarity of a flag that may be meant, and if another command has this very flag
 _SIMILAR, _ALMOST_EQUAL = 0.6, 0.8
+
+_OTHER_COMMAND = "a flag of mlx_loraplus.{}, and not of this command"
+
+# Short flags → their settings
+_LONG_NAMES = {short: name for name, short in SHORT_FLAGS.items()}
 
 # Commands, in the order in which they are searched for a flag that another one has
 _COMMANDS: dict[str, type] = {
@@ -97,7 +103,9 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     if meant := meant_setting(name, names):
         return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
-        return f"{word!r} is not a flag (--help lists the flags)"
+        is_prompt = word == SHORT_FLAGS["prompt"]
+        other = _OTHER_COMMAND.format("generate")
+        return f"{word!r} is {other if is_prompt else 'not a flag (--help lists the flags)'}"
     if hint := _split_hint(name, names) or foreign_hint(flag):
         return f"{word!r} is not a flag{hint}"
 
@@ -106,7 +114,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     problem = f"{word!r} is not a flag"
     is_other = bool(owners) and name not in names
     if is_other:
-        problem = f"{word!r} is a flag of mlx_loraplus.{owners[0]}, and not of this command"
+        problem = f"{word!r} is {_OTHER_COMMAND.format(owners[0])}"
     if similar := nearest_names(name, names, _ALMOST_EQUAL if is_other else _SIMILAR):
         meant = " or ".join(repr(_flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
@@ -124,9 +132,15 @@ def _split_hint(name: str, names: Sequence[str]) -> str:
 
 def flag_owners(flag: str) -> list[str]:
     """Return the commands that have a flag, the most likely one first."""
-    name = flag.split("=")[0].lstrip("-").replace("-", "_")
+    name = _name_of(flag)
     owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
     return owners or ["train"] * (name in TRAIN_FLAGS or flag == "-c")
+
+
+def _name_of(flag: str) -> str:
+    """Return the name of the setting of a flag, which may be short or have a value."""
+    flag = flag.split("=")[0]
+    return _LONG_NAMES.get(flag, flag.lstrip("-").replace("-", "_"))
 
 
 def takes_value(word: str) -> bool:
@@ -134,7 +148,7 @@ def takes_value(word: str) -> bool:
     if not word.startswith("-") or "=" in word:
         return False
     owners = flag_owners(word)
-    name = word.lstrip("-").replace("-", "_")
+    name = _name_of(word)
     if name in TRAIN_FLAGS:
         return name in ("launch", "log_format", "verbosity")
     return bool(owners) and not any(
@@ -183,6 +197,9 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
 
 def _advice_on_path(path: Path, names: Sequence[str]) -> str:
     """Return what to do about a word that may be a path."""
+    if "max_tokens" in names and not path.exists():  # chat, which is the only one without --prompt
+        prompt = f"--prompt {shlex.quote(str(path))}"
+        return f"chat reads messages once it runs; for one answer, mlx_loraplus.generate … {prompt}"
     follow = "values follow their flags"
     if path.is_dir() and {"run", "folder"} & set(names):
         return "this command takes one folder"

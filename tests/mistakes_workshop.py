@@ -79,6 +79,8 @@ def make_workshop(folder: Path) -> Path:
         swap_tokens(write_tiny_model(Path("swapped")) / "tokenizer.json", "1", "2")
         write_sums(Path("sums"))
         write_gguf(Path("model.gguf"))
+        Path("ggufs").mkdir()
+        write_gguf(Path("ggufs/model.gguf"))
         Path("text").mkdir()
         Path("text/a.txt").write_text("a document " * 50)
         Path("broken.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": }\n')

@@ -48,6 +48,7 @@ FLOORS = [
     {"export", "training"},
     {"sweep"},
     {"arguments"},
+    {"run_argument"},
     {"cli"},
     {"__main__", "commands"},
 ]

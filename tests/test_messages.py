@@ -66,7 +66,7 @@ AT_LEAST_TWO = {
     "training/interrupts.py": {"most"},
     "training/optimizer.py": {"parameters[deep[0]].ndim"},
     "data/holdout.py": {"len(train)"},
-    "data/readers.py": {"len(values)"},
+    "data/csv_rows.py": {"len(values)"},
     "data/data_problems.py": {"count"},
     "data/model_limits.py": {"len(holders)"},
     "runs/verdict.py": {"wrong"},

@@ -202,7 +202,6 @@ MISTAKES = [
     ("plan sums/train.jsonl", "'sums/train.jsonl' is a file, not a model"),
     ("plan --model sums/train.jsonl", "'sums/train.jsonl' is a file, not a model"),
     ("plan run", "--model run holds an adapter, not a model: give its model, --model "),
-    ("train --model gguf --data sums", "it holds adapter.gguf: give the file, --model gguf/adapter.gguf"),
     # flags with a wrong dash, and rows to validate on
     ("train --model tiny --data sums —iters 2", "'—iters' is not a flag (did you mean '--iters'?)"),
     ("train --model tiny --data sums -\u2013adapter-path=out", "'-\u2013adapter-path=out' is not a flag (did you mean '--adapter-path'?)"),

@@ -19,6 +19,8 @@ from mlx_loraplus.unknown_commands import command_hint
         ("-c run.yaml train", "train -c run.yaml"),
         ("--data train --model x", "train --data train --model x"),  # a folder of this name
         ("--prompt=hi", "generate --prompt=hi"),
+        ("-p hi", "generate -p hi"),
+        ("-m 5 generate run", "generate -m 5 run"),
     ],
 )
 def test_flags_before_their_command_are_put_after_it(given: str, meant: str):

@@ -13,11 +13,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from ..errors import AdapterError, ConfigError, join_problems
-from ..files import read_bounded
+from ..files import describe_contents, read_bounded
+from ..models.gguf.lora_files import import_command, is_gguf, is_gguf_lora
 from ..models.known_models import MODELS
 from ..models.moved_run_paths import present_path, read_run_settings
 from ..setting_types import AdapterKind, Scale
-from ..userpaths import similar_paths
+from ..userpaths import shell_word, similar_paths
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
@@ -98,12 +99,8 @@ def adapter_files(path: Path) -> tuple[Path, str]:
         AdapterError: The path is a file with another name.
     """
     if path.is_dir() or path.suffix != ".safetensors":
-        if path.is_file() and path.suffix.lower() == ".gguf":
-            raise AdapterError(
-                f"{path} is a GGUF file: convert it first, with mlx_loraplus.export --from gguf"
-                f" --model BASE --adapter-path {path} --save-path imported, and give the folder"
-                " imported"
-            )
+        if is_gguf(path):
+            raise AdapterError(_about_gguf(path))
         if path.is_file():
             raise AdapterError(f"{path} is a file other than {WEIGHTS}: give the adapter's folder")
         return path, WEIGHTS
@@ -115,6 +112,16 @@ def adapter_files(path: Path) -> tuple[Path, str]:
             " the adapter's folder"
         )
     return path.parent, path.name
+
+
+def _about_gguf(path: Path) -> str:
+    """Return what to do about a GGUF file that was given as an adapter, or that is beside one."""
+    if not is_gguf_lora(path):
+        return f"{path} is a model, not an adapter: give it as --model {shell_word(path)}"
+    return (
+        f"{path} is a GGUF file: convert it first, with {import_command(path)}, and give the folder"
+        " imported"
+    )
 
 
 def _no_folder(path: Path) -> str:
@@ -129,10 +136,24 @@ def _no_folder(path: Path) -> str:
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
 
 
-def _adapter_inside(folder: Path) -> str:
-    """Return a hint at a folder with an adapter in a folder, such as a run's checkpoints."""
+def _no_adapter(config: Path, error: OSError) -> str:
+    """Return the message for a folder whose adapter's config can't be read, by what it holds."""
+    folder = config.parent
+    if files := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds no adapter; {_about_gguf(files[0])}"
+    if describe_contents(folder).startswith("data"):
+        return (
+            f"{folder} holds no adapter, but {describe_contents(folder)}: rows go to --data of"
+            " mlx_loraplus.train; give the folder of a run or an adapter"
+        )
+
+    # A folder with an adapter in it, such as a run's checkpoints
     inside = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
-    return f", such as {inside[-1]}" if inside else ""
+    hint = f", such as {inside[-1]}" if inside else ""
+    return (
+        f"{folder} holds no adapter (can't read {config.name}: {error.strerror}): give the folder"
+        f" of a run or an adapter{hint}"
+    )
 
 
 def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Config:
@@ -157,10 +178,7 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
                 f"the run in {path.parent} has saved no adapter yet: wait for its first checkpoint,"
                 f" or if it has ended, mlx_loraplus.train -c {path.parent / RUN_SETTINGS} --resume"
             ) from None
-        raise AdapterError(
-            f"{path.parent} holds no adapter (can't read {path.name}: {error.strerror}): give the"
-            f" folder of a run or an adapter{_adapter_inside(path.parent)}"
-        ) from None
+        raise AdapterError(_no_adapter(path, error)) from None
     except pydantic.ValidationError as error:
         problems: list[str] = []
         for detail in error.errors():
@@ -237,6 +255,12 @@ def is_model_folder(path: str | PathLike[str]) -> bool:
     """Return whether a path is a model's folder, such as that of a run with adapter full."""
     folder = Path(path)
     return (folder / "config.json").is_file() and not (folder / CONFIG).is_file()
+
+
+def is_model(path: str | PathLike[str]) -> bool:
+    """Return whether a path is a model's folder or GGUF file, and not an adapter."""
+    file = Path(path)
+    return is_model_folder(file) or (is_gguf(file) and not is_gguf_lora(file))
 
 
 def check_not_model(folder: Path) -> None:

@@ -1,11 +1,21 @@
-"""The names of data files in a folder: shards, and files that nothing reads."""
+"""The names of data files in a folder: splits, shards, and files that nothing reads."""
 
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 from ..errors import DataError
 from .readers import READERS
+
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+
+# The names that files and hub splits may have for each split
+SPLIT_NAMES: dict[str, SplitName] = {
+    "train": "train", "test": "test", "testing": "test",
+    **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "valid"),
+}  # fmt: skip
 
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)$")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")

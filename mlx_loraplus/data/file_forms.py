@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..files import LFS_ADVICE, is_lfs_pointer
+from ..userpaths import shell_word
 from .row_kinds import REQUIRED
 
 # How binary files begin → what they are, and what to do with them
@@ -28,7 +29,12 @@ _BINARY = {
 }
 _PARQUET = re.compile(rb"PAR1[\0-\x1f]")
 _WEB_PAGE = re.compile(rb"\s*<(?:!doctype html|html)\b", re.IGNORECASE)
-_WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # little-endian UTF-32 has the first too
+
+# Encodings → how their files begin; the mark of little-endian UTF-32 begins with that of UTF-16
+_WIDE_MARKS = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 
 # What is found in text files, by the suffix that such a file should have
 _CONTENTS = {".jsonl": "JSON lines", ".json": "a JSON array", ".csv": "a table"}
@@ -55,10 +61,25 @@ def check_start(path: Path, start: bytes) -> None:
     if _WEB_PAGE.match(start) and suffix != _DOCUMENT:
         raise DataError(f"{path} is a web page: download the file itself")
 
+    if encoding := _wide_encoding(start):
+        raise DataError(
+            f"{path} is UTF-16 or UTF-32: save it as UTF-8, such as with iconv -f {encoding} -t"
+            f" UTF-8 {shell_word(path)} > NEW_FILE"
+        )
+
+
+def _wide_encoding(start: bytes) -> str:
+    """Return the encoding of a text in UTF-16 or UTF-32, by its first bytes; "" for others."""
+    for encoding, marks in _WIDE_MARKS.items():
+        if start.startswith(marks):
+            return encoding
+
     # Without a mark, every second byte of plain letters is zero
-    is_wide = b"\0\0" in (start[:4:2], start[1:4:2])
-    if start.startswith((*_WIDE_MARKS, codecs.BOM_UTF32_BE)) or is_wide:
-        raise DataError(f"{path} is UTF-16 or UTF-32: save it as UTF-8")
+    if start[1:4] == b"\0\0\0" or start[:3] == b"\0\0\0":
+        return "UTF-32BE" if start[:1] == b"\0" else "UTF-32LE"
+    if start[1:4:2] == b"\0\0":
+        return "UTF-16LE"
+    return "UTF-16BE" if start[:4:2] == b"\0\0" else ""
 
 
 def check_form(path: Path, sample: str) -> None:

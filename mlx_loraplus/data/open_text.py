@@ -9,6 +9,21 @@ from typing import Any, TextIO
 from ..errors import DataError
 from .file_forms import check_start
 
+# Maximum number of bytes in a row, so that a file without line ends does not fill the memory
+LONGEST_ROW = 64 * 2**20
+
+# Number of characters to read at once
+PIECE = 2**20
+
+TO_UTF8 = (
+    "if the file has another encoding, convert it, such as with iconv -f WINDOWS-1252 -t UTF-8 FILE"
+    " > NEW_FILE"
+)
+"""What to do about bytes that are not UTF-8."""
+
+RawRow = tuple[int, Any]
+"""The line or the number of a row, and its value or what is wrong with it."""
+
 _UNDECODED_BYTE = re.compile("[\udc80-\udcff]")
 _CONTROL = re.compile("[\1-\7\16-\32\34-\37]")  # but not those of terminals
 _START = 512  # bytes that tell what a file is

@@ -15,15 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ..call_checks import DATA_ALLOWED
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
+from .csv_rows import repeated_name
 from .hub_rows import dataset_rows
 from .sources import SPLIT_NAMES, SPLITS, STORED_ROWS, SplitName
-
-ALLOWED = (
-    "give a path or a hub id, an iterable of rows such as {'prompt': …, 'completion': …}, a"
-    " datasets.Dataset, a data frame, or a dict of splits such as {'train': rows, 'valid': rows}"
-)
 
 # The types of pandas' missing values; NaN is read as null, as in a file
 _MISSING = ("NAType", "NaTType")
@@ -209,7 +206,7 @@ def _rows_of(rows: Any, label: str) -> Iterator[Any]:
         if callable(rows):
             reason = ", which must be called to give rows"
         given = "None" if rows is None else f"of the type {type(rows).__name__}"
-        raise DataError(f"{label} is {given}{reason}; {ALLOWED}")
+        raise DataError(f"{label} is {given}{reason}; {DATA_ALLOWED}")
     return iter(cast("Iterable[Any]", rows))
 
 
@@ -272,8 +269,10 @@ def _rows_of_dataset(data: Any, label: str) -> Iterator[Any]:
 def _rows_of_pandas(data: Any, label: str) -> Iterator[Any]:
     """Return the rows of a pandas.DataFrame, without its index."""
     columns = [str(column) for column in data.columns]
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{label}: two columns have the same name ({', '.join(columns):.200})")
+    if name := repeated_name(columns):
+        raise DataError(
+            f"{label}: two columns have the same name ({name:.200}): rename or drop one of them"
+        )
     values = data.itertuples(index=False, name=None)
     return (dict(zip(columns, row, strict=True)) for row in values)
 

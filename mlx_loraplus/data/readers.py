@@ -5,7 +5,6 @@ value, or a ``BadRowError`` if it can't be read. Text is UTF-8, with or without 
 The line ends of Unix, Windows and old Macs are accepted.
 """
 
-import csv
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -13,24 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import DataError, counted
+from ..errors import DataError
+from .csv_rows import read_csv
 from .file_forms import check_form
 from .messages import BadRowError, MissingFieldsError, is_chat
-from .open_text import as_text, has_undecoded, is_binary, open_bytes, read_sample
-from .row_problems import explain_line
+from .open_text import (
+    LONGEST_ROW,
+    PIECE,
+    TO_UTF8,
+    RawRow,
+    as_text,
+    has_undecoded,
+    is_binary,
+    open_bytes,
+    read_sample,
+)
+from .row_problems import AS_PYTHON, explain_line, is_python_dict
 
-# Maximum number of bytes in a row, so that a file without line ends does not fill the memory
-LONGEST_ROW = 64 * 2**20
-
-# Number of characters to read at once
-PIECE = 2**20
 BLANKS = " \t\r\n"
 _SEPARATORS = re.compile(f"[{BLANKS},]*")
 _LAST_LINE_END = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 _LAST_SPACE = re.compile(r".*\S(?= \S)", re.DOTALL)
 _MANY_DIGITS = "a number has thousands of digits"
-
-RawRow = tuple[int, Any]
 
 
 def read_jsonl(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
@@ -191,86 +194,26 @@ def _array_elements(array: _ArrayText, longest: int) -> Iterator[RawRow]:
         try:
             row, array.position = decoder.raw_decode(array.text, start)
         except RecursionError:
-            yield array.line, _unreadable_rest("JSON", "nested too deep")
+            yield array.line, _unreadable_rest("nested too deep")
             return
         except ValueError as error:
             if array.read_more(longest):
                 continue
             reason = getattr(error, "msg", _MANY_DIGITS)
+            if is_python_dict(array.text[start:]):
+                reason = AS_PYTHON
             if not array.text[start:]:
                 if array.is_bare:
                     return
                 reason = "the array is not closed"
-            yield array.line, _unreadable_rest("JSON", reason)
+            yield array.line, _unreadable_rest(reason)
             return
 
         if has_undecoded(array.text[start : array.position]):
-            row = BadRowError("not UTF-8")
+            row = BadRowError(f"not UTF-8: {TO_UTF8}")
         elif repeated_keys:
             row = _repeated_key(repeated_keys)
         yield array.line, row
-
-
-def read_csv(path: Path, longest: int = LONGEST_ROW) -> Iterator[RawRow]:
-    """Yield the rows of a table with a header line as dicts, with their line numbers.
-
-    The columns are separated by commas, semicolons, tabs or bars.
-
-    Args:
-        path: The file.
-        longest: Maximum length of a field, in characters.
-
-    Raises:
-        DataError: Two columns have the same name, or the file holds JSON.
-    """
-    csv.field_size_limit(longest)
-    with open_bytes(path) as raw:
-        check_form(path, read_sample(raw, PIECE))
-        delimiter = _guess_delimiter(raw)
-        lines = csv.reader(as_text(raw, newline=""), delimiter=delimiter, strict=True)
-        place = 1
-        try:
-            columns = _read_header(path, lines)
-
-            # A row begins after the last line of the previous row
-            place = lines.line_num + 1
-            for values in lines:
-                if values:
-                    yield place, _csv_row(columns, values)
-                place = lines.line_num + 1
-        except csv.Error as error:
-            yield place, _unreadable_rest("CSV", str(error))
-
-
-def _guess_delimiter(raw: Any) -> str:
-    """Return the most frequent delimiter in the first line; the file position is kept."""
-    # csv.Sniffer is misled by lists and code in fields, and its time is quadratic in the length
-    start = raw.tell()
-    header = raw.readline(PIECE)
-    raw.seek(start)
-    return max(",;\t|", key=lambda character: header.count(character.encode()))
-
-
-def _read_header(path: Path, lines: Iterator[list[str]]) -> list[str]:
-    """Return the column names from the first line that is not empty."""
-    columns: list[str] = []
-    for values in lines:
-        if values:
-            columns = [name.strip() for name in values]
-            break
-    if len(set(columns)) < len(columns):
-        raise DataError(f"{path}: two columns have the same name ({', '.join(columns):.200})")
-    return columns
-
-
-def _csv_row(columns: list[str], values: list[str]) -> dict[str, str] | BadRowError:
-    """Return a row as a dict by column name; a short row lacks the last columns."""
-    if has_undecoded("".join(values)):
-        return BadRowError("not UTF-8")
-    if len(values) > len(columns):
-        header = counted(len(columns), "column")
-        return BadRowError(f"{len(values)} values, but the header has {header}")
-    return dict(zip(columns, values, strict=False))
 
 
 def read_parquet(path: Path) -> Iterator[RawRow]:
@@ -324,7 +267,7 @@ def read_text(path: Path, piece: int = PIECE) -> Iterator[str]:
             if "\0" in more:
                 raise DataError(f"{path} contains a NUL byte: give plain text in UTF-8")
             if has_undecoded(more):
-                raise DataError(f"{path} is not UTF-8: give plain text in UTF-8")
+                raise DataError(f"{path} is not UTF-8: {TO_UTF8}")
 
             held += more
             cut = _last_seam(held) if len(held) < 16 * piece else len(held)
@@ -376,9 +319,8 @@ def _repeated_key(repeated_keys: list[str]) -> BadRowError:
     return BadRowError(f"the key {repeated_keys[0]!r:.40} appears twice: keep one of them")
 
 
-def _unreadable_rest(form: str, reason: str) -> BadRowError:
-    kind = MissingFieldsError if form == "JSON" else BadRowError
-    return kind(f"not {form} ({reason}); nothing after it can be read")
+def _unreadable_rest(reason: str) -> BadRowError:
+    return MissingFieldsError(f"not JSON ({reason}); nothing after it can be read")
 
 
 def _parse(line: bytes) -> Any:
@@ -389,7 +331,7 @@ def _parse(line: bytes) -> Any:
         return _repeated_key(repeated_keys) if repeated_keys else row
     except UnicodeDecodeError as error:
         byte, column = error.object[error.start], error.start + 1
-        return BadRowError(f"not UTF-8 (byte {byte:#04x} at column {column})")
+        return BadRowError(f"not UTF-8 (byte {byte:#04x} at column {column}): {TO_UTF8}")
     except RecursionError:
         return MissingFieldsError("not JSON (nested too deep)")
     except json.JSONDecodeError as error:

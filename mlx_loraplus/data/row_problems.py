@@ -1,6 +1,7 @@
 """The problems and notes of a table's rows, collected while the rows are read."""
 
 import json
+import re
 from dataclasses import dataclass, field
 
 from ..files import LFS_ADVICE, is_lfs_pointer
@@ -8,6 +9,14 @@ from .messages import BadRowError, MissingFieldsError
 
 MOST_KEPT = 100
 """Maximum number of problems, and of different notes, that are kept for each table."""
+
+AS_PYTHON = (
+    "a dict as Python prints it: write each row with json.dumps, or convert the printed text with"
+    " json.dumps(ast.literal_eval(TEXT))"
+)
+"""What is wrong with a row in Python's notation, and what to do about it."""
+
+_PYTHON_DICT = re.compile(r"\s*\{\s*'")
 
 
 @dataclass
@@ -39,10 +48,18 @@ class RowProblems:
             self.notes[note] = (count + 1, first)
 
 
+def is_python_dict(text: str) -> bool:
+    """Return whether a text begins with a dict as Python prints it, with single quotes."""
+    return _PYTHON_DICT.match(text) is not None
+
+
 def explain_line(line: bytes, error: json.JSONDecodeError) -> BadRowError:
     """Return why a line is not JSON, and what to do in the likely cases."""
     if is_lfs_pointer(line):
         return BadRowError(f"the file is {LFS_ADVICE}")
+
+    if is_python_dict(error.doc):
+        return MissingFieldsError(f"not JSON, but {AS_PYTHON}")
 
     details = f"({error.msg.removesuffix(' at')} at column {error.colno})"
     if line.strip().startswith(b"[{"):

@@ -17,25 +17,17 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..errors import DataError
 from ..files import describe_entry, is_not_ordinary_file
 from ..hub_access import hub_reachable
-from .data_file_names import check_shards, find_unused, stem_of
+from .data_file_names import SPLIT_NAMES, SPLITS, SplitName, check_shards, find_unused, stem_of
 from .demo import demo_rows
 from .hub_rows import dataset_rows
 from .missing_data import check_spaces, file_type_hint, missing_hint, show_name
 from .readers import READERS, RawRow
-
-SplitName = Literal["train", "valid", "test"]
-SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
-
-# The names that files and hub splits may have for each split
-SPLIT_NAMES: dict[str, SplitName] = {
-    "train": "train", "test": "test", "testing": "test",
-    **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "valid"),
-}  # fmt: skip
+from .train_files import advise_train_file
 
 DOCUMENT = ".txt"
 SUFFIXES = (*READERS, DOCUMENT)
@@ -262,24 +254,13 @@ def _folder_source(folder: Path) -> Source:
         entries = [show_name(entry) for entry in sorted(folder.iterdir())]
         raise DataError(
             f"no train.jsonl (or {', '.join(SUFFIXES[1:])}) in {str(folder)!r}, which contains"
-            f" {', '.join(entries[:8]) or 'nothing'}; {_advise_train_file(entries)}"
+            f" {', '.join(entries[:8]) or 'nothing'}; {advise_train_file(folder)}"
         )
 
     # Report the files that are not used with the first table
     first, *others = source["train"]
     source["train"] = [replace(first, notes=find_unused(folder, of_splits)), *others]
     return source
-
-
-def _advise_train_file(entries: Sequence[str]) -> str:
-    """Return what to do about a folder without a training file, by the names in it."""
-    if "history.jsonl" in entries:
-        return "it is a run: give the data that it was trained on, which its run.yaml names"
-    if "config.json" in entries:
-        return "it looks like a model: are --model and --data swapped?"
-    if any(name.lower().endswith(tuple(SUFFIXES)) for name in entries):
-        return "rename the training file, or give its path"
-    return "save the training rows there, for example in train.jsonl with one row per line"
 
 
 def _tables_of(paths: Sequence[Path]) -> list[Table]:

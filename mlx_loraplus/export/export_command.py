@@ -40,7 +40,8 @@ def check(config: ExportConfig) -> None:
     if (config.to is None) == (config.from_ is None):
         written = ", ".join(get_args(Written))
         read = ", ".join(get_args(Read))
-        problems.append(f"give one of --to ({written}) and --from ({read})")
+        example = f"mlx_loraplus.export {shell_word(config.adapter_path)} --to gguf"
+        problems.append(f"give one of --to ({written}) and --from ({read}), as in {example}")
     if config.from_ == "gguf" and config.model is None:
         problems.append("a LoRA in GGUF does not name its base: give --model")
 

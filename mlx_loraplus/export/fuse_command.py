@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from ..adapters.combined_adapters import load_adapters, parse_adapters
 from ..adapters.storage import adapter_folder
-from ..adapters.stored_files import check_not_peft, is_model_folder, model_for
+from ..adapters.stored_files import check_not_peft, is_model, model_for
 from ..command_config import FuseConfig
 from ..data.dataset import Examples
 from ..errors import AdapterError, counted
@@ -51,14 +51,16 @@ def fuse_folder(config: FuseConfig, log: Callable[[str], None]) -> None:
     if whole is not None:
         copy_model(config, whole, log)
         return
+    for path in weights:
+        if is_model(path):
+            raise AdapterError(
+                f"{path} is a model, not an adapter: give the folder of a run or an adapter, and"
+                f" --model {path} if this is its base; to try the model, mlx_loraplus.generate"
+                f" --model {shell_word(path)} --prompt '...'"
+            )
     folders = [adapter_folder(path) for path in weights]
     for folder in folders:
         check_not_peft(folder)
-        if is_model_folder(folder):
-            raise AdapterError(
-                f"{folder} is a model, not an adapter: give the folder of a run or an adapter, and"
-                f" --model {folder} if this is its base"
-            )
     name = model_for(config.model, folders[0])
     check_free(
         save_path,

@@ -8,7 +8,7 @@ from .atomic import replacing, sync, temporary_name, write_atomically
 from .bounded_reading import LFS_ADVICE, is_lfs_pointer, open_ordinary, read_bounded
 from .broken_links import check_links, describe_entry, is_not_ordinary_file
 from .cache import cache_folder, write_error
-from .folder_kinds import Contents, check_apart, check_contents
+from .folder_kinds import Contents, check_apart, check_contents, describe_contents
 from .folders import (
     cached_folder,
     check_free,
@@ -32,6 +32,7 @@ __all__ = [
     "check_links",
     "check_unlocked",
     "check_writable",
+    "describe_contents",
     "describe_entry",
     "is_lfs_pointer",
     "is_not_ordinary_file",

@@ -65,6 +65,15 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
                 raise OutputError(f"{folder} holds {kind} ({name}): give another {flag}")
 
 
+def describe_contents(folder: Path) -> str:
+    """Return what a folder holds, and the file that shows it, as in "data (train.jsonl)"; or ""."""
+    if not folder.is_dir():
+        return ""
+    names = sorted(entry.name for entry in folder.iterdir())
+    found = (f"{kind} ({name})" for kind in _MARKS for name in names if _marks(name, kind))
+    return next(found, "")
+
+
 def _check_place(folder: Path, flag: str) -> None:
     """Check that a folder is not a place for other files, such as the home folder.
 

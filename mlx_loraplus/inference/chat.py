@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..adapters.storage import adapter_folder, load_adapter
-from ..adapters.stored_files import check_is_adapter, is_model_folder, model_for
+from ..adapters.stored_files import check_is_adapter, is_model, model_for
 from ..command_config import ChatConfig
 from ..data.encode_prompt import content_of_answer
 from ..data.template_check import check_template
@@ -64,10 +64,10 @@ class Conversation:
         self.config = config
         self.console = console
 
-        # A run with adapter full is a whole model. Its base is not loaded, because it would take as
-        # much memory again.
+        # A model may stand in the place of the adapter, such as a run with adapter full. Its base
+        # is not loaded, because it would take as much memory again.
         adapter_path, only = config.adapter_path, "base"
-        if config.model is None and adapter_path is not None and is_model_folder(adapter_path):
+        if config.model is None and adapter_path is not None and is_model(adapter_path):
             self.name, adapter_path, only = adapter_path, None, "model"
         else:
             if adapter_path is not None:

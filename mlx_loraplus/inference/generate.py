@@ -18,8 +18,9 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..adapters.storage import adapter_folder, load_adapter
-from ..adapters.stored_files import check_is_adapter, is_adapter, is_model_folder, model_for
+from ..adapters.stored_files import check_is_adapter, is_adapter, is_model, model_for
 from ..adapters.tensor_parallel import shard_model
+from ..call_checks import MODEL_ALLOWED
 from ..command_config import ChatConfig
 from ..data.encode_prompt import encode_prompt
 from ..data.eval_prompts import EvalPrompt
@@ -70,10 +71,12 @@ def load(
         >>> model, tokenizer = load("gemma-3")
         >>> model, tokenizer = load("my_run")
     """
+    if name is None and adapter_path is None:
+        raise ModelError(f"load: name is None; {MODEL_ALLOWED}, or the folder of a run")
     if adapter_path is None and name is not None and is_adapter(name):
         name, adapter_path = None, name
-    # The folder of a run with adapter full is a model.
-    if adapter_path is not None and name is None and is_model_folder(adapter_path):
+    # A command takes a model in the place of an adapter; a run with adapter full is one.
+    if adapter_path is not None and name is None and is_model(adapter_path):
         name, adapter_path = adapter_path, None
     if adapter_path is not None:
         check_is_adapter(adapter_folder(fspath(adapter_path)))

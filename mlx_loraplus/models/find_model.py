@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ModelError, nearest
-from ..files import describe_entry, is_not_ordinary_file, read_bounded
+from ..files import describe_contents, describe_entry, is_not_ordinary_file, read_bounded
 from ..hub_access import hub_reachable, reason_of
 from ..userpaths import similar_paths
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
@@ -152,16 +152,25 @@ def find_model(name: str) -> ModelSource:
 
 
 def _what_is_inside(folder: Path) -> str:
-    """Return advice on a folder that holds a .gguf file or an adapter, or an empty string."""
-    converted = sorted(folder.glob("*.gguf"))
-    if converted:
-        return f"; it holds {converted[0].name}: give the file, --model {converted[0]}"
-    if not (folder / "adapter_config.json").is_file():
-        return ""
-    return (
-        f"; it holds an adapter: give it as --adapter-path {folder}, and leave --model out if the"
-        " adapter names its model"
-    )
+    """Return advice on a folder that holds something else, or an empty string."""
+    from .gguf.lora_files import import_command, is_gguf_lora
+
+    files = sorted(folder.glob("*.gguf"))
+    models = [file for file in files if not is_gguf_lora(file)]
+    if models:
+        return f"; it holds {models[0].name}: give the file, --model {models[0]}"
+    if files:
+        command = import_command(files[0])
+        return f"; it holds a LoRA adapter, {files[0].name}: convert it with {command}"
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"; it holds an adapter: give it as --adapter-path {folder}, and leave --model out if"
+            " the adapter names its model"
+        )
+    contents = describe_contents(folder)
+    if contents.startswith("data"):
+        return f"; it holds {contents}: rows go to --data of mlx_loraplus.train"
+    return f"; it holds {contents}" if contents else ""
 
 
 def missing_file(folder: Path) -> str | None:

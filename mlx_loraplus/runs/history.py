@@ -54,7 +54,7 @@ import numpy as np
 from ..call_checks import types_checked
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
-from ..files import read_bounded
+from ..files import describe_contents, read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
@@ -288,6 +288,8 @@ def read_history(folder: Path) -> list[Event]:
             problem = f"there is no folder {folder}{similar_paths(folder, suffixes=())}"
         elif folder.is_file():
             problem = f"{folder} is a file"
+        elif contents := describe_contents(folder):
+            problem = f"{folder} holds {contents}, and no history of a run"
         raise OutputError(f"{problem}; give the folder of a run that has started") from None
 
     lines = content.splitlines()

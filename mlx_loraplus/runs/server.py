@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from ..command_config import ServeConfig
 from ..errors import ConfigError, LoRAPlusError
+from ..files import describe_contents
 from ..pages.pages import Headline, PageLink, content_policy, render_index
 from .history import HISTORY, REPORT, SETTINGS, Run
 from .read_saved_page import SavedPage, read_page
@@ -73,6 +74,8 @@ def serve_folder(config: ServeConfig, log: Callable[[str], None], now: Callable[
     if not Path(config.folder).is_dir():
         raise ConfigError(f"{config.folder} is not a folder: give the folder that holds the runs")
 
+    _check_shows_runs(Path(config.folder), log)
+
     token = config.token
     if not token and not is_loopback(config.host):
         token = secrets.token_urlsafe(16)
@@ -83,6 +86,22 @@ def serve_folder(config: ServeConfig, log: Callable[[str], None], now: Callable[
         log("stop with Ctrl-C")
         settings = uvicorn.Config(app, log_level="warning", server_header=False)
         uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _check_shows_runs(folder: Path, log: Callable[[str], None]) -> None:
+    """Check that a folder without runs and pages is not one of something else.
+
+    Raises:
+        ConfigError: It holds data, a model or an adapter.
+    """
+    if any(find_runs(folder)) or any(find_pages(folder)):
+        return
+    if contents := describe_contents(folder):
+        raise ConfigError(
+            f"{folder} holds {contents}, and no runs: give the folder that holds the runs, the one"
+            " above --adapter-path"
+        )
+    log(f"there are no runs in {folder} yet: the page lists them once they have started")
 
 
 def make_app(folder: Path, token: str | None, now: Callable[[], float]) -> Any:

@@ -72,6 +72,6 @@ def find_rate(
     # Search with a copy, which shares the model's arrays and gets the adapters.
     session = Session(Run(config), tokenizer, examples, None, world, no_log, [])
     trial = shared_copy(model)
-    state = start_state(trial, session).state
+    state = start_state(trial, session).train_state
     world.broadcast(trial)
     return search_rate(state, session.config, world)

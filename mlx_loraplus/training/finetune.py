@@ -77,13 +77,13 @@ class StartState:
         identity: What must be equal on all processes and in the checkpoint.
         reference: A digest of the model that answers are compared with, if there is one.
         trainable: The parameters that train.
-        state: What the training loop works on.
+        train_state: What the training loop works on.
     """
 
     identity: RunFingerprint
     reference: str | None
     trainable: TrainableParams
-    state: TrainState
+    train_state: TrainState
 
 
 def finetune(
@@ -202,16 +202,16 @@ def _train(model: nn.Module, session: Session) -> None:
     """Train in the run's folder, from the start or from a checkpoint."""
     # Attach the adapters. Search the learning rate if it is auto; otherwise, nothing changes.
     start = start_state(model, session)
-    start = replace(start, state=choose_rate(session, start.state))
+    start = replace(start, train_state=choose_rate(session, start.train_state))
 
     # From the first write to the folder, Ctrl-C ends the run in order, so that it can be resumed.
     with interruptible() as stop_requested:
         eval_prompts = _start_folder(model, session, start)
-        identity = with_choices(start.identity, start.state, session.run.config)
-        writer = RunWriter(session, start.state, identity)
+        identity = with_choices(start.identity, start.train_state, session.run.config)
+        writer = RunWriter(session, start.train_state, identity)
         session.show(session.run.start)
         session.log(f"report: {session.run.folder / REPORT} shows the run while it trains")
-        outcome = _run_loop(session, start.state, writer, eval_prompts, stop_requested)
+        outcome = _run_loop(session, start.train_state, writer, eval_prompts, stop_requested)
 
     # Write the report and, if the run is complete, its best adapter.
     writer.finish(outcome)
@@ -223,12 +223,14 @@ def _start_folder(model: nn.Module, session: Session, start: StartState) -> list
     with world.sync_errors(), world.computing():
         eval_prompts = choose_prompts(model, session)
         if checkpoint is None:
-            start_history(session, start.state, start.trainable, eval_prompts, start.reference)
+            start_history(
+                session, start.train_state, start.trainable, eval_prompts, start.reference
+            )
         else:
-            resume_history(session, start.state, checkpoint)
+            resume_history(session, start.train_state, checkpoint)
         if world.is_main:
             residuals = start.trainable.residuals
-            start_folder(run, start.state, anew=checkpoint is None, residuals=residuals)
+            start_folder(run, start.train_state, anew=checkpoint is None, residuals=residuals)
 
     # All processes start from the same parameters.
     world.broadcast(model)
@@ -305,7 +307,7 @@ def start_state(model: nn.Module, session: Session) -> StartState:
 
     # Check this machine, and choose how a step is computed, in the same way on all processes.
     state = set_up_step(session, state, identity.model)
-    return StartState(identity, reference, trainable, state)
+    return StartState(identity, reference, trainable, train_state=state)
 
 
 def _start_adapters(model: nn.Module, session: Session) -> TrainableParams:

@@ -165,7 +165,7 @@ def test_other_settings_work_with_rows(tmp_path: Path):
         (b"bytes", "data is of the type bytes; give"),
         ([ROWS, "file.jsonl"], r"data\[0\] is a list, but .* give rows next to data sets as"),
         ([{("a",): 1}], "row 1 of data can't be written as JSON: keys must be str"),
-        (pd.DataFrame([[1, 2]], columns=["a", "a"]), r"two columns have the same name \(a, a\)"),
+        (pd.DataFrame([[1, 2]], columns=["a", "a"]), r"two columns have the same name \(a\): rename or drop"),
     ],
 )  # fmt: skip
 def test_wrong_data_is_one_line(data: Any, words: str):

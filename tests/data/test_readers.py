@@ -1,8 +1,11 @@
 """Files of every format, encoding and line end, also huge, deeply nested and corrupt ones."""
 
+import ast
 import json
 import os
 import random
+import shlex
+import subprocess
 from pathlib import Path
 
 import pyarrow
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from mlx_loraplus.data.messages import BadRowError
+from mlx_loraplus.data.open_text import TO_UTF8
 from mlx_loraplus.data.readers import read_csv, read_json, read_jsonl, read_text
 from mlx_loraplus.errors import DataError
 from tests.conftest import cpu_limit
@@ -64,7 +68,8 @@ def test_places_are_lines(tmp_path: Path):
     records, problems = read(tmp_path / "a.csv")
     assert [(record.line, record.fields["completion"]) for record in records] == [(2, "b\nb")]
     assert problems == [
-        "5: 3 values, but the header has 2 columns",
+        "5: 3 values, but the header has 2 columns: put double quotes around a value that contains"
+        " a comma",
         "6: no 'completion' (it has 'prompt')",
     ]
 
@@ -94,8 +99,13 @@ def test_wide_encodings_are_refused(tmp_path: Path, suffix: str, mark: str, enco
     path = tmp_path / f"rows{suffix}"
     mark = mark if encoding[-2:] in ("le", "be") else ""  # the others write one themselves
     path.write_bytes(f"{mark}{GOOD}\n".encode(encoding))
-    with pytest.raises(DataError, match="is UTF-16 or UTF-32: save it as UTF-8"):
+    with pytest.raises(DataError, match="is UTF-16 or UTF-32: save it as UTF-8") as error:
         list(read_text(path)) if suffix == ".txt" else read(path)
+
+    # The advice is right when followed.
+    command = shlex.split(str(error.value).partition("such as with ")[2].partition(" >")[0])
+    path.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert path.read_text("utf-8-sig") == f"{GOOD}\n"
 
 
 @pytest.mark.parametrize(
@@ -128,15 +138,15 @@ def test_bytes_that_are_not_utf8(tmp_path: Path):
     folder = write(tmp_path, train=GOOD.encode() + b'\n{"text": "caf\xe9"}\n' + GOOD.encode())
     records, problems = read(folder)
     assert len(records) == 2
-    assert problems == ["2: not UTF-8 (byte 0xe9 at column 14)"]
+    assert problems == [f"2: not UTF-8 (byte 0xe9 at column 14): {TO_UTF8}"]
     (tmp_path / "a.json").write_bytes(b'[{"text": "caf\xe9"},\n{"text": "b"}]')
     records, problems = read(tmp_path / "a.json")
-    assert (len(records), problems) == (1, ["1: not UTF-8"])
+    assert (len(records), problems) == (1, [f"1: not UTF-8: {TO_UTF8}"])
     (tmp_path / "a.csv").write_bytes(b"prompt,completion\na,caf\xe9\na,b\n")
     records, problems = read(tmp_path / "a.csv")
-    assert (len(records), problems) == (1, ["2: not UTF-8"])
+    assert (len(records), problems) == (1, [f"2: not UTF-8: {TO_UTF8}"])
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match=r"is not UTF-8: .*iconv -f WINDOWS-1252"):
         list(read_text(tmp_path / "a.txt"))
 
 
@@ -203,11 +213,36 @@ def test_separators_and_headers_of_tables(tmp_path: Path):
     assert read(path)[0][0].fields == {"prompt": "a;a", "completion": "b,b"}
     path.write_text("prompt|completion\na,b;c|b\n")
     assert read(path)[0][0].fields == {"prompt": "a,b;c", "completion": "b"}
+    path.write_text("sep=;\nprompt;completion\na,b;c\n\nd;e;f\n")
+    records, problems = read(path)
+    assert records[0].fields == {"prompt": "a,b", "completion": "c"}
+    assert problems == [
+        "5: 3 values, but the header has 2 columns: put double quotes around a value that contains"
+        " a semicolon"
+    ]
+    path.write_text("prompt,completion,,\na,b,,\n")
+    assert read(path)[0][0].fields == {"prompt": "a", "completion": "b"}
     path.write_text("prompt,prompt\na,b\n")
-    with pytest.raises(DataError, match="two columns have the same name"):
+    with pytest.raises(DataError, match=r"same name \(prompt\): rename or remove one of them"):
         read(path)
+    path.write_text('prompt,completion\na,"b"c\n')
+    assert "write each double quote twice" in read(path)[1][0]
     path.write_text('prompt,completion\na,"b\n')
     assert "unexpected end of data" in read(path)[1][0]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_rows_that_python_printed(tmp_path: Path, suffix: str):
+    path = tmp_path / f"rows{suffix}"
+    text = str(ROWS) if suffix == ".json" else "".join(f"{row}\n" for row in ROWS)
+    path.write_text(text)
+    _, problems = read(path)
+    assert all("json.dumps(ast.literal_eval(TEXT))" in problem for problem in problems)
+
+    # The advice is right when followed.
+    texts = [text] if suffix == ".json" else text.splitlines()
+    path.write_text("\n".join(json.dumps(ast.literal_eval(each)) for each in texts))
+    assert [record.fields for record in read(path)[0]] == ROWS
 
 
 def test_a_parquet_file_with_a_day_beyond_all_calendars(tmp_path: Path):

@@ -245,3 +245,35 @@ def test_a_split_that_is_no_file_is_told_and_not_left_out(tmp_path: Path, name: 
         with pytest.raises(DataError, match=f"can't read .*: it is {found}") as raised:
             find_sources([str(data)])
         assert "did you mean" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "advice"),
+    [
+        ("sub/train.jsonl sub/valid.jsonl", "give the folder that holds train.jsonl: --data sub"),
+        ("a/b/train-00000-of-00001.csv", "give the folder that holds train-00000-of-00001.csv: --data a/b"),
+        ("b/train.jsonl a/train.csv", "give one or several of the folders in it, as in --data a b"),
+        ("sub/rows.jsonl", "give files in its folders, as in --data sub/rows.jsonl"),
+        ("train/a.jsonl valid/a.jsonl", "give files in its folders, as in --data train/a.jsonl"),
+        (".git/train.jsonl", "save the training rows there, for example in train.jsonl"),
+        ("rows.csv", "rename it to train.csv, or give the file: --data rows.csv"),
+        ("a.jsonl b.jsonl", "rename the training file to train.jsonl, or give files, as in --data a.jsonl b.jsonl"),
+        ("valid.jsonl test.jsonl", "save the training rows there too, for example in train.jsonl"),
+        ("train.jsonl.gz", "'train.jsonl.gz' is not read (decompress it first)"),
+    ],
+)  # fmt: skip
+def test_a_folder_without_a_training_file_names_what_to_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: str, advice: str
+):
+    for name in files.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{GOOD}\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        find_sources(["."])
+    assert advice in str(error.value)
+
+    # The advice is right when followed.
+    given = str(error.value).partition("--data ")[2].split()
+    if given:
+        assert all(source["train"] for source in find_sources(given))

@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import save_adapter
+from tests.export import test_peft
 from tests.export.test_gguf_lora import adapted, converted
 from tests.models.gguf_files import write_gguf
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An adapter in PEFT's format."""
+    test_peft.written(test_peft.adapted("llama"), tmp_path / "peft")
+    return tmp_path / "peft"
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from mlx_loraplus import fuse, save_adapter, train
 from mlx_loraplus.adapters.attach import attach_adapters
-from mlx_loraplus.cli import _spell_out_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.export.fuse import quantization_of
 from mlx_loraplus.export.written_files import MODEL, kept_files_note
 from mlx_loraplus.models.loading import load_folder
+from mlx_loraplus.run_argument import spell_out_adapters
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.conftest import randomize_adapters
 
@@ -221,10 +221,10 @@ def test_several_adapters_with_weights(trained: Path, tmp_path: Path):
 
 
 def test_both_spellings_of_several():
-    assert _spell_out_adapters(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
+    assert spell_out_adapters(["--adapter", "a:0.7", "--bits", "4", "--adapter", "b"]) == [
         "--bits", "4", "--adapter-path", "a:0.7", "b",
     ]  # fmt: skip
-    assert _spell_out_adapters(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
+    assert spell_out_adapters(["--adapter-path", "a:0.7", "b"]) == ["--adapter-path", "a:0.7", "b"]
 
 
 def test_a_spelling_without_a_folder_is_told(capsys: pytest.CaptureFixture[str]):

@@ -108,12 +108,6 @@ def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
     assert mx.abs(model(TOKENS) - expected).max() < 1e-4
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    written(adapted("llama"), tmp_path / "peft")
-    return tmp_path / "peft"
-
-
 @pytest.mark.parametrize(
     ("change", "told"),
     [

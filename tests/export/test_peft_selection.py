@@ -9,13 +9,7 @@ from safetensors.numpy import load_file, save_file
 from mlx_loraplus import AdapterError
 from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.export.peft import find_doubts, load_peft
-from tests.export.test_peft import LAYER, adapted, changed, make, written
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    written(adapted("llama"), tmp_path / "peft")
-    return tmp_path / "peft"
+from tests.export.test_peft import LAYER, changed, make
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ...errors import ModelError, counted, join_problems
 from ...files import cached_folder
 from .architectures import expected_tensors, half_of
 from .llama4 import as_config_json
+from .lora_files import import_command
 from .read_config import config_from_gguf, extra_layers
 from .reader import GGUFFile, read_gguf
 from .rope_scaling import ROPE_TENSORS
@@ -144,9 +145,8 @@ def _check_is_model(file: GGUFFile) -> None:
     kind = metadata.get("general.type", "model")
     if kind == "adapter":
         raise ModelError(
-            f"{path} is a LoRA adapter, not a model: convert it with mlx_loraplus.export --from"
-            f" gguf --model BASE --adapter-path {path} --save-path imported, and use the folder"
-            " imported as an adapter"
+            f"{path} is a LoRA adapter, not a model: convert it with {import_command(path)}, and"
+            " use the folder imported as an adapter"
         )
     if kind == "mmproj" or metadata.get("general.architecture") == "clip":
         raise ModelError(
