@@ -1,14 +1,12 @@
 """Convert the command line and YAML to a config, and errors to one line and exit code 2."""
 
-import argparse
 import contextlib
 import dataclasses
 import io
 import os
-import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar
 
@@ -17,38 +15,18 @@ import yaml
 
 from . import __version__
 from ._runtime import check_backend
+from .command_config import positional_words
 from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError
 from .failures import failures_in_one_line
-from .foreign_names import find_foreign
+from .foreign_names import FOREIGN_NAMES
+from .given_settings import FLAG, name_of_flag, naming_file, read_given
 from .help_text import help_text
 from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
-from .migration import translate
-from .models.moved_run_paths import read_run_settings
 from .rich_display import wrap_words
-from .settings import (
-    Config,
-    check_settings_file,
-    configure,
-    read_settings,
-    setting_names,
-    settings_of,
-)
+from .settings import Config, configure, setting_names, settings_of
 from .tyro_errors import unboxed
 from .unknown_arguments import argument_names, find_dashed, make_argument_error
-from .userpaths import path_of
-
-_SWITCHES = ("test",)
-"""Settings of other programs that are options of commands here."""
-
-_FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
-
-# File of settings that a run or a sweep wrote → a file beside it, the command that wrote it, and a
-# setting that only this command has.
-_OWN_FILES = {
-    "run.yaml": ("history.jsonl", "train", "epochs"),
-    "sweep.yaml": ("trials.jsonl", "sweep", "learning_rates"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +72,12 @@ def parse(
     if dashed := find_dashed(arguments, argument_names(kind, switches)):
         raise make_argument_error(dashed, arguments, kind, switches)
     quiet = LAUNCHED in os.environ or os.environ.get("MLX_RANK", "0") != "0"
-    arguments, settings = _read_foreign(kind, _spell_out(arguments), quiet=quiet)
-    defaults = configure(kind, settings, whole=False)
+    given = read_given(kind, _spell_out(arguments), quiet=quiet)
+    with naming_file(given.file):
+        configure(kind, given.in_file, whole=False)
+    flags = {*setting_names(kind), *FOREIGN_NAMES}.difference(positional_words(kind))
+    configure(kind, given.translated, whole=False, flags=flags)
+    defaults = configure(kind, given.settings, whole=False)
     parts = [
         _part("switches", switches, dataclasses.field(default_factory=switches)),
         _part("settings", kind, defaults),
@@ -110,7 +92,7 @@ def parse(
                 command_type,
                 prog=prog,
                 description=kind.__doc__,
-                args=arguments,
+                args=given.words,
                 return_unknown_args=True,
             )
     except SystemExit as stop:
@@ -120,7 +102,11 @@ def parse(
 
     if unknown:
         raise make_argument_error(unknown, arguments, kind, switches)
-    return configure(kind, settings_of(parsed.settings)), parsed.switches
+
+    # Messages name a setting as the user wrote it: in the file, or as a flag.
+    if given.file is not None:
+        flags &= {*given.native, *given.translated, *FOREIGN_NAMES}
+    return configure(kind, settings_of(parsed.settings), flags=flags), parsed.switches
 
 
 def _part(name: str, kind: type, default: Any) -> tuple[str, Any, Any]:
@@ -130,13 +116,13 @@ def _part(name: str, kind: type, default: Any) -> tuple[str, Any, Any]:
 
 def given_names(kind: type[Config], arguments: Sequence[str]) -> set[str]:
     """Return the names of the settings in a command's flags and its YAML file."""
-    arguments, settings = _read_foreign(kind, arguments, quiet=True)
-    names = set(settings)
+    given = read_given(kind, arguments, quiet=True)
+    names = set(given.settings)
 
     # A flag may be written --name, --name=value or --no-name.
-    for word in arguments:
+    for word in given.words:
         if word.startswith("--"):
-            name = _name_of(word)
+            name = name_of_flag(word)
             names |= {name, name.removeprefix("no_")}
 
     current = {OLD_NAMES.get(name, name) for name in names}
@@ -155,98 +141,22 @@ def _spell_out(arguments: Sequence[str]) -> list[str]:
         name = flag.removeprefix("--").replace("-", "_")
         if flag.startswith("--") and name in OLD_NAMES:
             flag = "--" + OLD_NAMES[name].replace("_", "-")
-        setting = name if _FLAG.match(word) else setting
+        setting = name if FLAG.match(word) else setting
         if setting == "report_to":
             words += _spell_out_trackers(word)
             continue
         words.append(flag + equals + value)
 
-        if word == "--grad-checkpoint" and (not following or _FLAG.match(following)):
+        if word == "--grad-checkpoint" and (not following or FLAG.match(following)):
             words.append("on")
     return words
 
 
 def _spell_out_trackers(word: str) -> list[str]:
     """Return ``--report-to=a,b`` or ``a,b`` as separate words, without the word none."""
-    flag, _, values = word.partition("=") if _FLAG.match(word) else ("", "", word)
+    flag, _, values = word.partition("=") if FLAG.match(word) else ("", "", word)
     trackers = [name for name in values.split(",") if name not in ("", "none")]
     return [flag, *trackers] if flag else trackers
-
-
-def _read_foreign(
-    kind: type[Config], arguments: Sequence[str], *, quiet: bool = False
-) -> tuple[list[str], dict[str, Any]]:
-    """Translate the flags of other programs, and read the YAML file.
-
-    Returns:
-        The other words, and the settings in the YAML file and in the translated flags.
-
-    Raises:
-        ConfigError: A setting of another program has no counterpart here.
-    """
-    # A flag has the words up to the next flag as its values. Only those of other programs are
-    # taken out of the words that tyro reads.
-    known = setting_names(kind)
-    lists = _list_settings(kind)
-    words: list[str] = []
-    foreign: dict[str, Any] = {}
-    native: dict[str, Any] = {}
-    flags = [number for number, word in enumerate(arguments) if _FLAG.match(word)]
-    for start, stop in pairwise([0, *flags, len(arguments)]):
-        first, *values = arguments[start:stop] or [""]
-        name = _name_of(first) if first.startswith("--") else ""
-        if "=" in first:
-            values = [first.partition("=")[2], *values]
-
-        is_foreign = name not in known and name not in _SWITCHES and find_foreign(name)
-        if is_foreign:
-            foreign[name] = _flag_value(values)
-            continue
-        words += arguments[start:stop]
-        if name in known:
-            if name in lists and not values:
-                raise ConfigError(f"{first} needs at least one value after it")
-            # If a flag with one value is repeated, the last value counts. A list would lose values.
-            if name in lists and name in native:
-                flag = first.partition("=")[0]
-                raise ConfigError(f"{flag} is given twice: write all its values after one {flag}")
-            native[name] = _flag_value(values)
-
-    if foreign:
-        translated = translate(kind, native | foreign, native, quiet=quiet)
-        foreign = {name: value for name, value in translated.items() if name not in native}
-    in_file = translate(kind, _read_yaml(words, known), native | foreign, quiet=quiet)
-
-    # A length as a flag replaces the one in the file, whether in steps or in epochs.
-    lengths = {"iters", "epochs"}
-    if lengths & (native.keys() | foreign.keys()):
-        in_file = {name: value for name, value in in_file.items() if name not in lengths}
-    return words, in_file | foreign
-
-
-def _list_settings(kind: type[Config]) -> set[str]:
-    """Return the settings whose flag takes one or more values."""
-    defaults = settings_of(kind())
-    lists = {name for name, value in defaults.items() if isinstance(value, list)}
-    return lists - {"report_to"}  # it also takes the word none, which leaves no value
-
-
-def _name_of(flag: str) -> str:
-    """Return the name of the setting of a flag, such as ``--batch-size=8``."""
-    return flag.partition("=")[0].lstrip("-").replace("-", "_")
-
-
-def _flag_value(values: Sequence[str]) -> Any:
-    """Return the value of a flag as YAML would read it; a flag without a value is True."""
-    if not values:
-        return True
-    read: list[Any] = []
-    for value in values:
-        try:
-            read.append(yaml.safe_load(value))
-        except yaml.YAMLError:
-            read.append(value)
-    return read[0] if len(read) == 1 else read
 
 
 @contextlib.contextmanager
@@ -341,37 +251,3 @@ def log(line: str) -> None:
     if sys.stdout.isatty():
         line = wrap_words(line, shutil.get_terminal_size().columns)
     print(line, file=Output(), flush=True)
-
-
-def _read_yaml(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]:
-    """Return the settings in the file after -c or --config, which tyro needs as defaults.
-
-    Args:
-        arguments: The words of the command.
-        known: The command's settings.
-
-    Raises:
-        ConfigError: The file can't be read, or its name is not a path.
-    """
-    # Only this flag is read here; all others are left to tyro.
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", nargs="?", action="append")
-    paths = [path for path in parser.parse_known_args(arguments)[0].config or () if path]
-    if not paths:
-        return {}
-    if len(paths) > 1:
-        raise ConfigError(f"-c is given twice ({', '.join(paths)}): give one file of settings")
-
-    file = path_of(paths[0], "--config", ConfigError)
-    check_settings_file(file)
-
-    # The paths in a file that a run or a sweep wrote still work if its folder was moved.
-    beside, command_name, setting = _OWN_FILES.get(file.name, ("", "", ""))
-    if beside and (file.parent / beside).is_file():
-        if setting not in known:
-            raise ConfigError(
-                f"{file} holds settings of mlx_loraplus.{command_name}: give the settings of this"
-                " command as flags, or in a file of its own"
-            )
-        return read_run_settings(file)
-    return read_settings(file)

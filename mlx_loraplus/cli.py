@@ -73,7 +73,7 @@ class PlanSwitches(Switches):
 
     family: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Show the models whose short names contain one of these words, e.g. qwen, whether they fit or
-    not; by default all that fit."""
+    not; by default all that fit, or only the one of --model."""
     memory: str | None = None
     """Plan for a Mac of this size, e.g. 16GB, instead of this machine."""
     save_path: str | None = None
@@ -223,7 +223,7 @@ def plan(arguments: Arguments = None) -> None:
             check_save_path(switches.save_path, overwrite=asked.overwrite)
         given = given_names(TrainConfig, words)
         config = plan_from_adapter(asked, given, switches.family)
-        is_named = not switches.family or "model" in given
+        is_named = "model" in given or asked.resume_adapter_file is not None
         plan = plan_run(config, switches.memory, switches.family, is_named=is_named)
         Console(soft_wrap=True).print(plan)
         if switches.save_path is not None:
@@ -285,7 +285,7 @@ def sweep(arguments: Arguments = None) -> None:
     with command("mlx_loraplus.sweep", SweepConfig, words) as (config, _):
         from rich.console import Console
 
-        from .data.first_rows import check_rows
+        from .data.first_rows import check_rows, check_validates
         from .inference.generate import load
         from .sweep.sweep import sweep_rates
         from .sweep.sweep_folder import check_sweep_folder
@@ -295,7 +295,9 @@ def sweep(arguments: Arguments = None) -> None:
 
         check_model_name(config.model)
         check_sweep_folder(config)
-        check_rows(run_config_of(config))
+        run = run_config_of(config)
+        check_rows(run)
+        check_validates(run)
         # The folder and the data have been checked before the model is loaded.
         model, tokenizer = load(config.model)
         # Settings that were not given may come from the adapter that the trials start from.

@@ -48,8 +48,8 @@ class KindFacts:
     rate: float | None = None  # the default learning_rate at lr_ratio 1; None: that of ``init``
     own: tuple[str, ...] = ()  # settings that only this kind accepts
     refused: Mapping[tuple[str, ...], str] = field(default_factory=dict[tuple[str, ...], str])
-    """Settings that this kind refuses → the message; {names} stands for those that are given, and
-    a setting's own name, such as {init}, for its value."""
+    """Settings that this kind refuses → the message, with flags; {names} stands for those that are
+    given, and a setting's own name, such as {init}, for its value."""
 
 
 KINDS: Mapping[str, KindFacts] = {
@@ -59,8 +59,11 @@ KINDS: Mapping[str, KindFacts] = {
         rank=256,
         rate=4e-3,  # VeRA trains two vectors, which need a higher rate than matrices
         refused={
-            ("init",): "vera has no init {init}: its A and B stay random; use adapter lora or dora",
-            ("alpha", "rslora"): "vera has no scale: leave alpha and rslora out",
+            ("init",): (
+                "--adapter vera has no --init {init}: its A and B stay random; use --adapter lora"
+                " or dora"
+            ),
+            ("alpha", "rslora"): "--adapter vera has no scale: leave {names} out",
         },
     ),
     "full": KindFacts(
@@ -81,12 +84,12 @@ KINDS: Mapping[str, KindFacts] = {
                 "loftq_iters",
                 "svd",
             ): (
-                "full trains the weights themselves and has no {names}: leave {names} out"
-                " (num_layers N trains the last N blocks only)"
+                "--adapter full trains the weights themselves and has no {names}: leave {names} out"
+                " (--num-layers N trains the last N blocks only)"
             ),
             ("resume_adapter_file",): (
-                "full starts from a model, not from an adapter: fuse {resume_adapter_file} with"
-                " mlx_loraplus.fuse, and give the folder as model"
+                "--adapter full starts from a model, not from an adapter: give as --model the"
+                " folder that mlx_loraplus.fuse {resume_adapter_file} writes"
             ),
         },
     ),
@@ -347,7 +350,7 @@ class TrainConfig:
     """Stop after this many minutes, as if by Ctrl-C; --resume continues."""
     max_skipped_steps: Count = 5
     """Stop after this many skipped steps in a row. A step is skipped if the loss or a gradient is
-    not finite."""
+    not finite. A run that skips more than half of its steps fails."""
     parallel: Literal["data", "tensor"] = "data"
     """What several processes (--launch, mlx.launch) divide: each batch's examples (data), or the
     base's weights (tensor)."""

@@ -337,6 +337,7 @@ OTHER_WORDS: Mapping[str, str] = {
     **dict.fromkeys(("quantize", "q_bits"), "bits"),
     **dict.fromkeys(("base", "model_path", "model_id"), "model"),
     **dict.fromkeys(("adapter_file", "init_from", "checkpoint"), "resume_adapter_file"),
+    **dict.fromkeys(("time_limit", "max_time", "timeout", "max_hours", "minutes"), "max_minutes"),
 }
 """Words that none of these programs uses → the setting that is probably meant."""
 
@@ -353,6 +354,9 @@ PROGRAMS: Mapping[str, Mapping[str, ForeignSetting]] = {
 }
 """Program → its settings that have another name here, or none."""
 
+FOREIGN_NAMES = frozenset(name for each in PROGRAMS.values() for name in each) - {"test"}
+"""The settings of all programs, except the one that is only a flag here."""
+
 NESTED = (
     "lora_parameters", "optimizer_config", "lr_schedule", "loftq_config", "hf_dataset",
     "rank_pattern", "alpha_pattern", "datasets", "test_datasets", "special_tokens", "fsdp",
@@ -362,10 +366,7 @@ NESTED = (
 
 def find_foreign(name: str) -> ForeignSetting | None:
     """Return a setting of another program, or None if no program has this name."""
-    for settings in PROGRAMS.values():
-        if name in settings:
-            return settings[name]
-    return None
+    return next((settings[name] for settings in PROGRAMS.values() if name in settings), None)
 
 
 def foreign_hint(name: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from .command_config import SHORT_FLAGS, SweepConfig, positional_words
 from .config import TrainConfig
 from .settings import Config, configure, settings_of
+from .spelling import flag_of
 
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": (
@@ -122,16 +123,11 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
             text += f" One of {', '.join(values)}."
         if default is True:
             text += f" Default: on; --no-{name.replace('_', '-')} turns it off."
-        options[name] = (flag_of(name), default, text)
+        short = f"{SHORT_FLAGS[name]}, " if name in SHORT_FLAGS else ""
+        options[name] = (short + flag_of(name), default, text)
     return options | {
         name: (name.upper(), *options[name][1:]) for name in positional_words(kind, switches)
     }
-
-
-def flag_of(name: str) -> str:
-    """Return the flag of a setting."""
-    short = f"{SHORT_FLAGS[name]}, " if name in SHORT_FLAGS else ""
-    return f"{short}--{name.rstrip('_').replace('_', '-')}"
 
 
 def field_helps(kind: type) -> dict[str, str]:

@@ -82,9 +82,9 @@ def check_batch_size(batch_size: int | str, processes: int) -> None:
     """
     if isinstance(batch_size, int) and batch_size < processes:
         raise ConfigError(
-            f"batch_size {batch_size} leaves some of {processes} processes without an example: give"
-            f" --batch-size {processes} or more (it counts the examples of all processes together),"
-            " or start fewer processes"
+            f"--batch-size {batch_size} leaves some of {processes} processes without an example:"
+            f" give --batch-size {processes} or more (it counts the examples of all processes"
+            " together), or start fewer processes"
         )
 
 

@@ -7,18 +7,24 @@ Otherwise, the error names the setting to use. The table of all names is in ``fo
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from .config import LR_RATIO
 from .errors import ConfigError, counted, join_problems
-from .foreign_names import LLAMA_FACTORY, MLX_LM, PROGRAMS, TRL, ForeignSetting, find_foreign
+from .foreign_names import (
+    LLAMA_FACTORY,
+    MLX_LM,
+    PROGRAMS,
+    TRL,
+    ForeignSetting,
+    find_foreign,
+)
+from .mlx_lm_schedule import read_schedule
 from .settings import current_names, setting_names
+from .translation import Translation, value_text
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
 _PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
-_NEAR_ZERO = 0.1  # a schedule that ends below this fraction of its peak counts as ending at zero
-_NEAR_END = 0.15  # a schedule may end this fraction of the run before or after the last step
 
 _FIELDS = {
     "prompt_feature": "prompt",
@@ -29,58 +35,18 @@ _FIELDS = {
 }
 """Settings that name a column → the field that it holds."""
 
-_SCHEDULES = {"cosine_decay": "cosine", "linear_schedule": "linear"}
 _USUAL = {"betas": [0.9, 0.999], "eps": 1e-8, "bias_correction": True, "momentum": 0.0}
 """Values of ``optimizer_config`` that the optimizers here have anyway."""
-
-
-@dataclass
-class _Translation:
-    """The settings of a command while they are translated."""
-
-    foreign: dict[str, Any]  # settings of other programs that are still to be translated
-    ours: dict[str, Any]  # settings of this package
-    context: Mapping[str, Any]  # settings that override these, such as flags
-    translated: list[str] = field(default_factory=list)  # "scale 20 → alpha 160"
-    left_out: list[str] = field(default_factory=list)  # "train (…)"
-    problems: list[str] = field(default_factory=list)
-
-    def put(self, name: str, value: Any, ours: Mapping[str, Any]) -> None:
-        """Translate a setting to one or several of this package's.
-
-        Args:
-            name: The setting of the other program.
-            value: Its value.
-            ours: The settings with the same meaning, and their values.
-        """
-        for setting, translated in ours.items():
-            if setting in self.ours and self.ours[setting] != translated:
-                self.problems.append(
-                    f"{name} {_shown(value)} is {setting} {_shown(translated)} here, but"
-                    f" {setting} is also {_shown(self.ours[setting])}: give one of them"
-                )
-            self.ours[setting] = translated
-
-        here = ", ".join(f"{setting} {_shown(translated)}" for setting, translated in ours.items())
-        self.translated.append(f"{name} {_shown(value)} → {here}")
-
-    def refuse(self, name: str, value: Any, note: str) -> None:
-        """Report a setting that has no counterpart here."""
-        program = next(key for key, settings in PROGRAMS.items() if name in settings)
-        advice = f"leave it out; {note}" if note else "leave it out"
-        self.problems.append(f"{program}'s {name} {_shown(value)} can't be translated: {advice}")
-
-    def get(self, name: str, default: Any) -> Any:
-        """Return the value of one of this package's settings."""
-        return self.context.get(name, self.ours.get(name, default))
 
 
 def translate(
     kind: type,
     settings: Mapping[str, Any],
     context: Mapping[str, Any] | None = None,
+    stored: Mapping[str, Any] | None = None,
     *,
     quiet: bool = False,
+    as_flags: bool = False,
 ) -> dict[str, Any]:
     """Return settings in which the names of other programs are replaced by this package's.
 
@@ -90,7 +56,9 @@ def translate(
         kind: The config of the command.
         settings: Setting name to value, from keywords, a YAML file or flags.
         context: Settings that override these.
+        stored: Settings that these override.
         quiet: Report nothing.
+        as_flags: Write the settings as flags in messages.
 
     Raises:
         ConfigError: A setting of another program has no counterpart here, or contradicts one of
@@ -106,7 +74,7 @@ def translate(
     given = {name: value for name, value in settings.items() if value is not None}
     foreign = {name: given[name] for name in names if name in given}
     ours = {name: value for name, value in given.items() if name not in names}
-    work = _Translation(foreign, ours, context or {})
+    work = Translation(foreign, ours, context or {}, stored or {}, known, as_flags)
     if foreign.get("fine_tune_type") == "full":
         _leave_out_lora(work)
     _unpack(work)
@@ -116,15 +84,18 @@ def translate(
         _count_steps(work)
 
     for name in work.ours.keys() - set(known) - settings.keys():
-        work.problems.append(f"{', '.join(names)}: this command has no {name}")
+        given = work.spell(work.sources.get(name, name))
+        work.problems.append(
+            f"{given} is {work.spell(name)} here, which this command does not have"
+        )
     if work.problems:
-        raise ConfigError(join_problems(work.problems))
+        raise ConfigError(join_problems(work.finished(work.problems)))
     if not quiet:
         sys.stderr.write(_line(work, names) + "\n")
     return work.ours
 
 
-def _line(work: _Translation, names: list[str]) -> str:
+def _line(work: Translation, names: list[str]) -> str:
     """Return the line that reports a translation."""
     # Several programs may know a name. The one that knows most of them comes first.
     left = set(names)
@@ -137,26 +108,26 @@ def _line(work: _Translation, names: list[str]) -> str:
     parts = [", ".join(work.translated)] if work.translated else []
     if work.get("adapter", "lora") == "full" and work.get("num_layers", -1) == -1:
         parts.append(
-            "embeddings, last norm and head train too (num_layers N: only the last blocks)"
+            "embeddings, last norm and head train too (--num-layers N: only the last blocks)"
         )
     if work.left_out:
         parts.append(f"left out: {', '.join(work.left_out)}")
     has_b = work.get("adapter", "lora") != "full"
     has_rate = work.get("learning_rate", None) is not None
     if has_b and has_rate and work.get("lr_ratio", None) is None:
-        parts.append(f"B learns at {LR_RATIO:g} times this rate (lr_ratio 1: at the same rate)")
+        parts.append(f"B learns at {LR_RATIO:g} times this rate (--lr-ratio 1: at the same rate)")
     source = f"{programs[0]}'s settings" if len(programs) == 1 else " and ".join(programs)
-    return f"{source}: {'; '.join(parts) or 'nothing to translate'}"
+    return f"{source}: {'; '.join(work.finished(parts)) or 'nothing to translate'}"
 
 
-def _leave_out_lora(work: _Translation) -> None:
+def _leave_out_lora(work: Translation) -> None:
     """Leave out the settings of LoRA, which mlx-lm ignores when it trains all weights."""
     for name in ("lora_parameters", "scale", "keys"):
         if work.foreign.pop(name, None) is not None:
-            work.left_out.append(f"{name} (there is no LoRA with fine_tune_type full)")
+            work.leave_out(name, "there is no LoRA with fine_tune_type full")
 
 
-def _unpack(work: _Translation) -> None:
+def _unpack(work: Translation) -> None:
     """Replace nested settings by their contents."""
     # mlx-lm's settings of LoRA.
     parameters = _pop_mapping(work, "lora_parameters")
@@ -186,20 +157,20 @@ def _unpack(work: _Translation) -> None:
         elif name not in _USUAL or _number(value) != _USUAL[name]:
             usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
             work.problems.append(
-                f"optimizer_config: {name} {_shown(value)} is not a setting{usual}"
+                f"optimizer_config: {name} {value_text(value)} is not a setting{usual}"
             )
 
 
-def _pop_mapping(work: _Translation, name: str) -> dict[str, Any]:
+def _pop_mapping(work: Translation, name: str) -> dict[str, Any]:
     """Take a nested setting out of those that are still to be translated."""
     value = work.foreign.pop(name, {})
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return dict(value)
-    work.problems.append(f"{name} must hold settings, not {_shown(value)}")
+    work.problems.append(f"{name} must hold settings, not {value_text(value)}")
     return {}
 
 
-def _translate_one(work: _Translation, name: str, value: Any) -> None:
+def _translate_one(work: Translation, name: str, value: Any) -> None:
     """Translate one setting, or report why it can't be."""
     setting = find_foreign(name)
     assert setting is not None
@@ -211,11 +182,11 @@ def _translate_one(work: _Translation, name: str, value: Any) -> None:
         _translate_by_table(work, name, value, setting)
 
 
-def _translate_by_table(work: _Translation, name: str, value: Any, setting: ForeignSetting) -> None:
+def _translate_by_table(work: Translation, name: str, value: Any, setting: ForeignSetting) -> None:
     """Translate a setting that means the same whatever the others are."""
     if setting.ours is None:
         if setting.values is None:
-            work.left_out.append(f"{name} ({setting.note})")
+            work.leave_out(name, setting.note)
         elif value not in (list(setting.values) or (False, {}, [])):  # or it is off
             work.refuse(name, value, setting.note)
         return
@@ -228,7 +199,7 @@ def _translate_by_table(work: _Translation, name: str, value: Any, setting: Fore
     try:
         translated = setting.values[value]
     except (KeyError, TypeError):
-        allowed = setting.note or f"allowed are {', '.join(map(_shown, setting.values))}"
+        allowed = setting.note or f"allowed are {', '.join(map(value_text, setting.values))}"
         work.refuse(name, value, allowed)
         return
     if translated is not None:
@@ -238,7 +209,7 @@ def _translate_by_table(work: _Translation, name: str, value: Any, setting: Fore
 # --- settings whose translation depends on others -----------------------------------------------
 
 
-def _translate_scale(work: _Translation, name: str, value: Any) -> None:
+def _translate_scale(work: Translation, name: str, value: Any) -> None:
     """Translate mlx-lm's scale s, which is alpha / rank."""
     scale, rank = _number(value), _number(work.get("rank", _RANK))
     if isinstance(scale, str) or isinstance(rank, str):
@@ -247,28 +218,37 @@ def _translate_scale(work: _Translation, name: str, value: Any) -> None:
         work.put(name, value, {"alpha": float(scale * rank)})
 
 
-def _translate_field(work: _Translation, name: str, value: Any) -> None:
+def _translate_field(work: Translation, name: str, value: Any) -> None:
     """Translate the setting of one column to an entry of ``fields``, which holds all columns."""
     if value == _FIELDS[name]:
         return
     fields = work.ours.setdefault("fields", [])
     if isinstance(fields, list):
         fields.append(f"{_FIELDS[name]}={value}")
-    work.translated.append(f"{name} {_shown(value)} → fields {_FIELDS[name]}={value}")
+    work.report(name, value, f"{work.spell('fields')} {_FIELDS[name]}={value}")
 
 
-def _translate_warmup_ratio(work: _Translation, name: str, value: Any) -> None:
+def _translate_warmup_ratio(work: Translation, name: str, value: Any) -> None:
     """Translate a fraction of the run to steps, for which the number of steps must be known."""
-    iters = work.get("iters", work.foreign.get("max_steps"))
+    iters = work.get("iters", work.foreign.get("max_steps", work.stored.get("max_steps")))
+    fraction = _number(value)
     if not value:
         return
-    if not isinstance(iters, int) or iters < 1:
-        work.refuse(name, value, "give --warmup in steps, or --iters")
-        return
-    work.put(name, value, {"warmup": math.ceil(_number(value) * iters)})
+    if not isinstance(fraction, float | int) or not 0 < fraction < 1:
+        work.problems.append(
+            f"{work.spell(name)} is a fraction of the run, such as 0.1, not {value_text(value)}:"
+            " --warmup takes a number of steps"
+        )
+    elif not isinstance(iters, int) or iters < 1:
+        work.problems.append(
+            f"{work.spell(name)} {value_text(value)} needs the number of steps: give --iters N"
+            f" too, or {work.spell('warmup')} in steps instead"
+        )
+    else:
+        work.put(name, value, {"warmup": math.ceil(fraction * iters)})
 
 
-def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
+def _translate_warmup_steps(work: Translation, name: str, value: Any) -> None:
     """Translate steps or, in Transformers 5, a fraction of the run."""
     if isinstance(value, float) and 0 < value < 1:
         _translate_warmup_ratio(work, name, value)
@@ -276,7 +256,7 @@ def _translate_warmup_steps(work: _Translation, name: str, value: Any) -> None:
         work.put(name, value, {"warmup": value})
 
 
-def _translate_scheduler(work: _Translation, name: str, value: Any) -> None:
+def _translate_scheduler(work: Translation, name: str, value: Any) -> None:
     """Translate TRL's schedule; its constant one has no warm-up."""
     if value == "constant":
         work.put(name, value, {"schedule": "constant", "warmup": 0})
@@ -284,38 +264,22 @@ def _translate_scheduler(work: _Translation, name: str, value: Any) -> None:
         _translate_by_table(work, name, value, TRL[name])
 
 
-def _translate_lr_schedule(work: _Translation, name: str, value: Any) -> None:
-    """Translate mlx-lm's schedule if it falls to about zero at about the last step."""
-    schedule = dict(value) if isinstance(value, Mapping) else {}
-    form, warmup = schedule.get("name"), schedule.get("warmup") or 0
-    advice = "give --schedule cosine, linear or constant with --learning-rate and --warmup"
-    try:
-        numbers = [float(number) for number in schedule.get("arguments") or []]
-        start = numbers[0]
-        if form == "cosine_decay":
-            steps, end = numbers[1], numbers[2] if len(numbers) > 2 else 0.0
-        else:
-            end, steps = numbers[1], numbers[2]
-    except (IndexError, ValueError, TypeError):
-        work.refuse(name, value, advice)
-        return
-
+def _translate_lr_schedule(work: Translation, name: str, value: Any) -> None:
+    """Translate mlx-lm's schedule, or report which part of it has no counterpart."""
     iters, batches = work.get("iters", None), work.get("grad_accumulation_steps", 1)
-    length = iters // batches if isinstance(iters, int) else steps
-    ends_near_zero = abs(end) <= _NEAR_ZERO * abs(start)
-    ends_near_last = abs(warmup + steps - length) <= max(_NEAR_END * length, warmup + 1)
-    if form not in _SCHEDULES or not ends_near_zero or not ends_near_last:
-        ends = "schedules here end at zero at the last step"
-        work.refuse(name, form, f"{ends}; {advice}")
+    steps = iters // batches if isinstance(iters, int) else None
+    try:
+        found = read_schedule(value, steps)
+    except ConfigError as problem:
+        work.problems.append(f"mlx-lm's {work.spell(name)} can't be translated: {problem}")
         return
 
     # In mlx-lm, the schedule's own rate is used instead of learning_rate.
     work.ours.pop("learning_rate", None)
-    ours = {"learning_rate": start, "schedule": _SCHEDULES[form], "warmup": warmup}
-    work.put(name, form, ours)
+    work.put(name, value["name"], found)
 
 
-def _translate_max_steps(work: _Translation, name: str, value: Any) -> None:
+def _translate_max_steps(work: Translation, name: str, value: Any) -> None:
     """Translate max_steps, which is -1 by default, and overrides the epochs otherwise."""
     if value == -1:
         return
@@ -323,30 +287,40 @@ def _translate_max_steps(work: _Translation, name: str, value: Any) -> None:
     work.put(name, value, {"iters": value})
 
 
-def _translate_epochs(work: _Translation, name: str, value: Any) -> None:
+def _translate_epochs(work: Translation, name: str, value: Any) -> None:
     """Translate the epochs, unless max_steps overrides them."""
     if name in work.foreign and work.foreign.get("max_steps", -1) == -1:
         work.put(name, value, {"epochs": value})
 
 
-def _translate_stage(work: _Translation, name: str, value: Any) -> None:
+def _translate_output(work: Translation, name: str, value: Any) -> None:
+    """Translate the folder of the output, which only some commands write."""
+    if "save_path" in work.known:
+        work.put(name, value, {"save_path": value})
+    elif "overwrite" in work.known:
+        work.put(name, value, {"adapter_path": value})
+    else:
+        work.refuse(name, value, "this command writes nothing; --adapter-path is what it reads")
+
+
+def _translate_stage(work: Translation, name: str, value: Any) -> None:
     """Translate LLaMA-Factory's stage; with dpo, pref_loss names the objective."""
     if value != "dpo" or "pref_loss" not in work.foreign:
         _translate_by_table(work, name, value, LLAMA_FACTORY[name])
 
 
-def _translate_target(work: _Translation, name: str, value: Any) -> None:
+def _translate_target(work: Translation, name: str, value: Any) -> None:
     """Translate LLaMA-Factory's modules; its all is all-linear here."""
     work.put(name, value, {"target_modules": "all-linear" if value == "all" else value})
 
 
-def _translate_test(work: _Translation, name: str, value: Any) -> None:
+def _translate_test(work: Translation, name: str, value: Any) -> None:
     """Report that ``test`` has to be given as an option of its own."""
     if value:
-        work.left_out.append(f"{name} ({MLX_LM[name].note})")
+        work.leave_out(name, MLX_LM[name].note)
 
 
-_SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
+_SPECIAL: Mapping[str, Callable[[Translation, str, Any], None]] = {
     "scale": _translate_scale,
     "warmup_ratio": _translate_warmup_ratio,
     "warmup_steps": _translate_warmup_steps,
@@ -354,6 +328,7 @@ _SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
     "lr_schedule": _translate_lr_schedule,
     "max_steps": _translate_max_steps,
     "num_train_epochs": _translate_epochs,
+    "output_dir": _translate_output,
     "lora_target": _translate_target,
     "stage": _translate_stage,
     "test": _translate_test,
@@ -361,7 +336,7 @@ _SPECIAL: Mapping[str, Callable[[_Translation, str, Any], None]] = {
 }
 
 
-def _count_steps(work: _Translation) -> None:
+def _count_steps(work: Translation) -> None:
     """Translate mlx-lm's numbers of batches to optimizer steps.
 
     Both are equal without gradient accumulation.
@@ -371,14 +346,16 @@ def _count_steps(work: _Translation) -> None:
         return
     if "iters" in work.context:
         work.problems.append(
-            "iters counts batches in mlx-lm and optimizer steps here: use this package's names, and"
-            f" divide iters by grad_accumulation_steps {size}"
+            "--iters counts batches in mlx-lm and optimizer steps here: use this package's names,"
+            f" and divide --iters by --grad-accumulation-steps {size}"
         )
     for name in _PER_BATCH:
         value = work.ours.get(name)
         if isinstance(value, int):
             work.ours[name] = steps = max(1, value // size)
-            work.translated.append(f"{name} {counted(value, 'batch')} → {counted(steps, 'step')}")
+            work.translated.append(
+                f"{work.spell(name)} {counted(value, 'batch')} → {counted(steps, 'step')}"
+            )
 
 
 def _number(value: Any) -> Any:
@@ -389,12 +366,3 @@ def _number(value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _shown(value: Any) -> str:
-    """Return a value for a message."""
-    if isinstance(value, float):
-        return f"{value:g}"
-    if isinstance(value, list | tuple):
-        return " ".join(map(_shown, value))[:80]
-    return f"{value!s:.80}"

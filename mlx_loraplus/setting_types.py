@@ -10,31 +10,12 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
 from .errors import counted, nearest
+from .spelling import flag_of
 from .userpaths import looks_like_file, user_path
-
-# A number in a notation that is not accepted, and the factors that its units stand for.
-_ODD_NUMBER = re.compile(
-    r"(?P<digits>\d{1,3}(,\d{3})+|\d+([.,]\d+)?(e[-+]?\d{1,2})?)\s*(?P<unit>[%k]?)", re.IGNORECASE
-)
-_UNITS = {"%": 0.01, "k": 1000}
+from .value_hints import fraction_hint, number_hint
 
 LARGEST_ALPHA = 1e9  # larger scales overflow float32
 _LIMIT = 1 << 63  # MLX's arrays and random generators accept integers below this
-
-
-def number_hint(written: str, *, whole: bool) -> str:
-    """Return how to write a number that was refused, such as 10%, 1,000, 1,5, 1e3 or 2k; or ""."""
-    found = _ODD_NUMBER.fullmatch(written)
-    if found is None:
-        return ""
-
-    digits, unit = found["digits"], found["unit"].lower()
-    if re.fullmatch(r"\d{1,3}(,\d{3})+", digits):
-        digits = digits.replace(",", "")
-    value = float(digits.replace(",", ".")) * _UNITS.get(unit, 1)
-    if whole and not value.is_integer():
-        return ""
-    return f" (write {value:.0f})" if value.is_integer() else f" (write {value:g})"
 
 
 def find_booleans(values: Mapping[str, Any], config: Any) -> list[str]:
@@ -49,17 +30,18 @@ def find_booleans(values: Mapping[str, Any], config: Any) -> list[str]:
         given = value if isinstance(value, list | tuple) else [value]
         made = found if isinstance(found, tuple) else [found]
         if any(type(item) is bool for item in given) and type(made[0]) in (int, float):
-            problems.append(f"{name} must be a number, not {value!r:.80}")
+            problems.append(f"{flag_of(name)} must be a number, not {value!r:.80}")
     return problems
 
 
 def describe_refused(details: Iterable[Any]) -> list[str]:
-    """Return one line for each value that pydantic refused.
+    """Return one line for each value that pydantic refused, with the settings as flags.
 
     For a setting that may be a number or a word, pydantic reports two errors; they become one line.
     """
-    # Setting and value → pydantic's messages in our words.
+    # Setting and value → pydantic's messages in our words; and setting → how to write its value.
     allowed: dict[tuple[str, str], list[str]] = {}
+    hints: dict[str, str] = {}
     for detail in sorted(details, key=lambda detail: detail["type"] == "too_short"):
         # The location ends with the setting's name. For unions, pydantic's own labels follow it.
         names = [part for part in detail["loc"] if isinstance(part, str)]
@@ -81,16 +63,18 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
             allowed[key] = [f"must have {needed}"]
         else:
             allowed.setdefault(key, []).append(message)
+        if detail["type"] == "less_than":
+            hints[names[-1]] = fraction_hint(detail["input"], detail["ctx"]["lt"])
 
     lines: list[str] = []
     for (name, value), (first, *others) in allowed.items():
         alternatives = [first, *(other.removeprefix("must be ") for other in others)]
-        # Only the notation of a number is explained, not its range.
-        is_number = "valid number" in first or "valid integer" in first
-        hint = number_hint(value.strip("'"), whole="integer" in first) if is_number else ""
+        hint = hints.get(name, "")
+        if "valid number" in first or "valid integer" in first:
+            hint = number_hint(name, value.strip("'"), whole="integer" in first)
         words = re.findall(r"'([^']+)'", first) if value.startswith("'") else []
         hint = hint or nearest(value.strip("'"), words)
-        lines.append(f"{name} {' or '.join(alternatives)}, not {value}{hint}")
+        lines.append(f"{flag_of(name)} {' or '.join(alternatives)}, not {value}{hint}")
     return lines
 
 

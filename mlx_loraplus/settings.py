@@ -5,7 +5,7 @@ Defaults are filled in, and all problems are reported together.
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -27,8 +27,9 @@ from .config import (
 from .conflicts import adapter_conflicts, find_conflicts
 from .errors import ConfigError, join_problems, nearest, nearest_names
 from .files import read_bounded
-from .foreign_names import NESTED, OTHER_WORDS, foreign_hint, meant_setting
+from .foreign_names import FOREIGN_NAMES, NESTED, OTHER_WORDS, foreign_hint, meant_setting
 from .setting_types import describe_refused, find_booleans
+from .spelling import in_names
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -66,7 +67,13 @@ class _UniqueLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = True) -> Config:
+def configure(
+    kind: type[Config],
+    settings: Mapping[str, Any],
+    *,
+    whole: bool = True,
+    flags: Collection[str] = (),
+) -> Config:
     """Make a config from flat settings, with defaults filled in.
 
     Args:
@@ -74,6 +81,8 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         settings: Setting name to value, e.g. ``{"lr_ratio": 16, "rank": 8}``.
         whole: False if more settings may follow. Then checks and defaults that depend on several
             settings are skipped.
+        flags: The settings, here or in other programs, that messages write as flags. The others
+            are written as names.
 
     Raises:
         ConfigError: Names that are not settings, or values that are not allowed; all of them are
@@ -97,12 +106,13 @@ def configure(kind: type[Config], settings: Mapping[str, Any], *, whole: bool = 
         part = nested.setdefault(home, {}) if home else nested
         part[name] = value
 
-    config = _validated(kind, nested, unknown)
-    conflicts: list[str] = []
-    if whole:
-        conflicts = find_conflicts(config, settings_of(config), settings_of(TrainConfig()))
-    if unknown or conflicts:
-        raise ConfigError(join_problems(unknown + conflicts))
+    config, problems = _validated(kind, nested)
+    if config is not None and whole:
+        problems += find_conflicts(config, settings_of(config), settings_of(TrainConfig()))
+    named = {*homes, *FOREIGN_NAMES}.difference(flags)
+    problems = [in_names(problem, named) for problem in [*unknown, *problems]]
+    if config is None or problems:
+        raise ConfigError(join_problems(problems))
 
     # Defaults that depend on other settings.
     if not whole or not isinstance(config, TrainConfig):
@@ -158,31 +168,25 @@ def checked(config: Part) -> Part:
     Raises:
         ConfigError: A value is not allowed.
     """
-    part = _validated(type(config), dataclasses.asdict(config), [])
+    part, problems = _validated(type(config), dataclasses.asdict(config))
+    if isinstance(part, AdapterConfig):
+        problems += adapter_conflicts(part, settings_of(part), settings_of(TrainConfig()))
+    if part is None or problems:
+        names = _homes(TrainConfig)
+        raise ConfigError(join_problems([in_names(problem, names) for problem in problems]))
     if isinstance(part, OptimizerConfig):
         return fill_rates(part, AdapterConfig())
-
-    problems = adapter_conflicts(part, settings_of(part), settings_of(TrainConfig()))
-    if problems:
-        raise ConfigError(join_problems(problems))
     return _fill_rank(part)
 
 
-def _validated(kind: type[Config], values: Mapping[str, Any], problems: Sequence[str]) -> Config:
-    """Make a config whose values are all allowed.
-
-    Raises:
-        ConfigError: A value is not allowed; the message also lists the ``problems`` found earlier.
-    """
+def _validated(kind: type[Config], values: Mapping[str, Any]) -> tuple[Config | None, list[str]]:
+    """Return a config of these values, or the problems of those that are not allowed."""
     try:
         config: Config = _validator(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError(join_problems([*problems, *describe_refused(error.errors())])) from None
-
+        return None, describe_refused(error.errors())
     booleans = find_booleans(values, config)
-    if booleans:
-        raise ConfigError(join_problems([*problems, *booleans]))
-    return config
+    return (None if booleans else config), booleans
 
 
 def _fill_rank(config: AdapterConfig) -> AdapterConfig:
@@ -273,6 +277,11 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8: save it as UTF-8") from None
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        if mark is not None and "\\t" in repr(error.__dict__.get("problem")):
+            raise ConfigError(
+                f"{path}:{mark.line + 1}: YAML allows no tabs here: use spaces"
+            ) from None
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{path} is not YAML: {reason}") from None
 

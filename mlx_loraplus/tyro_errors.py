@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from itertools import dropwhile, takewhile
 
 from .errors import nearest
-from .setting_types import number_hint
+from .value_hints import example_of, number_hint, numbers_hint
 
 # tyro's words for types → ours
 _TYPE_WORDS = {
@@ -44,7 +44,9 @@ def unboxed(printed: str) -> str:
     lines = [line.strip("│ ") for line in printed.splitlines()[1:]]
     after_rule = dropwhile(_is_rule, lines)
     before_rule = takewhile(lambda line: not _is_rule(line), after_rule)
-    message = " ".join(line for line in before_rule if line)
+    message = " ".join(line for line in before_rule if line).replace(") .", ").")
+
+    message = re.sub(r"(?<![\w-])-\w/(?=--)", "", message)  # the short form of a flag
 
     # Replace the types, lists and names of arguments in Python's notation.
     for pattern, rewrite in _REWRITES.items():
@@ -56,7 +58,7 @@ def unboxed(printed: str) -> str:
 
 def _bad_value(flag: str, types: str, value: str) -> str:
     """Return the message for a value of a wrong type."""
-    hint = _hint(flag, value.strip("'"), whole="INT" in types)
+    hint = number_hint(_name_of(flag), value.strip("'"), whole="INT" in types)
     if "auto" in types and value.strip("'").lower() == "auto":
         hint = " (did you mean 'auto'?)"
     for theirs, ours in _TYPE_WORDS.items():
@@ -67,7 +69,7 @@ def _bad_value(flag: str, types: str, value: str) -> str:
 def _no_number(flag: str, conversion: str, value: str) -> str:
     """Return the message for a value that is not a number."""
     whole = "int" in conversion
-    hint = _hint(flag, value.strip("'"), whole=whole)
+    hint = number_hint(_name_of(flag), value.strip("'"), whole=whole)
     return f"{flag} takes a {'whole ' * whole}number, not {value}{hint}"
 
 
@@ -83,13 +85,19 @@ def _bad_choice(value: str, flag: str, choices: str) -> str:
 
 def _no_value(argument: str, count: str | None) -> str:
     """Return the message for a flag without its value, or with too few of them."""
-    values = "a value" if count in (None, "1") else f"{count} values, with a space between them,"
-    return f"{argument.rpartition('/')[2]} needs {values} after it"
+    flag = argument.rpartition("/")[2]
+    if count in (None, "1"):
+        return f"{flag} needs a value after it"
+    example = example_of(_name_of(flag), whole=False)
+    return (
+        f"{flag} needs {count} values, with a space between them, after it, as in {flag} {example}"
+    )
 
 
 def _bad_values(flag: str, values: str) -> str:
     """Return the message for values that can't be parsed."""
-    return f"{flag} takes numbers with spaces between them, not {values}"
+    hint = numbers_hint(_name_of(flag), values)
+    return f"{flag} takes numbers with spaces between them, not {values}{hint}"
 
 
 _REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
@@ -102,11 +110,9 @@ _REWRITES: Mapping[re.Pattern[str], Callable[..., str]] = {
 """Pattern of a message of tyro → the function that makes ours of the pattern's groups."""
 
 
-def _hint(flag: str, value: str, *, whole: bool) -> str:
-    """Return how to write a number that was refused; "" if nothing is known."""
-    if flag == "--warmup":
-        return " (it counts steps; --warmup-ratio 0.1 is a fraction of them)"
-    return number_hint(value, whole=whole)
+def _name_of(flag: str) -> str:
+    """Return the name of the setting of a flag."""
+    return flag.removeprefix("--").replace("-", "_")
 
 
 def _is_rule(line: str) -> bool:

@@ -19,9 +19,10 @@ from .command_config import (
     positional_words,
 )
 from .config import TrainConfig
-from .errors import ConfigError, join_problems, nearest_names
+from .errors import ConfigError, LoRAPlusError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
 from .settings import TRAIN_FLAGS, setting_names
+from .spelling import flag_of
 
 _DASHES = "\u2013\u2014\u2212"  # en dash, em dash and minus sign
 _WITH_DASH = re.compile(rf"-*[{_DASHES}][-{_DASHES}]*(?=[A-Za-z])")
@@ -66,6 +67,12 @@ def make_argument_error(
         kind: The config of the command.
         switches: The command's other options.
     """
+    for word in arguments:  # such as --pack=yes
+        flag, equals, value = word.partition("=")
+        if equals and value == unknown[0] and flag.startswith("--"):
+            off = flag.replace("--", "--no-", 1)
+            return ConfigError(f"{flag} takes no value, not {value!r}: write {flag}, or {off}")
+
     names = [*argument_names(kind, switches), "help", "help_all", "version"]
     without_flag = positional_words(kind, switches)
     # A text editor turns two hyphens into one dash.
@@ -101,7 +108,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         return f"{word!r} is not a flag: leave it out, and write its value alone"
     names = [each for each in names if each not in without_flag]
     if meant := meant_setting(name, names):
-        return f"{word!r} is not a flag (did you mean '{_flag_of(meant)}'?)"
+        return f"{word!r} is not a flag (did you mean '{flag_of(meant)}'?)"
     if not word.startswith("--") and len(word) == 2:
         is_prompt = word == SHORT_FLAGS["prompt"]
         other = _OTHER_COMMAND.format("generate")
@@ -116,7 +123,7 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     if is_other:
         problem = f"{word!r} is {_OTHER_COMMAND.format(owners[0])}"
     if similar := nearest_names(name, names, _ALMOST_EQUAL if is_other else _SIMILAR):
-        meant = " or ".join(repr(_flag_of(other)) for other in similar)
+        meant = " or ".join(repr(flag_of(other)) for other in similar)
         return f"{problem} (did you mean {meant}?)"
     return problem if is_other else f"{problem} (--help lists the flags)"
 
@@ -171,11 +178,6 @@ def _flag_names(kind: type) -> list[str]:
     return [name for name in setting_names(kind) if name not in positional_words(kind)]
 
 
-def _flag_of(name: str) -> str:
-    """Return the flag of a setting or an option."""
-    return f"--{name.replace('_', '-')}"
-
-
 def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
     """Return what to do about a word that is not a flag's value."""
     before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
@@ -205,8 +207,27 @@ def _advice_on_path(path: Path, names: Sequence[str]) -> str:
         return "this command takes one folder"
     if "model" in names and (path / "config.json").is_file():
         return f"{follow}, as in --model {path}"
-    if "epochs" in names and (path / "run.yaml").is_file():
-        return f"{follow}: -c {path / 'run.yaml'} --resume continues a run"
+    is_run = (path / "run.yaml").is_file() or (path / "adapter_config.json").is_file()
+    if "model" in names and is_run:
+        return _advice_on_adapter(path, names)
     if "data" in names and path.exists():
         return f"{follow}, as in --data {path}"
     return f"{follow} (--help lists them), and text with spaces needs quotes"
+
+
+def _advice_on_adapter(path: Path, names: Sequence[str]) -> str:
+    """Return what to do about the folder of a run or an adapter."""
+    from .adapters.stored_files import recorded_model
+
+    if "epochs" in names and (path / "run.yaml").is_file():
+        return (
+            f"values follow their flags: -c {path / 'run.yaml'} --resume continues a run,"
+            f" and --resume-adapter-file {path} starts from its adapter"
+        )
+    if "resume_adapter_file" in names:
+        return f"to start from its adapter, give --resume-adapter-file {path}"
+    try:
+        model = recorded_model(path)
+    except LoRAPlusError:
+        model = None
+    return f"this command takes a model: give the one of the adapter, --model {model or 'MODEL'}"

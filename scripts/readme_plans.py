@@ -27,7 +27,7 @@ def readme_plan() -> str:
 
 def memory_plan() -> str:
     """Return what the command of docs/memory.md plans."""
-    words = "--model gemma-3 --memory 16GB --batch-size 4 --max-seq-length 1024"
+    words = "--memory 16GB --batch-size 4 --max-seq-length 1024"
     return f"```bash\nmlx_loraplus.plan {words}\n```\n\n```text\n{_planned(words)}\n```\n"
 
 

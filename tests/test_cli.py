@@ -54,8 +54,11 @@ def test_bad_data_is_told_before_a_model_is_loaded(
 @pytest.mark.parametrize(
     ("words", "wrong"),
     [
-        (["--valid-split", "0.2"], "valid_split holds out training rows, but the data already has"),
-        (["--report-to", "wandb"], "report_to wandb needs its library"),
+        (
+            ["--valid-split", "0.2"],
+            "--valid-split holds out training rows, but the data already has",
+        ),
+        (["--report-to", "wandb"], "--report-to wandb needs its library"),
     ],
 )
 def test_what_the_data_and_the_machine_lack_is_told_before_a_model_is_loaded(

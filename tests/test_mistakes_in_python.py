@@ -70,7 +70,7 @@ PYTHON = [
     ("finetune(model, tokenizer, data='sums', rank=True)", "rank must be a number, not True"),
     ("finetune(model, tokenizer, data=['sums'], data_weights=[True])", "data_weights must be a number, not [True]"),
     ("finetune(model, tokenizer, data='sums', target_modules=[])", "target_modules must have at least 1 item"),
-    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True, rank=3)", "take them from the run (see run/run.yaml)"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='run', resume=True, rank=3)", "give only its own settings (see run/run.yaml)"),
     ("finetune(model, tokenizer, data='sums', launch=2)", "launch is not a setting (it is a flag of the command mlx_loraplus.train alone: leave it out)"),
     ("finetune(model, tokenizer, data='sums', verbosity='quiet')", "verbosity is not a setting (it is a flag of the command"),
     ("find_rate(model, tokenizer, data='sums', resume=True)", "leave out resume"),
@@ -127,7 +127,7 @@ PYTHON = [
     ("evaluate('run', data='sums')", "model, tokenizer = mlx_loraplus.load('run') loads both"),
     # splits
     ("finetune(model, tokenizer, data={'test': [{'text': 'a'}]})", "no training rows, only test; training rows have the key 'train'"),
-    ("evaluate(model, tokenizer, data={'test': [{'text': 'a'}]})", "data from Python has no valid rows: add a valid file, or evaluate on train or test"),
+    ("evaluate(model, tokenizer, data={'test': [{'text': 'a'}]})", 'data from Python has no valid rows: give data={"valid": rows}, because rows without'),
     ("finetune(model, tokenizer, train_dataset='sums')", "(did you mean 'data'?)"),
     ("finetune(model, tokenizer, rows='sums')", "(did you mean 'data'?)"),
     # lists in one text

@@ -139,7 +139,7 @@ def check_targets(
         _check_target(path, module, config, original)
         if path in trained:
             raise ConfigError(
-                f"{path} is in target_modules and in train_modules: leave it out of one of them"
+                f"{path} is in --target-modules and in --train-modules: leave it out of one of them"
             )
     return targets, trained, skipped
 
@@ -179,15 +179,15 @@ def _check_target(path: str, module: nn.Module, config: AdapterConfig, original:
     _, columns = base_shape(module)
     layer_class = required_layer_class(config.adapter, module, path)
     if config.init != "init1" and not issubclass(layer_class, LoRA):
-        raise ConfigError(f"{config.adapter} has no init {config.init}: use adapter lora")
+        raise ConfigError(f"{config.adapter} has no --init {config.init}: use --adapter lora")
 
     # Quantization needs an unquantized weight whose columns divide into whole groups.
     if config.quantization is None:
         return
     if isinstance(module, QUANTIZED):
         raise ConfigError(
-            f"init {config.init} quantizes full weights, and {path} has {module.bits} bits already:"
-            f" load {original}"
+            f"--init {config.init} quantizes full weights, and {path} has {module.bits} bits"
+            f" already: load {original}"
         )
     group = config.quantization["group_size"]
     if columns % group:
@@ -233,8 +233,8 @@ def required_layer_class(kind: str, module: nn.Module, path: str) -> type[Adapte
     if layer_class is None:
         what = "embedding" if isinstance(module, EMBEDDINGS) else type(module).__name__
         raise ConfigError(
-            f"{kind} can't adapt the {what} {path}: leave it out of target_modules, or use adapter"
-            " lora"
+            f"{kind} can't adapt the {what} {path}: leave it out of --target-modules, or use"
+            " --adapter lora"
         )
     return layer_class
 

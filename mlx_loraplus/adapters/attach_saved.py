@@ -61,8 +61,8 @@ def attach_saved(
     is_plain = config.fine_tune_type == "lora" and not config.base_quantization
     if is_sharded(model) and (not is_plain or config.train_modules):
         raise AdapterError(
-            f"{source} is not a plain LoRA, and parallel tensor supports only plain LoRA: use"
-            " parallel data"
+            f"{source} is not a plain LoRA, and --parallel tensor supports only plain LoRA: use"
+            " --parallel data"
         )
 
     # Make the adapters and collect all problems before the model changes.

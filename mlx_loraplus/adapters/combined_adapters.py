@@ -92,10 +92,10 @@ def parse_adapters(words: Sequence[str]) -> dict[str, float]:
         if place.name == WEIGHTS:
             place = place.parent
         if place in places:
-            raise ConfigError(f"adapter_path {word!r}: give each folder once")
+            raise ConfigError(f"--adapter-path {word!r}: give each folder once")
         if not 0 < abs(weight) <= LARGEST_WEIGHT:
             raise ConfigError(
-                f"adapter_path {word!r}: give a weight other than 0, of at most"
+                f"--adapter-path {word!r}: give a weight other than 0, of at most"
                 f" {LARGEST_WEIGHT:g}, as {folder}:0.7"
             )
         found[folder] = weight

@@ -29,7 +29,7 @@ def check_full(model: nn.Module, num_layers: int, original: str) -> None:
     blocks = blocks_of(model)
     if num_layers > len(blocks):
         raise ConfigError(
-            f"num_layers {num_layers} is above the model's {counted(len(blocks), 'block')}: give"
+            f"--num-layers {num_layers} is above the model's {counted(len(blocks), 'block')}: give"
             f" 1 to {len(blocks)}, or -1"
         )
 
@@ -38,8 +38,8 @@ def check_full(model: nn.Module, num_layers: int, original: str) -> None:
         for module in part.modules():
             if isinstance(module, QUANTIZED):
                 raise ConfigError(
-                    f"adapter full trains weights, and those of this model have {module.bits} bits"
-                    f" (mode {module.mode}): load {original}, or use adapter lora"
+                    f"--adapter full trains weights, and those of this model have {module.bits}"
+                    f" bits (mode {module.mode}): load {original}, or use --adapter lora"
                 )
 
 

@@ -80,7 +80,7 @@ def save_adapter(
         OutputError: The folder holds a run, a sweep, a model, data or (without ``overwrite``) an
             adapter, or cannot be written. Existing files are not changed.
     """
-    folder = path_of(adapter_path, "adapter_path", OutputError)
+    folder = path_of(adapter_path, "--adapter-path", OutputError)
     check_contents(folder, ("a run", "a sweep", "a model", "data"), "--adapter-path")
     held = [name for name in (WEIGHTS, CONFIG, MODULES) if (folder / name).exists()]
     if held and not overwrite:
@@ -222,7 +222,7 @@ def load_adapter(model: nn.Module, adapter_path: str | PathLike[str]) -> nn.Modu
             message gives the stored and the expected shapes), or the adapter was trained on other
             weights than the model's. The model is not changed.
     """
-    path = path_of(adapter_path, "adapter_path", AdapterError)
+    path = path_of(adapter_path, "--adapter-path", AdapterError)
     folder, weights = adapter_files(path)
     check_is_adapter(folder)
     config = read_adapter_config(folder / CONFIG, StoredConfig)

@@ -82,7 +82,7 @@ def choose_targets(
         if is_narrow(modules[path], rank):
             reasons[path] = _NARROW
 
-    candidates = _Candidates("target_modules", modules, {ALL_LINEAR: linear})
+    candidates = _Candidates("--target-modules", modules, {ALL_LINEAR: linear})
     selected = _select(model, target_modules, num_layers, candidates)
 
     # A narrow gate that a target names gets an adapter.
@@ -98,7 +98,7 @@ def choose_targets(
     targets = {path: module for path, module in selected.items() if path not in skipped}
     if target_modules and not targets:
         raise ConfigError(
-            f"target_modules {list(target_modules)} match only layers that can't be adapted: name"
+            f"--target-modules {list(target_modules)} match only layers that can't be adapted: name"
             " other modules"
         )
     return targets, skipped
@@ -128,13 +128,13 @@ def find_trained(
     leaves = {path: module for path, module in model.named_modules() if _is_leaf(module)}
     norms = {path for path, module in leaves.items() if "Norm" in type(module).__name__}
 
-    candidates = _Candidates("train_modules", leaves, {NORMS: norms})
+    candidates = _Candidates("--train-modules", leaves, {NORMS: norms})
     found = _select(model, train_modules, num_layers, candidates)
     for path, module in found.items():
         if isinstance(module, QUANTIZED):
             raise ConfigError(
-                f"train_modules: {path} is quantized, so it can't train in full: give it an adapter"
-                " by target_modules, or load the model unquantized"
+                f"--train-modules: {path} is quantized, so it can't train in full: give it an"
+                " adapter by --target-modules, or load the model unquantized"
             )
     return found
 
@@ -153,7 +153,7 @@ def _check_usable(name: str, modules: Mapping[str, nn.Module], reasons: Mapping[
     hits = _paths_named(name, modules)
     if hits and all(path in reasons for path in hits):
         raise ConfigError(
-            f"target_modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out"
+            f"--target-modules: {name} can't be adapted ({reasons[hits[0]]}): leave {name} out"
         )
 
 
@@ -178,7 +178,7 @@ def _select(
     count = len(blocks_of(model))
     if num_layers > count:
         raise ConfigError(
-            f"num_layers {num_layers} is above the model's {counted(count, 'block')}: give 1 to"
+            f"--num-layers {num_layers} is above the model's {counted(count, 'block')}: give 1 to"
             f" {count}, or -1"
         )
 
@@ -195,7 +195,8 @@ def _select(
     if names and not matched:
         last = "block" if num_layers == 1 else counted(num_layers, "block")
         raise ConfigError(
-            f"{candidates.setting} {list(names)} match nothing in the last {last}: raise num_layers"
+            f"{candidates.setting} {list(names)} match nothing in the last {last}: raise"
+            " --num-layers"
         )
 
     # named_modules lists the modules from last to first.

@@ -83,7 +83,7 @@ def divide(model: nn.Module, group: mx.distributed.Group | None) -> nn.Module:
         if has_changed and not isinstance(module, SHARDED):
             raise ModelError(
                 f"models of type {kind} can't be sharded: mlx-lm divides {path} in a way that"
-                " adapters do not support; use parallel data"
+                " adapters do not support; use --parallel data"
             )
     return model
 
@@ -96,17 +96,18 @@ def check_sharded(config: AdapterConfig) -> None:
     """
     if config.adapter != "lora":
         raise ConfigError(
-            f"adapter {config.adapter} does not work with parallel tensor: use lora, or parallel"
-            " data"
+            f"--adapter {config.adapter} does not work with --parallel tensor: use --adapter lora,"
+            " or --parallel data"
         )
     if config.init in ("pissa", "loftq"):
         raise ConfigError(
-            f"init {config.init} needs whole weights, and parallel tensor divides them: use init1"
-            " or init2"
+            f"--init {config.init} needs whole weights, and --parallel tensor divides them: use"
+            " --init init1 or init2"
         )
     if config.train_modules:
         raise ConfigError(
-            "train_modules does not work with parallel tensor: leave it out, or use parallel data"
+            "--train-modules does not work with --parallel tensor: leave it out, or use --parallel"
+            " data"
         )
 
 
@@ -146,21 +147,21 @@ def _check_divisible(model: nn.Module, kind: str, processes: int) -> None:
     """
     if not hasattr(model, "shard") and kind not in _GEMMAS:
         raise ModelError(
-            f"models of type {kind} can't be sharded: mlx-lm does not divide them; use parallel"
-            " data"
+            f"models of type {kind} can't be sharded: mlx-lm does not divide them; use"
+            " --parallel data"
         )
 
     experts = [path for path, module in model.named_modules() if isinstance(module, EXPERTS)]
     if experts:
         raise ModelError(
-            f"models with experts ({experts[0]}) can't be sharded yet: use parallel data"
+            f"models with experts ({experts[0]}) can't be sharded yet: use --parallel data"
         )
 
     problems = _indivisible(blocks_of(model)[0], processes)
     if problems:
         raise ModelError(
             f"this model can't be sharded over {processes} processes: {'; '.join(problems)}; use"
-            " another number of processes, or parallel data"
+            " another number of processes, or --parallel data"
         )
 
 

@@ -95,6 +95,11 @@ class Batches:
     def __getitem__(self, index: int) -> Batch:
         return self.collate(self.rows_of(index))
 
+    @property
+    def full_rows(self) -> int:
+        """The number of rows of a full batch, which has no more rows than an epoch."""
+        return self.batch_size if self.per_epoch > 1 else len(self.rows_of(0))
+
     def rows_of(self, index: int) -> list[np.ndarray]:
         """Return the rows of batch ``index``, each as the indices of its examples.
 

@@ -46,7 +46,7 @@ def find_problems(
             "truncate or drop" if config.objective.has_preferences else "truncate, drop or split"
         )
         problems.append(
-            f"rows longer than max_seq_length {settings.max_seq_length:,}:"
+            f"rows longer than --max-seq-length {settings.max_seq_length:,}:"
             f" {join_problems(places, count=long)}; raise it, or choose --on-long {others}"
         )
 
@@ -57,7 +57,7 @@ def find_problems(
         dropped_rows = report.dropped + report.equal + report.bad
         advice = f"a row needs {needed}"
         if report.dropped + report.equal:
-            advice = f"raise max_seq_length {settings.max_seq_length:,}"
+            advice = f"raise --max-seq-length {settings.max_seq_length:,}"
         if dropped_rows:
             reasons = "; ".join(report.dropped_rows())
             problems.append(

@@ -14,10 +14,15 @@ from .split_report import SplitReport
 # Without validation rows, this fraction of the training examples is held out
 _HELD_OUT = 0.1
 # With fewer training examples, none are held out
-_FEWEST = 10
+FEWEST = 10
 
 # Makes this choice independent of other random choices with the same seed
 _VALID_STREAM = 1
+
+
+def validation_advice(examples: int) -> str:
+    """Return how to get validation examples, for data with this many training examples."""
+    return "add a valid file" + (", or give --valid-split 0.25" if examples > 1 else "")
 
 
 def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
@@ -29,7 +34,7 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
     has_valid = any(source.get("valid") for source in sources)
     if has_valid and settings.valid_split:
         raise DataError(
-            "valid_split holds out training rows, but the data already has validation rows: use"
+            "--valid-split holds out training rows, but the data already has validation rows: use"
             " one of them"
         )
     has_train = any("train" in source for source in sources)
@@ -55,7 +60,7 @@ def hold_out(
     if fraction is not None:
         return split_holdout(train, conversations, fraction, config.seed)
 
-    if len(train) < _FEWEST or len(np.unique(conversations)) < 2:
+    if len(train) < FEWEST or len(np.unique(conversations)) < 2:
         return train, train.take(np.arange(0))
     report.notes.append(
         f"held out of the {len(train):,} training examples, because there is no validation file"
@@ -103,7 +108,7 @@ def split_holdout(
     _, groups, sizes = np.unique(conversations, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise DataError(
-            f"valid_split {fraction} needs rows with at least two different prompts, but there is"
+            f"--valid-split {fraction} needs rows with at least two different prompts, but there is"
             " only one (rows of one conversation count as one): provide a"
             " validation file instead"
         )

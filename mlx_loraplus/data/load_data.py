@@ -17,7 +17,7 @@ from .data_problems import find_problems
 from .dataset import SPAN, EncodedTable, Examples, open_encoded_table
 from .encoding_settings import EncodingSettings
 from .fields_setting import parse_names
-from .holdout import has_holdout, hold_out
+from .holdout import has_holdout, hold_out, validation_advice
 from .labeled import LabeledExamples, note_labels
 from .labeled_rows import make_labeled
 from .long_rows import limit_lengths
@@ -68,7 +68,8 @@ def load_examples(
 
     for split, report in data.reports.items():
         if not report.rows:
-            log(f"{split}: no rows, so no validation loss (add a valid file, or --valid-split)")
+            advice = validation_advice(len(data.examples["train"]))
+            log(f"{split}: no rows, so no validation loss ({advice})")
             continue
         log(f"{split}: {report} ({report.of_kinds()})")
         for note in report.notes:
@@ -118,7 +119,7 @@ def load_data(
     encoding = EncodingSettings(tokenizer, settings.train_on, names, log, make)
     for split in SPLITS:
         if split in wanted:
-            report = SplitReport(settings.max_seq_length, settings.on_long)
+            report = SplitReport(settings.max_seq_length, settings.on_long, settings.on_bad)
             data.reports[split] = report
             data.examples[split] = _load_split(sources, split, encoding, config.objective, report)
 

@@ -79,7 +79,7 @@ class WeightedExamples(Examples):
             drawn = round(fraction * len(indices))
             if len(indices) and not times and not drawn:
                 raise DataError(
-                    f"data_weights {weight} selects none of {counted(len(indices), 'row')}: raise"
+                    f"--data-weights {weight} selects none of {counted(len(indices), 'row')}: raise"
                     " the weight, or remove the source"
                 )
 

@@ -81,7 +81,7 @@ def find_sources(names: Sequence[str]) -> list[Source]:
     sources: list[Source] = []
     is_alone = len(names) == 1
     for number, name in enumerate(names):
-        if _is_stored(name):
+        if is_from_python(name):
             sources.append(_stored_source(name, "data" if is_alone else f"data[{number}]"))
         elif is_alone:
             sources.append(_find_source(name, names))
@@ -94,10 +94,10 @@ def describe_sources(names: Sequence[str]) -> str:
     """Return the names of data sets for a message."""
     if not names:
         return "the demo set"
-    return ", ".join("data from Python" if _is_stored(name) else name for name in names)
+    return ", ".join("data from Python" if is_from_python(name) else name for name in names)
 
 
-def _is_stored(name: str) -> bool:
+def is_from_python(name: str) -> bool:
     """Return whether a name is a folder of rows from Python, which may have been removed."""
     path = Path(name)
     return path.parent.name == STORED_ROWS and _STORED_NAME.fullmatch(path.name) is not None

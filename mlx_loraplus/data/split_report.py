@@ -11,6 +11,7 @@ from .row_problems import MOST_KEPT
 from .stored_rows import KIND_NAMES
 
 OnLong = Literal["truncate", "drop", "split", "error"]
+OnBad = Literal["error", "drop"]
 
 
 @dataclass
@@ -20,6 +21,7 @@ class SplitReport:
     Attributes:
         max_seq_length: Maximum length of an example, in tokens.
         on_long: The setting for longer rows.
+        on_bad: The setting for rows that could not be used.
         rows: Rows that are used.
         examples: Examples made from these rows.
         tokens: Tokens of the examples.
@@ -40,6 +42,7 @@ class SplitReport:
 
     max_seq_length: int
     on_long: OnLong
+    on_bad: OnBad = "error"
     rows: int = 0
     examples: int = 0
     tokens: int = 0
@@ -72,7 +75,7 @@ class SplitReport:
                 f" ({self.cut_tokens:,} lost)"
             )
         if self.drawn is not None:
-            parts.append(f"{counted(self.drawn, 'example')} in an epoch, by data_weights")
+            parts.append(f"{counted(self.drawn, 'example')} in an epoch, by --data-weights")
         return "; ".join(parts + self.dropped_rows())
 
     def dropped_rows(self) -> list[str]:
@@ -88,7 +91,8 @@ class SplitReport:
             why = f"equal answers in their first {self.max_seq_length:,} tokens"
             parts.append(f"{counted(self.equal, 'pair')} dropped ({why})")
         if self.bad:
-            parts.append(f"{counted(self.bad, 'bad row')} dropped")
+            dropped = " dropped" if self.on_bad == "drop" else ""
+            parts.append(f"{counted(self.bad, 'bad row')}{dropped}")
         return parts
 
     def of_kinds(self) -> str:

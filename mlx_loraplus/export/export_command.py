@@ -49,7 +49,7 @@ def check(config: ExportConfig) -> None:
         problems.append("merged is for --to gguf only: leave it out")
 
     if config.to != "hub" and config.repo_id:
-        problems.append(f"repo_id {config.repo_id!r:.80} is for --to hub: leave it out")
+        problems.append(f"--repo-id {config.repo_id!r:.80} is for --to hub: leave it out")
     if config.to == "hub" and not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo_id):
         given = f", not {config.repo_id!r:.80}" if config.repo_id else ""
         problems.append(f"--to hub needs --repo-id OWNER/NAME{given}")

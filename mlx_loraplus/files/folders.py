@@ -171,7 +171,7 @@ def check_free(
             one, or is a link that leads nowhere; it is or contains the current folder or a path
             that is read; it holds what is refused; or it is not empty and ``overwrite`` is off.
     """
-    check_writable(path, "save_path")
+    check_writable(path, "--save-path")
     if not path.exists():
         check_contents(path, refused, "--save-path")  # the name itself
         return
@@ -181,7 +181,7 @@ def check_free(
         needed = Path(name).expanduser()
         if needed.exists() and needed.resolve().is_relative_to(path.resolve()):
             kept = "the current folder" if name == "." else f"{name}, which is read"
-            raise OutputError(f"save_path {path} is or contains {kept}: give another folder")
+            raise OutputError(f"--save-path {path} is or contains {kept}: give another folder")
 
     check_contents(path, refused, "--save-path")
     if any(path.iterdir()) and not overwrite:
@@ -190,7 +190,7 @@ def check_free(
             " it that have the same names"
         )
     # The folder is replaced by one that is made beside it.
-    check_writable(path.resolve(), "save_path", is_file=True)
+    check_writable(path.resolve(), "--save-path", is_file=True)
 
 
 def remove_folder(path: Path, is_ours: IsOurs = _all_ours) -> None:

@@ -1,5 +1,6 @@
 """Where a page is saved, checked before the work that fills it."""
 
+import os
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -23,12 +24,16 @@ def check_save_path(
         OutputError: The suffix is unknown, the path is a folder or can't be written, or the file
             exists and ``overwrite`` is off.
     """
-    path = path_of(save_path, "save_path", OutputError)
+    path = path_of(save_path, "--save-path", OutputError)
+    # Path's method would raise in a folder that can't be entered.
+    if os.path.isdir(path):  # noqa: PTH112
+        raise OutputError(
+            f"--save-path {path} is a folder: give the name of a file, which ends in"
+            f" {' or '.join(suffixes)}"
+        )
     if path.suffix not in suffixes:
-        raise OutputError(f"save_path {path} must end in {', '.join(suffixes)}")
-    check_writable(path, "save_path", is_file=True)
-    if path.is_dir():
-        raise OutputError(f"save_path {path} is a folder: give a file in it")
+        raise OutputError(f"--save-path {path} must end in {', '.join(suffixes)}")
+    check_writable(path, "--save-path", is_file=True)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already: give another --save-path, or --overwrite")
     return path

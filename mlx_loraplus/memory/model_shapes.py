@@ -286,12 +286,14 @@ def _attention_kind(block: nn.Module) -> Any:
 
 
 def stored_itemsize(config: dict[str, Any]) -> int:
-    """Return the bytes of a floating-point number in a model's files.
+    """Return the bytes of a floating-point number in a model's files, as its config says.
 
     The machine may load the weights in another type.
     """
-    is_float32 = config.get("dtype", config.get("torch_dtype")) == "float32"
-    return 4 if is_float32 else 2
+    text = config.get("text_config")
+    parts = [config, text if isinstance(text, dict) else {}]
+    named = [part.get(name) for part in parts for name in ("dtype", "torch_dtype")]
+    return 4 if next(filter(None, named), None) == "float32" else 2
 
 
 def weight_bytes(module: nn.Module, itemsize: int | None = None) -> int:

@@ -14,9 +14,10 @@ from ..data.batches import round_up
 from ..device import MOST_ELEMENTS, Machine, gb, this_machine
 from ..errors import ModelError, counted
 from ..kernels.choices import default_choices
-from ..models.find_model import is_embedded, original_of
-from ..models.known_models import CHOSEN_BY_MEMORY, gemma_for, without_gpu
-from ..models.skeleton import VISION_BYTES, config_of, make_skeleton
+from ..models.find_model import find_config, is_embedded, original_of
+from ..models.known_models import CHOSEN_BY_MEMORY, KNOWN, gemma_for, without_gpu
+from ..models.skeleton import VISION_BYTES, config_of, make_skeleton, read_config
+from ..models.weight_files import stored_weights
 from .estimate import Memory, Sizes, batch_shape, estimate
 from .measured import MeasuredStep
 from .model_shapes import measure, stored_itemsize, weight_bytes
@@ -61,7 +62,9 @@ class MemoryPlan:
     @property
     def download(self) -> int:
         """The approximate bytes of the model's files: the weights, and the vision tower if any."""
-        has_vision = self.config.model.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
+        name = self.config.model
+        has_vision = name.startswith(("gemma-3-4b", "gemma-3-12b", "gemma-3-27b"))
+        has_vision = has_vision and name in KNOWN  # the files of any other model are counted
         return self.stored + (VISION_BYTES if has_vision else 0)
 
     def memory(self, rows: int, length: int, *, checkpoint: bool | None = None) -> Memory:
@@ -251,38 +254,48 @@ def memory_plan_of(
 
     # The embedded model is quantized, but it is dequantized on a CPU.
     name = _resolve_name(config.model, machine)
-    facts = config_of(name)
+    folder = None if name in KNOWN else find_config(name).parent
+    facts = config_of(name) if folder is None else read_config(folder / "config.json")
     if is_embedded(name) and not machine.has_gpu:
         facts = facts | {"quantization": None, "dtype": "float32"}
 
-    itemsize = 2 if machine.has_gpu else 4
-    skeleton = json.dumps(facts)
+    # The weight files, if they are here, say more than the config. A GPU keeps their type.
+    files = None if folder is None else stored_weights(folder)
+    stored_size = stored_itemsize(facts) if files is None else files.itemsize
+    itemsize = stored_size if machine.has_gpu else 4
     try:
         sizes, stored = _skeleton_sizes(
-            skeleton, config.adapter, itemsize, group, original_of(name)
+            json.dumps(facts), config.adapter, (itemsize, stored_size), group, original_of(name)
         )
     except ModelError as problem:
         raise ModelError(f"{name} can't be used: {problem}") from problem
+    stored = stored if files is None else files.size
     sizes = replace(sizes, choices=choices, backend=machine.backend)
     return MemoryPlan(sizes, replace(config, model=name), machine, stored=stored)
 
 
 @cache
 def _skeleton_sizes(
-    facts: str, adapter: AdapterConfig, itemsize: int, group: Group | None, original: str
+    facts: str,
+    adapter: AdapterConfig,
+    itemsizes: tuple[int, int],
+    group: Group | None,
+    original: str,
 ) -> tuple[Sizes, int]:
     """Return the sizes of the skeleton of a config, and the bytes of the weights in its files.
 
     Args:
         facts: The config, as JSON.
         adapter: The adapters.
-        itemsize: The bytes of a floating-point number on the machine of the plan.
+        itemsizes: The bytes of a floating-point number on the machine of the plan, and in the
+            files.
         group: The processes that divide the weights.
         original: The model's name on the hub.
     """
     config = json.loads(facts)
     model = make_skeleton(config)
-    stored = weight_bytes(model, stored_itemsize(config))
+    itemsize, stored_size = itemsizes
+    stored = weight_bytes(model, stored_size)
     return measure(divide(model, group), adapter, itemsize, original), stored
 
 

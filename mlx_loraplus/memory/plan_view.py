@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..adapters.stored_files import check_names_model
+from ..adapters.stored_files import check_names_model, check_not_peft, is_adapter, model_for
 from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
@@ -19,7 +19,7 @@ from ..files import write_atomically
 from ..files.page_path import check_save_path
 from ..keyword_types import PlanOptions, StrPath
 from ..migration import translate
-from ..models.known_models import MODELS, sizes
+from ..models.known_models import sizes
 from ..models.model_name_check import check_model_path
 from ..models.trainable_families import check_trainable
 from ..pages.pages import render_notebook, render_page
@@ -187,7 +187,8 @@ def plan_memory(
             By default gemma-3, or the largest of ``families`` that fits.
         memory: Memory of the Mac to plan for, e.g. "16GB"; by default that of this machine.
         families: Words such as "qwen" or "llama-3". The plan shows every model with a short name
-            that contains one of them, whether it fits or not; by default all that fit.
+            that contains one of them, whether it fits or not; by default all that fit, or only
+            ``model`` if it is given.
         settings: The settings of ``finetune``.
 
     Raises:
@@ -225,7 +226,7 @@ def _check_family(word: str) -> None:
     is_model = path.is_file() or (path / "config.json").is_file()
     if path.exists() and not sizes(word):
         check_model_path(word)
-        check_names_model(word)
+        _check_no_run(path)
     if is_model or (not sizes(word) and ("/" in word or word.endswith(".gguf"))):
         raise ConfigError(f"{word!r:.80} is not part of a short name: write --model {word:.80}")
     if word.upper() in ("GB", "G", "MB"):
@@ -234,6 +235,27 @@ def _check_family(word: str) -> None:
         raise ConfigError(
             f"no short name contains {word!r:.40}{nearest(word, sizes())}: a hub id or a folder"
             " goes to --model, and mlx_loraplus.train --list-models prints the names"
+        )
+
+
+def _check_no_run(path: Path) -> None:
+    """Check that a folder, which is no family of models, does not hold a run, adapter or sweep.
+
+    Raises:
+        ConfigError: It does; the message says how to plan such a run.
+        AdapterError: It holds an adapter that must be converted or that names no model.
+    """
+    check_not_peft(path)
+    for file, kind in (("run.yaml", "a run"), ("best.yaml", "a sweep")):
+        if (path / file).is_file():
+            raise ConfigError(
+                f"{path} is {kind}, not a family of models: mlx_loraplus.plan -c {path / file}"
+                " plans with its settings"
+            )
+    if is_adapter(path):
+        raise ConfigError(
+            f"{path} is an adapter, not a family of models: --model {model_for(None, path)} is its"
+            " model"
         )
 
 
@@ -246,6 +268,12 @@ def plan_run(
 ) -> Plan:
     """Plan the memory of a run with these settings; see ``plan_memory``.
 
+    Args:
+        config: The settings of the run.
+        memory: Memory of the Mac to plan for.
+        families: Words of the short names to show.
+        is_named: Whether the user named the model, or an adapter that names it.
+
     With families, and if the user named no model, the plan is for the largest of them that fits.
     """
     machine = simulate_mac(memory) if memory else this_machine()
@@ -256,10 +284,10 @@ def plan_run(
     for word in words:
         _check_family(word)
 
-    # The models to show: those of the families, or all models that fit with a short row. Most
-    # models have 4 bits, so adapter full can't train them, and shows none by default.
+    # The models to show: those of the families, or the one that is named, or else all models that
+    # fit with a short row. Most have 4 bits, so adapter full can't train them, and shows none.
     family: dict[str, MemoryPlan] = {}
-    if words or (config.model in MODELS and config.adapter.adapter != "full"):
+    if words or not (is_named or config.adapter.adapter == "full"):
         for name in sizes(*words):
             plan = memory_plan_of(replace(config, model=name), machine=machine)
             if words or plan.longest(1) >= _SHORTEST:

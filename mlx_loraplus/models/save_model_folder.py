@@ -55,7 +55,7 @@ def origin_of(model: nn.Module) -> ModelOrigin:
     origin = getattr(model, "origin", None)
     if origin is None:
         raise ConfigError(
-            "adapter full saves the whole model with its config.json, which is known only for"
+            "--adapter full saves the whole model with its config.json, which is known only for"
             " models from mlx_loraplus.load: load the model with it"
         )
     return origin

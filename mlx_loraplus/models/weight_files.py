@@ -1,6 +1,9 @@
 """Check the weight files of a model's folder before mlx-lm reads them."""
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError, join_problems
 from ..files import LFS_ADVICE, is_lfs_pointer
-from .find_model import indexed_shards
+from .find_model import indexed_shards, missing_file
 
 _HEAD = ("lm_head.weight",)
 _EMBEDDINGS = (
@@ -29,6 +32,49 @@ _PACKED = (
     *(".weight_scale_inv", "_blocks", ".absmax"),
 )
 """The endings of the names of tensors that only quantized weights have, in any program."""
+
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+"""Floating-point types in safetensors → the bytes of a number."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What a model's weight files hold.
+
+    Attributes:
+        size: Bytes of the files.
+        itemsize: Bytes of a number in the floating-point type that most numbers have.
+    """
+
+    size: int
+    itemsize: int
+
+
+def stored_weights(folder: Path) -> StoredWeights | None:
+    """Return what a folder's weight files hold, from their headers.
+
+    None if a file is missing or broken, which an error reports when the model is loaded, or if no
+    tensor holds floating-point numbers.
+    """
+    if missing_file(folder) is not None:
+        return None
+
+    files = list(folder.glob("model*.safetensors"))
+    elements: Counter[str] = Counter()
+    try:
+        for file in files:
+            with safe_open(file, "numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118  it is no mapping
+                    tensor = opened.get_slice(name)
+                    elements[tensor.get_dtype()] += math.prod(tensor.get_shape())
+        size = sum(file.stat().st_size for file in files)
+    except (SafetensorError, OSError):
+        return None
+
+    floats = {dtype: count for dtype, count in elements.items() if dtype in _FLOATS}
+    if not floats:
+        return None
+    return StoredWeights(size, _FLOATS[max(floats, key=lambda dtype: floats[dtype])])
 
 
 def index_tensors(folder: Path) -> dict[str, Path]:

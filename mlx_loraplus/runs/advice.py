@@ -9,6 +9,7 @@ from ..errors import counted
 from ..settings import default_rate
 from ..userpaths import shell_word
 from .history import Run
+from .state import BAD_BATCH, Progress
 from .verdict import (
     Trend,
     Verdict,
@@ -19,7 +20,6 @@ from .verdict import (
     ranking_shortfall,
     rose_since,
     shortfall,
-    took_effect,
 )
 
 
@@ -45,7 +45,7 @@ _LONGER = Advice("train longer", is_longer=True)
 
 def give_advice(run: Run, found: Verdict) -> Advice | None:
     """Return what to do next, or None for a run that can be resumed."""
-    if found.trend == "diverged" or not took_effect(run):
+    if found.trend == "diverged" or run.progress.mostly_skipped:
         return Advice(_advice_on_divergence(run, found))
     if not run.finished:
         return None
@@ -152,13 +152,10 @@ def _advice_on_divergence(run: Run, found: Verdict) -> str:
     """Return what to do after losses that are not finite."""
     since = diverged_at(run)
     lower = f"a lower --learning-rate, such as {_lower_rate(run)}"
-    if since is None and took_effect(run):
-        return f"train from the start with {lower}"
+    if since is None and run.progress.mostly_skipped:
+        return remedy_for_skipped(run.progress, last_skipped_rows(run.folder))
     if since is None:
-        return (
-            "nothing was learned, because the loss or a gradient was never finite: train from the"
-            f" start with {lower}"
-        )
+        return f"train from the start with {lower}"
     if since == 0:
         return (
             "the validation loss is not a number even before training: check the model's answers"
@@ -171,6 +168,45 @@ def _advice_on_divergence(run: Run, found: Verdict) -> str:
     )
 
 
+def describe_skipped(progress: Progress) -> str:
+    """Return how many steps of a run were skipped, and why."""
+    why = "skipped because the loss or a gradient was not finite"
+    if not progress.took_effect:
+        return f"no step took effect: all {progress.step:,} were {why}"
+    verb = "was" if progress.skipped == 1 else "were"
+    return f"{progress.skipped:,} of {counted(progress.step, 'step')} {verb} {why}"
+
+
+def last_skipped_rows(folder: Path) -> str:
+    """Return where the rows of the last skipped step of a run are."""
+    return f"the rows of the last one, in {folder / BAD_BATCH}"
+
+
+def remedy_for_skipped(progress: Progress, rows: str) -> str:
+    """Return what to do if most steps of a run were skipped, as a request.
+
+    Args:
+        progress: The progress of the run.
+        rows: Where rows of a skipped step are.
+    """
+    weights = "other weights of the model, such as bfloat16 instead of float16"
+    if progress.suspects_rate:
+        first = progress.step - progress.skipped + 1
+        return (
+            f"every step from step {first} on was skipped, so train from the start with a lower"
+            f" --learning-rate or --lr-ratio; if that changes nothing, look at {rows}"
+        )
+    if progress.took_effect:
+        return (
+            "steps between them were finite, so no other rate helps: correct or remove their rows"
+            f" (see {rows}), or try {weights}"
+        )
+    return (
+        f"not even the first step was finite, so no other rate helps: look at {rows}, try"
+        f" {weights}, and check the model's answers with mlx_loraplus.generate"
+    )
+
+
 def _lower_rate(run: Run) -> str:
     """Return a rate for a run that diverged: the default one, or less."""
     rate = (run.config.optimizer.learning_rate or 0.0) / 4
@@ -180,9 +216,10 @@ def _lower_rate(run: Run) -> str:
 def lower_rate_command(run: Run) -> str | None:
     """Return the command that trains a run that diverged again, with a lower rate.
 
-    It is None if a lower rate is no remedy, because the losses were never finite.
+    It is None if a lower rate is no remedy, because the losses were not finite for another reason.
     """
-    if diverged_at(run) == 0:
+    progress = run.progress
+    if diverged_at(run) == 0 or (progress.mostly_skipped and not progress.suspects_rate):
         return None
     names = (f"{run.folder}-again{number}" for number in chain([""], count(2)))
     folder = shell_word(next(name for name in names if not Path(name).exists()))

@@ -6,13 +6,14 @@ meaning only with a new schema number. Times are in seconds, memory is in 10^9 b
 in nats per supervised token, or per pair or labeled answer.
 
 ============  ====================================================================================
-start, once   schema, started (ISO 8601, UTC), steps (planned), model, versions; train and valid
-              {examples, tokens, supervised}; adapter (what trains, as text); memory {weights_gb,
-              planned_gb (the peak, measured if steps were timed), available_gb}, null without a
-              plan; modules (paths, in the order of the norms below); prompts [{prompt, expected}];
-              probes (what was found out about the model: gated_mlps {path: gate}, head,
-              takes_caches, checkpoint_sound); choices (how a step is computed: choices {attention,
-              cross_entropy, slice_bytes, delta_rule}, grad_checkpoint, compiled);
+start, once   schema, started (ISO 8601, UTC), steps (planned), batch_rows (of a full batch),
+              model, versions; train and valid {examples, tokens, supervised}; adapter (as text);
+              memory {weights_gb, planned_gb (the peak, measured if steps were timed),
+              available_gb}, null without a plan; modules (paths, in the order of the norms
+              below); prompts [{prompt, expected}]; probes (what was found out about the model:
+              gated_mlps {path: gate}, head, takes_caches, checkpoint_sound); choices (how a step is
+              computed: choices {attention, cross_entropy, slice_bytes, delta_rule},
+              grad_checkpoint, compiled);
               self_check (what it found, if it was made); found_rate (the search for the learning
               rate, if it was made: rate, default, method, critical, tried [{rate, change}], steps,
               seconds, reason); reference (a digest, with objective dpo, ipo and kto);
@@ -58,7 +59,7 @@ from ..files import describe_contents, read_bounded
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure
 from ..userpaths import path_of, similar_paths
-from .state import COMPLETE, Event, Outcome, Progress
+from .state import COMPLETE, Event, Outcome, Progress, progress_of
 from .verdict import Verdict, verdict_of
 
 SCHEMA = 2
@@ -128,16 +129,10 @@ class Run:
                 f"{path} holds no complete run: {error}; give a run's folder"
             ) from None
 
-        # The first event has the planned steps, and the last event has the steps made.
-        start, last = history[0], history[-1]
+        # The first event has the planned steps.
+        start = history[0]
         _check(start, _START, f"{path / HISTORY}:1 is not the start of a run")
-        progress = Progress(
-            last["step"],
-            best_step=last.get("best_step"),
-            best_loss=last.get("best_loss"),
-            seconds=_seconds_in_steps(history),
-        )
-        return cls(config, history, progress, start["steps"])
+        return cls(config, history, progress_of(history), start["steps"])
 
     @property
     def folder(self) -> Path:
@@ -246,17 +241,6 @@ class Run:
         from .report import fragment
 
         return fragment(self)
-
-
-def _seconds_in_steps(history: Sequence[Event]) -> float:
-    """Return the time that the steps of a history have taken."""
-    last, reports = history[-1], [event for event in history if "loss" in event]
-    if "outcome" in last or not reports:
-        return last.get("seconds", 0.0)
-
-    # The steps since the last report were about as fast.
-    seconds = sum(report["seconds"] for report in reports)
-    return seconds * last["step"] / reports[-1]["step"]
 
 
 def metrics(event: Event) -> dict[str, float]:

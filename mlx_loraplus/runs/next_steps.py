@@ -2,9 +2,9 @@
 
 from ..adapters.stored_files import UNKNOWN_MODEL
 from ..userpaths import shell_word
-from .advice import give_advice, longer_command, lower_rate_command
+from .advice import describe_skipped, give_advice, longer_command, lower_rate_command
 from .history import SETTINGS, Run
-from .verdict import took_effect
+from .state import BAD_BATCH
 
 
 def closing(run: Run) -> list[str]:
@@ -17,7 +17,11 @@ def closing(run: Run) -> list[str]:
         outcome += f", best at step {last['best_step']} (validation loss {loss:.4f})"
     verdict = run.verdict
     lines = [outcome, *verdict.summary()]
-    if advice := give_advice(run, verdict):
+    # The error that ends a failed run says itself why, and what to do.
+    if run.outcome != "failed" and run.progress.skipped:
+        rows = run.folder / BAD_BATCH
+        lines.append(f"{describe_skipped(run.progress)}; the rows of the last one are in {rows}")
+    if run.outcome != "failed" and (advice := give_advice(run, verdict)):
         lines.append(advice.text)
 
     result = "model" if run.config.adapter.adapter == "full" else "adapter"
@@ -35,13 +39,14 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     commands: list[tuple[str, str]] = []
     trend = run.verdict.trend
 
-    # A run that learned nothing keeps no useful adapter. One that diverged keeps its best one,
+    # A run that skipped most steps keeps no useful adapter. One that diverged keeps its best one,
     # but only at its end.
+    mostly_skipped = run.progress.mostly_skipped
     keeps_best = run.finished and run.progress.best_step is not None
-    diverged = trend == "diverged" or not took_effect(run)
+    diverged = trend == "diverged" or mostly_skipped
     if diverged and (command := lower_rate_command(run)):
         commands.append(("again", command))
-    if diverged and not (took_effect(run) and keeps_best):
+    if diverged and (mostly_skipped or not keeps_best):
         return commands
     if not run.finished:
         commands.append(("resume", resume_command(run)))

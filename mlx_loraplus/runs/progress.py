@@ -236,14 +236,14 @@ def card(run: Run) -> list[tuple[str, str]]:
     kind = f"{adapter.adapter} ({adapter.init}), rank {adapter.rank}"
     if adapter.adapter == "full":
         rates, kind = describe_full_rates(config), "full, no adapter"
-    batch_size = config.data.batch_size * config.grad_accumulation_steps
+    rows = start.get("batch_rows", config.data.batch_size) * config.grad_accumulation_steps
     unit = "packed row" if config.data.pack else config.objective.unit
 
     return [
         ("model", f"{start['model']}, {gb(start['memory']['weights_gb'] * 1e9)}"),
         ("adapter", f"{kind}: {start['adapter']}"),
         ("rates", f"{rates}, {optimizer.schedule}, warm-up {optimizer.warmup}"),
-        ("length", f"{counted(start['steps'], 'step')} of {counted(batch_size, unit)}"),
+        ("length", f"{counted(start['steps'], 'step')} of {counted(rows, unit)}"),
     ]
 
 

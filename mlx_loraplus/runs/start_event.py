@@ -49,6 +49,7 @@ def start_event(
         "schema": SCHEMA,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "steps": steps,
+        "batch_rows": batches.full_rows,
         "model": config.model,
         "versions": versions(),
         **counts,

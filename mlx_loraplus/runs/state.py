@@ -1,6 +1,7 @@
 """How far a run has come, and the events that it reports."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,25 @@ class Progress:
     seconds: float = 0.0
     """Time spent in steps, over all sessions."""
 
+    @property
+    def took_effect(self) -> bool:
+        """Whether a step has changed the model, or none was made yet."""
+        return self.skipped < self.step or self.step == 0
+
+    @property
+    def mostly_skipped(self) -> bool:
+        """Whether more than half of the steps were skipped. Such a run fails at its end."""
+        return 2 * self.skipped > self.step
+
+    @property
+    def suspects_rate(self) -> bool:
+        """Whether the steps were finite up to one, and skipped from there on.
+
+        A rate that is too high spoils all steps from one on, but never the first step. If a step
+        after a skipped one is finite, the model is not spoiled, but some rows are.
+        """
+        return 0 < self.skipped == self.skipped_in_a_row < self.step
+
     def validated(self, loss: float) -> bool:
         """Record a validation, and return whether it is the best so far."""
         if math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss):
@@ -69,3 +89,33 @@ class Progress:
         if config.patience is not None and self.stale >= config.patience:
             return "stopped early"
         return None
+
+
+def progress_of(history: Sequence[Event]) -> Progress:
+    """Return how far a run has come by its history, which lacks the state inside a session."""
+    # The last event has the steps made. Count the skipped ones, and those in a row before it.
+    last = history[-1]
+    skipped = [event["step"] for event in history if "skipped" in event]
+    in_a_row = 0
+    while in_a_row < len(skipped) and skipped[-1 - in_a_row] == last["step"] - in_a_row:
+        in_a_row += 1
+
+    return Progress(
+        last["step"],
+        best_step=last.get("best_step"),
+        best_loss=last.get("best_loss"),
+        skipped=len(skipped),
+        skipped_in_a_row=in_a_row,
+        seconds=_seconds_in_steps(history),
+    )
+
+
+def _seconds_in_steps(history: Sequence[Event]) -> float:
+    """Return the time that the steps of a history have taken."""
+    last, reports = history[-1], [event for event in history if "loss" in event]
+    if "outcome" in last or not reports:
+        return last.get("seconds", 0.0)
+
+    # The steps since the last report were about as fast.
+    seconds = sum(report["seconds"] for report in reports)
+    return seconds * last["step"] / reports[-1]["step"]

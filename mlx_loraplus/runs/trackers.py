@@ -51,7 +51,8 @@ def check_trackers(config: TrainConfig) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ConfigError(
-                f"report_to {name} needs its library ({error}): pip install 'mlx_loraplus[{name}]'"
+                f"--report-to {name} needs its library ({error}): pip install"
+                f" 'mlx_loraplus[{name}]'"
             ) from None
 
 

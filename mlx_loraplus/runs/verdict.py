@@ -269,12 +269,6 @@ def _exact(run: "Run", best_step: int | None) -> tuple[int, int, int] | None:
     return count(answers[0]), count(answers[best_step]), len(known)
 
 
-def took_effect(run: "Run") -> bool:
-    """Return whether any step changed the model; a step that is not finite is skipped."""
-    skipped = max((count for _, count in run.losses("skipped")), default=0)
-    return not skipped or skipped < run.progress.step
-
-
 def fall_of_chosen(history: Sequence[Event]) -> str | None:
     """Return a clause saying that the chosen validation answers became less likely, or None.
 

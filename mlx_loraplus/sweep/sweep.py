@@ -25,6 +25,7 @@ from ..adapters.trainable import adapter_arrays, find_adapters
 from ..command_config import SweepConfig
 from ..config import TrainConfig
 from ..data.dataset import Examples
+from ..data.first_rows import lacks_validation
 from ..data.load_data import load_examples
 from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
@@ -246,7 +247,7 @@ def sweep_rates(
     found = load_examples(run, tokenizer, log)
     check_examples(limits_of(model), found, tokenizer, log)
     if not len(found["valid"]):
-        raise DataError("a sweep needs validation examples: add a valid file, or --valid-split")
+        raise DataError(lacks_validation(len(found["train"])))
     order = np.random.default_rng(config.seed).permutation(len(found["valid"]))
     sample = np.sort(order[: config.valid_rows])
     examples = TrialExamples(found["train"], found["valid"].take(sample))

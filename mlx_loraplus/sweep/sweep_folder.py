@@ -40,7 +40,7 @@ def check_sweep_folder(config: SweepConfig) -> None:
             ``overwrite`` nor ``resume`` is on; or it holds no sweep, and ``resume`` is on.
     """
     folder = Path(config.adapter_path)
-    check_writable(folder, "adapter_path")
+    check_writable(folder, "--adapter-path")
     check_contents(folder, ("a model", "a run", "an adapter", "data"), "--adapter-path")
     read = [config.model, *config.data.data, config.resume_adapter_file or config.model]
     check_apart(folder, read, "--adapter-path")

@@ -164,7 +164,7 @@ def check_folder(config: TrainConfig) -> None:
         AdapterError, ConfigError: As for ``find_run``.
     """
     folder = Path(config.adapter_path)
-    check_writable(folder, "adapter_path")
+    check_writable(folder, "--adapter-path")
     check_unlocked(folder)
     find_run(config, no_log, whole=False)
 
@@ -187,7 +187,7 @@ def find_run(config: TrainConfig, log: Log, *, whole: bool = True) -> Checkpoint
     """
     folder = Path(config.adapter_path)
     if folder.exists() and not folder.is_dir():
-        raise OutputError(f"adapter_path {folder} is a file: give a folder")
+        raise OutputError(f"--adapter-path {folder} is a file: give a folder")
     check_names(folder)
 
     # A new run needs a folder without results, unless they may be overwritten.

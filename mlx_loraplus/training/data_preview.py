@@ -63,12 +63,14 @@ class Epoch:
 
     Attributes:
         batches: Number of batches.
+        rows: Number of rows of a full batch.
         shapes: Number of different (rows, length, targets) among them.
         padding: Fraction of their tokens that is padding.
         useful_tokens: Number of their tokens, without padding.
     """
 
     batches: int
+    rows: int
     shapes: int
     padding: float
     useful_tokens: int
@@ -237,7 +239,8 @@ def _plan_epoch(batches: Batches, train: Examples) -> Epoch:
         shapes.add((count, length, targets))
         tokens += count * length
         useful += _useful_tokens(train, np.concatenate(rows))
-    return Epoch(batches.per_epoch, len(shapes), 1 - useful / tokens, useful)
+    padding = 1 - useful / tokens
+    return Epoch(batches.per_epoch, batches.full_rows, len(shapes), padding, useful)
 
 
 def _useful_tokens(train: Examples, members: np.ndarray) -> int:
@@ -253,7 +256,7 @@ def _describe_batches(plan: Epoch, config: TrainConfig) -> Text:
     if config.objective.is_paired:
         unit = "pair"
     return Text(
-        f"{plan.batches:,} in an epoch, of up to {counted(config.data.batch_size, unit)};"
+        f"{plan.batches:,} in an epoch, of up to {counted(plan.rows, unit)};"
         f" {counted(plan.shapes, 'shape')}; {plan.padding:.1%} padding"
     )
 

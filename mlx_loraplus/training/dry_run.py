@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,15 +31,15 @@ from ..memory.plan import memory_plan_of
 from ..memory.run_sizes import check_fit
 from ..models.find_model import original_of
 from ..models.skeleton import config_of, make_skeleton
-from ..runs.progress import describe_full_rates, no_log
-from ..runs.state import Event
+from ..runs.advice import remedy_for_skipped
+from ..runs.progress import Log, describe_full_rates, no_log
+from ..runs.state import Event, Progress
 from ..runs.trackers import check_trackers
 from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
-from .given_adapter import load_and_resolve
-from .make_batches import plan_batches
+from .make_batches import note_few_rows, plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
     check_length,
@@ -49,14 +50,17 @@ from .run_checks import (
 )
 from .run_fingerprint import keep_first_choices
 from .schedule import Schedule, schedule_of
-from .starting_adapter import Settings, continue_adapters
+from .starting_adapter import Settings, continue_adapters, resolve_config
 from .step_choices import plan_grad_checkpoint
 from .trainer import TrainState, train
 
 # Two steps are timed if their matrix products take at most this long; the rest of a step takes as
 # long again or more.
 _LONGEST = 5.0  # seconds
+_MOST_SKIPPED = 5  # steps that are tried at most, if all are skipped
 _MEASURED = 0.5  # seconds, for which the speed of matrix products is measured
+
+LoadModel = Callable[[], nn.Module]
 
 Result = TypeVar("Result")
 
@@ -92,6 +96,9 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets whole lines
     found = _Findings()
 
+    # Only what needs the model itself loads it, once.
+    load_model = cache(lambda: load(config.model)[0])
+
     # The checks of training, in its order.
     for check in (check_trackers, check_folder, check_fit):
         found.check(check, config)
@@ -104,7 +111,7 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
     starts = True
     if config.resume_adapter_file is not None and not config.resume:
         known = len(found.problems)
-        config = _start_from_adapter(config, settings, found)
+        config = _start_from_adapter(config, settings, load_model, found)
         starts = len(found.problems) == known
     data = found.check(read_data, config)
 
@@ -115,7 +122,7 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
         console.print(data)
         if data.plan is not None and starts:
             console.print()
-            for name, line in _describe_run(data, checkpoint, data.plan.useful_tokens, found):
+            for name, line in _describe_run(data, checkpoint, load_model, found):
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
     for warning in found.warnings:
@@ -129,7 +136,9 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
     console.print(Text(f"\nto start: {_command(words)}"), soft_wrap=True)
 
 
-def _start_from_adapter(config: TrainConfig, settings: Settings, found: _Findings) -> TrainConfig:
+def _start_from_adapter(
+    config: TrainConfig, settings: Settings, load_model: LoadModel, found: _Findings
+) -> TrainConfig:
     """Check the adapter that a run starts from, and return the config with its settings.
 
     The adapter is compared with the loaded model, unless another problem prevents that.
@@ -138,7 +147,10 @@ def _start_from_adapter(config: TrainConfig, settings: Settings, found: _Finding
     found.check(_check_adapter, Path(config.resume_adapter_file))
     if found.problems:
         return config
-    return found.check(load_and_resolve, config.model, settings) or config
+    model = found.check(load_model)
+    if model is None:
+        return config
+    return found.check(resolve_config, model, settings) or config
 
 
 def _check_adapter(path: Path) -> None:
@@ -148,12 +160,14 @@ def _check_adapter(path: Path) -> None:
 
 
 def _describe_run(
-    data: Preview, checkpoint: Checkpoint | None, tokens_per_epoch: int, found: _Findings
+    data: Preview, checkpoint: Checkpoint | None, load_model: LoadModel, found: _Findings
 ) -> Iterator[tuple[str, str]]:
     """Yield a name and a text for each part of what a run on this data would do and need.
 
     A run that would be resumed from a checkpoint keeps its first choices.
     """
+    assert data.plan is not None
+
     # Check what depends on the run's length.
     batches = plan_batches(data.data.examples["train"], data.config.data, data.config.seed)
     schedule = schedule_of(data.config, batches.per_epoch)
@@ -165,8 +179,12 @@ def _describe_run(
     found.check(check_validation, config, data.data.examples["valid"])
     warn_about_rates(config, schedule.steps, found.warnings.append)
 
-    # The length and the rates.
-    batch = config.data.batch_size * config.grad_accumulation_steps
+    # What it starts from, its length and its rates.
+    yield "model", config.model
+    if config.resume_adapter_file is not None and not config.resume:
+        yield "start", f"from the adapter in {config.resume_adapter_file}"
+    batch = batches.full_rows * config.grad_accumulation_steps
+    note_few_rows(batches, config, found.warnings.append)
     optimizer = config.optimizer
     assert config.steps_per_report is not None
     assert config.steps_per_eval is not None
@@ -204,9 +222,11 @@ def _describe_run(
         yield "memory", line.removeprefix("plan: ")
     if plan is not None and checkpoints_blocks is not None:
         left = max(0, schedule.steps - done)
-        tokens = tokens_per_epoch * schedule.batches / batches.per_epoch * left / schedule.steps
+        epochs = schedule.batches / batches.per_epoch
+        tokens = data.plan.useful_tokens * epochs * left / schedule.steps
         timed = replace(config, grad_checkpoint="on" if checkpoints_blocks else "off")
-        yield "time", _time(timed, batches, plan.sizes, tokens, left, found)
+        measure = partial(_seconds_per_token, timed, batches, load_model, found.warnings.append)
+        yield "time", _time(timed, measure, plan.sizes, tokens, left, found)
         saved = plan.sizes.gradients() + plan.sizes.moments(optimizer.optimizer)
         yield "disk", _disk(config, saved * (config.keep_checkpoints + 2), found)
     yield "folder", str(Path(config.adapter_path).absolute())
@@ -220,7 +240,7 @@ def _check_targets(config: TrainConfig) -> None:
 
 def _time(
     config: TrainConfig,
-    batches: Batches,
+    measure: Callable[[], float | None],
     sizes: Sizes,
     tokens: float,
     steps: int,
@@ -232,7 +252,7 @@ def _time(
 
     Args:
         config: The run's settings.
-        batches: The run's batches.
+        measure: Makes two steps, and returns the seconds that one takes for each token.
         sizes: The model's sizes.
         tokens: Tokens of all steps, without padding, which an eager run removes in part.
         steps: Steps of the run.
@@ -255,7 +275,7 @@ def _time(
             " alone; the first steps of the run report the time left"
         )
 
-    seconds = found.check(_seconds_per_token, config, batches)
+    seconds = found.check(measure)
     if seconds is None:
         return "unknown, because a step was not possible or not finite"
     needed = tokens * seconds
@@ -282,37 +302,59 @@ def _operations_per_second(bits: int) -> float:
     return 2.0 * rows * size * size / fastest
 
 
-def _seconds_per_token(config: TrainConfig, batches: Batches) -> float | None:
-    """Return how many seconds a step takes for each token, or None if the step was skipped.
+def _seconds_per_token(
+    config: TrainConfig, batches: Batches, load_model: LoadModel, warn: Log
+) -> float | None:
+    """Return how many seconds a step takes for each token, or None if steps were skipped.
 
     The tokens are those without padding; the time includes padding.
+
+    Raises:
+        ConfigError: As many steps were skipped as training would skip before it stops.
     """
-    model, _ = load(config.model)
+    model = load_model()
     trainable = _start_adapters(model, config)
     optimizer = LoRAPlus(replace_auto_rate(config).optimizer, 2)
     check_rates(config, trainable.groups)
     optimizer.init(model, trainable.groups)
 
-    # Make two steps, because the first one also compiles.
-    per_step = config.grad_accumulation_steps
-    schedule = Schedule(steps=2, batches=2 * per_step, batches_per_step=per_step)
+    # Make two steps, because the first one also compiles; and more if steps are skipped.
+    run_steps = schedule_of(config, batches.per_epoch).steps
+    most = min(config.max_skipped_steps, run_steps, _MOST_SKIPPED)
+    steps, per_step = max(2, most), config.grad_accumulation_steps
     state = TrainState(
         model,
         find_trunk_and_head(model),
         optimizer,
         batches,
-        schedule,
+        Schedule(steps=steps, batches=steps * per_step, batches_per_step=per_step),
         grad_checkpoint=config.grad_checkpoint == "on",
         objective=config.objective,
     )
-    reports: list[Event] = []
-    config = replace(config, steps_per_report=1, max_skipped_steps=3, max_minutes=None)
-    train(state, (), config, report=reports.append, save=lambda: None)
+    events: list[Event] = []
+    timed = replace(config, steps_per_report=1, max_skipped_steps=steps + 1, max_minutes=None)
+    train(
+        state,
+        (),
+        timed,
+        report=events.append,
+        save=lambda: None,
+        stop_requested=lambda: sum("loss" in event for event in events) > 1,
+    )
 
-    last = reports[-1]
-    if "loss" not in last:  # the step was skipped
+    # Every step has one event. A resumed run starts with later steps than these.
+    if "skipped" in events[0] and not config.resume:
+        why = f"because the loss or a gradient is not finite ({events[0]['reason']})"
+        if all("skipped" in event for event in events[:most]):
+            places = ", ".join(batches[0].places)
+            remedy = remedy_for_skipped(Progress(1, skipped=1), f"its rows ({places:.200})")
+            first = "the first step" if most == 1 else f"the first {counted(most, 'step')}"
+            raise ConfigError(f"{first} would be skipped, {why}; {remedy}")
+        warn(f"warning: the first step would be skipped, {why}")
+    reports = [event for event in events if "loss" in event]
+    if len(reports) < 2:
         return None
-    return last["seconds"] / last["useful_tokens"]
+    return reports[-1]["seconds"] / reports[-1]["useful_tokens"]
 
 
 def _start_adapters(model: nn.Module, config: TrainConfig) -> TrainableParams:

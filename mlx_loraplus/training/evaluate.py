@@ -29,12 +29,13 @@ from ..data.eval_prompts import choose_eval_prompts
 from ..data.first_rows import check_rows
 from ..data.labeled import LabeledExamples
 from ..data.load_data import load_data, split_to_evaluate
+from ..data.missing_split import no_rows_to_evaluate
 from ..data.model_limits import check_examples, limits_of
 from ..data.overlaps import find_overlaps
 from ..data.pairs import Pairs
 from ..data.python_data import store_data
-from ..data.sources import SPLITS, SplitName, describe_sources
-from ..errors import AdapterError, ConfigError, DataError, counted
+from ..data.sources import SPLITS, SplitName
+from ..errors import AdapterError, ConfigError, counted
 from ..inference.generate import answer_questions, load
 from ..kernels.trunk_and_head import find_trunk_and_head
 from ..keyword_types import EvaluateOptions
@@ -243,12 +244,7 @@ def _score_split(
     config = resolve_length(config, model)
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
-        others = " or ".join(other for other in SPLITS if other != split)
-        raise DataError(
-            f"{describe_sources(config.data.data)} has no {split} rows: add a {split} file, or"
-            f' evaluate on {others} (in Python, data={{"{split}": rows}}; without a split, rows are'
-            " train)"
-        )
+        raise no_rows_to_evaluate(config, tokenizer, split)
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
 
@@ -326,13 +322,9 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
             f"{config.adapter_path} holds no adapter: train one first, without --test"
         )
 
-    split = split_to_evaluate(config)
-    if split == "valid":
-        Console().print("there are no test rows, so the validation rows are used")
-
     # Evaluate the base first, because an adapter changes the model in place.
     model, tokenizer = load(config.model)
-    _warn_of_leaks(resolve_length(config, model), tokenizer, split)
+    split = _choose_split(resolve_length(config, model), tokenizer)
     base = _score_split(model, tokenizer, config, split)
     start = _score_start(model, tokenizer, config, split)
     if start is not None:
@@ -350,13 +342,23 @@ def evaluate_run(config: TrainConfig, given: Collection[str]) -> None:
     Console().print(replace(tuned, base=base))
 
 
-def _warn_of_leaks(config: TrainConfig, tokenizer: TokenizerWrapper, split: SplitName) -> None:
-    """Print how many rows of a split are in another one, so that their scores are too good."""
+def _choose_split(config: TrainConfig, tokenizer: TokenizerWrapper) -> SplitName:
+    """Return "test" if the data has test rows or no validation rows either, else "valid".
+
+    Rows of the split that are in another one are reported, because their scores are too good.
+    """
+    split = split_to_evaluate(config)
     log = partial(print, file=sys.stderr)
     data = load_data(config, tokenizer, *SPLITS, strict=False, log=log)
+    if split == "valid" and len(data.examples["valid"]):
+        Console().print("there are no test rows, so the validation rows are used")
+    elif split == "valid":
+        split = "test"  # the error about it is the more useful one
+
     for overlap in find_overlaps(data.examples):
         if overlap.count and overlap.split == split:
             Console().print(f"warning: {overlap}", markup=False, highlight=False)
+    return split
 
 
 def _score_start(

@@ -53,7 +53,7 @@ def find_rate(
     # Read the settings.
     given = translate(TrainConfig, dict(settings))
     if given.get("learning_rate") not in (None, "auto"):
-        raise ConfigError("find_rate finds the learning_rate: leave it out")
+        raise ConfigError("find_rate finds the --learning-rate: leave it out")
     if given.get("resume"):
         raise ConfigError("find_rate finds the rate of a new run: leave out resume")
     config = resolve_config(

@@ -8,7 +8,7 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..inference.generate import load
 from ..settings import configure, settings_of
-from .starting_adapter import Settings, resolve_config
+from .starting_adapter import resolve_config
 
 
 def with_adapters_model(config: TrainConfig, given: Collection[str]) -> TrainConfig:
@@ -34,18 +34,6 @@ def with_adapters_model(config: TrainConfig, given: Collection[str]) -> TrainCon
     return configure(TrainConfig, settings_of(config) | {"model": model_for(None, start)})
 
 
-def load_and_resolve(name: str, settings: Settings) -> TrainConfig:
-    """Load a model, and return the config of a run on it; see ``resolve_config``.
-
-    Raises:
-        ModelError: The model can't be loaded.
-        ConfigError: As for ``resolve_config``.
-        AdapterError: As for ``resolve_config``.
-    """
-    model, _ = load(name)
-    return resolve_config(model, settings)
-
-
 def plan_from_adapter(
     config: TrainConfig, given: Collection[str], families: Sequence[str]
 ) -> TrainConfig:
@@ -57,7 +45,9 @@ def plan_from_adapter(
         families: The families of models to plan for.
 
     Raises:
+        ModelError: The model can't be loaded.
         ConfigError: The plan is for several models; or as for ``resolve_config``.
+        AdapterError: As for ``resolve_config``.
     """
     if config.resume_adapter_file is None or config.resume:
         return config
@@ -70,4 +60,5 @@ def plan_from_adapter(
     config = with_adapters_model(config, given)
     names = {"model", *given}
     settings = {name: value for name, value in settings_of(config).items() if name in names}
-    return load_and_resolve(config.model, settings)
+    model, _ = load(config.model)
+    return resolve_config(model, settings)

@@ -17,6 +17,7 @@ from ..device import gb, this_machine
 from ..errors import LoRAPlusError, PeerError, counted
 from ..failures import MEMORY, Failure, described_failures
 from ..files import write_atomically
+from ..runs.advice import last_skipped_rows, remedy_for_skipped
 from ..runs.state import BAD_BATCH, Progress
 
 
@@ -122,32 +123,43 @@ def describe_cut(process: str, history: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def write_bad_batches(folder: Path, step: int, reason: str, batches: Sequence[Batch]) -> None:
+    """Write the batches of a step that was not finite as JSON, with the sources of their rows."""
+    described = [
+        {
+            "rows": batch.places,
+            "tokens": batch.tokens.tolist(),
+            "targets": batch.targets[batch.weights > 0].tolist(),
+        }
+        for batch in batches
+    ]
+    content = {"step": step, "reason": reason, "batches": described}
+    write_atomically(folder / BAD_BATCH, json.dumps(content).encode())
+
+
 def too_many_skipped(
-    config: TrainConfig, step: int, reason: str, batches: Sequence[Batch]
+    config: TrainConfig, progress: Progress, reason: str, batches: Sequence[Batch]
 ) -> LoRAPlusError:
     """Return the error that ends a run whose steps are not finite.
 
-    The batches of the last step are written as JSON with the sources of their rows. Only the main
-    process has batches here; on other processes, nothing is written.
+    The batches of the last step are written. Only the main process has batches here; on other
+    processes, nothing is written.
     """
-    path = Path(config.adapter_path) / BAD_BATCH
+    folder = Path(config.adapter_path)
     if batches:
-        described = [
-            {
-                "rows": batch.places,
-                "tokens": batch.tokens.tolist(),
-                "targets": batch.targets[batch.weights > 0].tolist(),
-            }
-            for batch in batches
-        ]
-        content = {"step": step, "reason": reason, "batches": described}
-        write_atomically(path, json.dumps(content).encode())
+        write_bad_batches(folder, progress.step, reason, batches)
+
+    # A resume helps only if single batches are bad.
+    advice = (
+        "train again with a lower --learning-rate or --lr-ratio; if only the rows of that step are"
+        f" bad, which are in {folder / BAD_BATCH}, --resume continues with the next step"
+    )
+    if progress.mostly_skipped:
+        advice = remedy_for_skipped(progress, last_skipped_rows(folder))
     most = config.max_skipped_steps
     skipped = "a step was" if most == 1 else f"{most} steps in a row were"
     return LoRAPlusError(
-        f"{skipped} not finite; the last is step {step} ({reason}): train again with a lower"
-        f" --learning-rate or --lr-ratio; the batches of that step are in {path}, and --resume"
-        " continues with the next step"
+        f"{skipped} not finite; the last is step {progress.step} ({reason}): {advice}"
     )
 
 

@@ -11,6 +11,7 @@ from ..data.labeled import LabeledBatches, LabeledExamples
 from ..data.packing import PackedBatches
 from ..data.pairs import PairBatches, Pairs
 from ..data.tokenize import Example
+from ..errors import counted
 from ..kernels.row_masks import check_packing
 from ..runs.progress import Log
 
@@ -41,9 +42,26 @@ def make_batches(
         check_packing(model)
 
     batches = plan_batches(examples, config.data, config.seed, processes)
+    note_few_rows(batches, config, log)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches
+
+
+def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
+    """Report how many rows a step has if an epoch has fewer than ``batch_size``."""
+    asked, rows = config.data.batch_size, batches.full_rows
+    if rows >= asked:
+        return
+
+    unit = "packed row" if config.data.pack else f"training {config.objective.unit}"
+    has = "a step has"
+    if config.grad_accumulation_steps > 1:
+        has = f"each of the {counted(config.grad_accumulation_steps, 'batch')} of a step has"
+    log(
+        f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so {has}"
+        f" only {rows:,}"
+    )
 
 
 def plan_batches(

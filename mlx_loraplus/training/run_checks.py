@@ -45,11 +45,11 @@ def check_world(config: TrainConfig, model: nn.Module, world: World, log: Log) -
     # How the model is loaded must match how it is trained.
     if is_sharded(model) != world.is_tensor_parallel:
         raise ConfigError(
-            "parallel tensor needs more than one process and a model from"
-            " load(name, group=mx.distributed.init()), and such a model needs parallel tensor"
+            "--parallel tensor needs more than one process and a model from"
+            " load(name, group=mx.distributed.init()), and such a model needs --parallel tensor"
         )
     if config.parallel == "tensor" and world.size == 1:
-        log("note: parallel tensor has no effect in one process: --launch 2 starts two")
+        log("note: --parallel tensor has no effect in one process: --launch 2 starts two")
 
     # Otherwise some processes would never have an example.
     check_batch_size(config.data.batch_size, world.data_shards)
@@ -112,12 +112,13 @@ def check_validation(config: TrainConfig, valid: Examples) -> None:
     """
     if config.patience is not None and not valid:
         raise ConfigError(
-            "patience needs validation examples: add a valid.jsonl, or leave out --patience"
+            "--patience needs validation examples: add a valid file, give --valid-split 0.25, or"
+            " leave --patience out"
         )
     if config.prompts and not valid:
         raise ConfigError(
-            "prompts are answered at validations, which need examples: add a valid.jsonl, or"
-            " --valid-split"
+            "--prompts are answered at validations, which need examples: add a valid file, give"
+            " --valid-split 0.25, or leave --prompts out"
         )
 
 
@@ -130,7 +131,7 @@ def check_length(progress: Progress, steps: int) -> None:
     if progress.step > steps:
         raise ConfigError(
             f"the run has trained {counted(progress.step, 'step')}, more than the {steps:,} that"
-            f" are asked for: leave iters and epochs out, or give iters above {progress.step}"
+            f" are asked for: leave --iters and --epochs out, or give --iters above {progress.step}"
         )
 
 
@@ -147,8 +148,8 @@ def check_rates(config: TrainConfig, groups: Mapping[str, str]) -> None:
     rate = config.optimizer.embedding_learning_rate
     if rate != OptimizerConfig.embedding_learning_rate and "embedding" not in groups.values():
         raise ConfigError(
-            f"embedding_learning_rate {rate:g} has no effect, because no embedding and no whole"
-            " module is trained: leave it out, or name some in target_modules or train_modules"
+            f"--embedding-learning-rate {rate:g} has no effect, because no embedding and no whole"
+            " module is trained: leave it out, or name some in --target-modules or --train-modules"
         )
 
 

@@ -162,9 +162,9 @@ def compare_settings(stored: RunFingerprint, config: TrainConfig) -> list[str]:
 
     if refused:
         raise ConfigError(
-            f"can't resume with other settings: {join_problems(refused)}; take them from the run"
-            f" (-c {config.adapter_path}/run.yaml), or train from the start in another"
-            " --adapter-path"
+            f"can't resume with other settings: {join_problems(refused)}; for a new run, leave out"
+            " --resume and give another --adapter-path; to continue this run, give only its own"
+            f" settings (-c {config.adapter_path}/run.yaml)"
         )
     return allowed
 
@@ -201,8 +201,8 @@ def compare_content(stored: RunFingerprint, present: RunFingerprint, place: str)
         are_other = any(stored.settings.get(name) != present.settings[name] for name in names)
         own = f"take both from the run (-c {Path(place).parents[1]}/run.yaml), or "
         raise ConfigError(
-            f"can't resume from {place}: {join_problems(problems)}; {own if are_other else ''}train"
-            " from the start in another --adapter-path"
+            f"can't resume from {place}: {join_problems(problems)}; {own if are_other else ''}leave"
+            " out --resume and train from the start in another --adapter-path"
         )
 
     # Other versions of the libraries are reported, but allowed.

@@ -19,6 +19,7 @@ from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of, reason_text
 from ..files import remove_leftovers, write_atomically
 from ..models.save_model_folder import remove_model_files
+from ..runs.advice import describe_skipped, last_skipped_rows, remedy_for_skipped
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.matplotlib_plots import write_picture
 from ..runs.next_steps import resume_command
@@ -26,7 +27,7 @@ from ..runs.progress import Log
 from ..runs.report import write_report
 from ..runs.run_folder import holds_full_run, newest_step
 from ..runs.start_event import versions
-from ..runs.state import BAD_BATCH, COMPLETE, Event, Outcome
+from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
     CHECKPOINTS,
     checkpoint_folder,
@@ -37,7 +38,9 @@ from .checkpoint import (
     write_history,
 )
 from .fastest_step import way_of
+from .interrupts import write_bad_batches
 from .run_fingerprint import RunFingerprint, identifying_settings
+from .schedule import batches_of_step
 from .session import Session
 from .step_choices import machine_facts
 from .trainer import TrainState
@@ -117,7 +120,7 @@ class RunWriter:
         """Record how the run ended, and write the adapter, the plot and the report.
 
         Raises:
-            LoRAPlusError: On all processes, if no step took effect.
+            LoRAPlusError: On all processes, if more than half of the steps were skipped.
             OutputError: The last checkpoint or one of these files can't be written.
         """
         try:
@@ -136,16 +139,18 @@ class RunWriter:
             )
 
         # Record the end. If the run is complete, ``run.finished`` is true from here on.
-        no_effect = outcome in COMPLETE and progress.skipped >= progress.step
-        event = self._end_event("failed" if no_effect else outcome)
-        if no_effect:
-            event["reason"] = "no step took effect"
+        has_failed = outcome != "interrupted" and progress.mostly_skipped
+        event = self._end_event("failed" if has_failed else outcome)
+        if has_failed:
+            event["reason"] = describe_skipped(progress)
         run.history.append(event | run.verdict.stored())
 
         # Write the files that are complete only now.
         try:
             if self.session.world.is_main:
                 self._write_results()
+                if progress.skipped:
+                    self._write_last_skipped()
         except KeyboardInterrupt:
             self.session.log(
                 f"warning: {outcome}: all steps are saved, but some files are not written yet;"
@@ -154,13 +159,9 @@ class RunWriter:
             raise
         self.session.show(run.history[-1])
 
-        if no_effect:
-            raise LoRAPlusError(
-                f"no step took effect: all {progress.step:,} were skipped because the loss or"
-                " a gradient was not finite, so nothing has been learned; train from the start"
-                " with a lower --learning-rate or --lr-ratio, and check the model's answers"
-                " with mlx_loraplus.generate"
-            )
+        if has_failed:
+            remedy = remedy_for_skipped(progress, last_skipped_rows(run.folder))
+            raise LoRAPlusError(f"{describe_skipped(progress)}; {remedy}")
 
     def _write_results(self) -> None:
         """Write the final adapter if the run is complete, then the history and its pictures."""
@@ -170,6 +171,13 @@ class RunWriter:
         write_history(run.folder, run.history)
         write_picture(run.plot(), run.folder / PLOT)
         write_report(run)
+
+    def _write_last_skipped(self) -> None:
+        """Write the batches of the last step that was skipped."""
+        event = [event for event in self.session.run.history if "skipped" in event][-1]
+        numbers = batches_of_step(event["step"], self.state.schedule)
+        batches = [self.state.batches[number] for number in numbers]
+        write_bad_batches(self.session.run.folder, event["step"], event["reason"], batches)
 
     def _write_final_adapter(self) -> None:
         """Restore the adapter of the best validation if it is not the last one, and write it."""

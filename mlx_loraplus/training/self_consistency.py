@@ -159,7 +159,7 @@ def resolve_sound_checkpoint(
 
     if config.grad_checkpoint == "on":
         raise ConfigError(
-            "grad_checkpoint on gives this model wrong gradients, because its blocks share state:"
+            "--grad-checkpoint on gives this model wrong gradients, because its blocks share state:"
             " set --grad-checkpoint off"
         )
     log(

@@ -368,16 +368,16 @@ class TrainLoop:
         progress.skipped += 1
         progress.skipped_in_a_row += 1
         self.report({"step": progress.step, "skipped": progress.skipped, "reason": reason})
-        if progress.skipped_in_a_row < most:
+        # A run that is resumed after this error may skip as many again.
+        if progress.skipped_in_a_row % most:
             return
 
         # A resume continues with the validation, if it is due, or with the next step.
-        progress.skipped_in_a_row = 0
         progress.owes_validation = bool(self.valid) and self.validation_due()
         self.save()
         numbers = batches_of_step(progress.step, self.state.schedule)
         batches = [self.state.batches[n] for n in numbers] if self.world.is_main else []
-        raise too_many_skipped(self.config, progress.step, reason, batches)
+        raise too_many_skipped(self.config, progress, reason, batches)
 
     def save_now(self) -> None:
         """Save the last step."""

@@ -113,7 +113,7 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
     ("settings", "message"),
     [
         ({"target_modules": ("q_porj",)}, "nothing matches 'q_porj' (did you mean 'q_proj'"),
-        ({"num_layers": 9}, "num_layers 9 is above the model's 3 blocks"),
+        ({"num_layers": 9}, "--num-layers 9 is above the model's 3 blocks"),
         ({"rank": 33}, "rank 33 is above 32, the smaller side of model.layers.0.self_attn"),
         ({"init": "pissa", "rank": 33}, "rank 33 is above 32"),
         ({"adapter": "vera", "init": "loftq"}, "vera has no init loftq"),
@@ -123,15 +123,15 @@ def test_all_linear_leaves_out_head_embedding_and_routers(tiny: TinyModel):
         ),
         (
             {"train_modules": ("nrom",)},
-            "train_modules: nothing matches 'nrom' (did you mean 'norm'",
+            "--train-modules: nothing matches 'nrom' (did you mean 'norm'",
         ),
         (
             {"train_modules": ("q_proj",)},
-            "self_attn.q_proj is in target_modules and in train_modules",
+            "self_attn.q_proj is in --target-modules and in --train-modules",
         ),
         (
             {"train_modules": ("q_proj",), "target_modules": ("v_proj",), "num_layers": 9},
-            "num_layers 9 is above",
+            "--num-layers 9 is above",
         ),
         ({"rank": 0}, "rank must be greater than or equal to 1"),
         ({"alpha": float("nan")}, "alpha must be"),

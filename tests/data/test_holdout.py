@@ -72,7 +72,7 @@ def test_a_split_that_can_not_be(tmp_path: Path, letters):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
     with pytest.raises(
         DataError,
-        match=r"valid_split 0\.5 needs rows with at least two different prompts, but there is",
+        match=r"--valid-split 0\.5 needs rows with at least two different prompts, but there is",
     ):
         load(letters(), write(tmp_path / "other", train=f"{GOOD}\n{GOOD}"), valid_split=0.5)
     bad = write(tmp_path / "bad", train='{"x": 1}\n' * 3)
@@ -126,7 +126,7 @@ def test_weights_say_how_often_a_source_is_seen(tmp_path: Path, letters):
     again = load(letters(), *sources, data_weights=[0.5, 2.25]).examples["train"]
     assert again.fingerprint() == train.fingerprint()
     table = table_of([[False, True]] * 3)
-    with pytest.raises(DataError, match=r"data_weights 0\.1 selects none of 3 rows"):
+    with pytest.raises(DataError, match=r"--data-weights 0\.1 selects none of 3 rows"):
         WeightedExamples(Examples([table], table.spans), [0.1], 0)
 
 

@@ -55,6 +55,10 @@ def test_many_bad_rows_are_counted(tmp_path: Path, letters):
     assert str(data.reports["train"]) == "1 row, 3 tokens, 2 supervised; 1,000 bad rows dropped"
     assert len(data.reports["train"].bad_rows) == 100
 
+    # Rows at which training stops are not called dropped.
+    data = load(letters(), folder, strict=False)
+    assert str(data.reports["train"]) == "1 row, 3 tokens, 2 supervised; 1,000 bad rows"
+
 
 def test_rows_that_the_template_refuses_are_bad_rows(tmp_path: Path, letters):
     turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]

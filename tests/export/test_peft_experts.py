@@ -15,6 +15,7 @@ from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.errors import AdapterError
 from mlx_loraplus.export.peft import load_peft, write_peft
+from mlx_loraplus.export.vllm_rules import vllm_refusals
 from tests.conftest import randomize_adapters
 from tests.families.walk import CONFIGS
 
@@ -128,19 +129,23 @@ def test_the_inner_layer_is_the_only_one_if_down_has_no_adapter(tmp_path: Path, 
 
 
 def test_what_vllm_reads_of_experts_is_told(tmp_path: Path):
-    """vLLM reads single experts, and of the stacked ones those of gpt-oss."""
+    """vLLM reads single experts and those of gpt-oss, and other stacked ones if it is asked to."""
     for kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         assert write_peft(adapted(kind), "org/base", tmp_path) == []
     assert write_peft(adapted("gpt_oss"), "org/base", tmp_path) == []
-    assert "can't adapt" in write_peft(
-        adapted("granitemoe"), "org/base", tmp_path
-    )[0]  # fmt: skip
+    (told,) = write_peft(adapted("granitemoe"), "org/base", tmp_path)
+    assert "--enable-mixed-moe-lora-format" in told
+    assert json.loads(told[told.index("{") : told.index("}") + 1])["is_3d_lora_weight"] is True
     down = adapted("qwen3_moe", target_modules=("down_proj",))
     assert write_peft(down, "org/base", tmp_path) == [
         "each expert needs adapters on all three projections"
     ]
-    half = adapted("gpt_oss", target_modules=("down_proj",))
-    assert "both" in write_peft(half, "org/base", tmp_path)[0]
+    for kind in ("gpt_oss", "granitemoe"):
+        half = adapted(kind, target_modules=("down_proj",))
+        assert "both" in write_peft(half, "org/base", tmp_path)[0]
+    one = [f"{PREFIX}mlp.experts.0.{leaf}.lora_A.weight" for leaf in ("gate_proj", "down_proj")]
+    config = {"r": 8, "target_modules": []}
+    assert vllm_refusals(config, one, "dots1") == ["vLLM can't adapt the experts of a dots1 model"]
 
 
 def test_gate_and_up_of_single_experts_need_down(tmp_path: Path):

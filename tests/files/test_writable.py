@@ -75,7 +75,7 @@ def test_a_folder_is_replaced_only_if_the_one_around_it_can_be_written(open_plac
     around.chmod(0o555)
     with as_nobody():
         check_writable(out, "save_path")
-        told = r"save_path \S+/around/out can't be written \(in \S+/around: Permission denied\)"
+        told = r"--save-path \S+/around/out can't be written \(in \S+/around: Permission denied\)"
         with pytest.raises(OutputError, match=told):
             check_free(out, [], overwrite=True)
 

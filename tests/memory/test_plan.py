@@ -154,7 +154,7 @@ def test_the_command_answers_offline(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = ["--model", "gemma-3", "--memory", "16GB", "--max-seq-length", "1024"]
+    arguments = ["--memory", "16GB", "--max-seq-length", "1024"]
     plan.main([*arguments, "--batch-size", "auto"])
     said = capsys.readouterr().out
     assert "gemma-3-4b-it, 4 rows x 1,024 tokens: fits with checkpointing" in said
@@ -164,7 +164,7 @@ def test_the_command_answers_offline(
     with pytest.raises(SystemExit) as stop:
         plan.main(["--memory", "lots"])
     assert stop.value.code == 2
-    planned = ml.plan_memory("gemma-3", "16GB", batch_size=4, max_seq_length=1024)
+    planned = ml.plan_memory(memory="16GB", batch_size=4, max_seq_length=1024)
     assert [line.strip() for line in str(planned).splitlines()] == [
         line.strip() for line in said.splitlines()
     ]

@@ -24,7 +24,7 @@ def test_the_schema_is_as_it_was(folder: Path):
     start, *between, end = events
     assert set(start) == {
         "step", "schema", "steps", "model", "versions", "train", "valid", "adapter", "memory", "modules", "probes",
-        "prompts", "choices", "started", "answer_tokens",
+        "prompts", "choices", "started", "answer_tokens", "batch_rows",
     }  # fmt: skip
     assert start["schema"] == SCHEMA == 2, "a new schema is a deliberate line in a diff"
     assert start["train"]["examples"] == 40

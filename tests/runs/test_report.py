@@ -266,13 +266,14 @@ def test_a_run_without_effect_is_not_to_be_resumed(folder: Path):
     run = ml.Run.load(folder)
     skipped = {"step": 6, "skipped": 6, "reason": "loss nan"}
     run.history = [run.history[0], skipped, {"step": 6, "outcome": "failed", "reason": "no effect"}]
+    run.progress.skipped = 6
     head = headline(run)
     assert head.lead == "The run failed: no effect."
     run.history[-1]["reason"] = f"memory ran out: {'x' * 200}"
     assert headline(run).lead == "The run failed: memory ran out."
     assert "x" * 200 in report_page(run).decode()
-    assert "nothing was learned" in head.next_step.lower()
-    assert [label for label, _ in head.commands] == ["again"]
+    assert "not even the first step was finite, so no other rate helps" in head.next_step.lower()
+    assert head.commands == []
 
 
 def test_a_run_without_validations_or_date_has_a_headline(folder: Path):

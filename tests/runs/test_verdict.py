@@ -88,7 +88,8 @@ def test_a_validation_that_is_not_a_number_is_in_the_verdict(losses: list[float]
 )
 def test_skipped_steps_that_ended_a_run_that_was_not_better(losses: list[float], diverged: bool):
     run = run_with(losses, learning_rate=10.0)
-    run.progress.step = step = run.history[-1]["step"] + 7
+    run.progress.step = step = run.history[-1]["step"] + 17
+    run.progress.skipped = run.progress.skipped_in_a_row = 5
     skips = [{"step": step, "skipped": 5, "reason": "loss nan"}]
     end = {"step": step, "outcome": "failed", "reason": "5 steps in a row were not finite"}
     run.history = [*run.history[:-1], *skips, end]

@@ -295,8 +295,8 @@ def test_bad_settings_are_told_in_a_line(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     for words, said in (
-        (["--lr-ratios", "-1"], "lr_ratios"),
-        (["--adapter", "vera", "--init", "pissa"], "vera has no init"),
+        (["--lr-ratios", "-1"], "--lr-ratios must"),
+        (["--adapter", "vera", "--init", "pissa"], "--adapter vera has no --init"),
         (["--learning-rats", "1e-3"], "--learning-rates"),
         (["--adapter-path", str(place / "data" / "train.jsonl")], "is a file"),
         (["--adapter-path", str(tmp_path / "none"), "--resume"], "holds no sweep"),

@@ -20,11 +20,11 @@ from mlx_loraplus.training.rank_helpers import split_by_size
 from mlx_loraplus.training.schedule import seed_of
 from scripts.tiny_model import write_sums, write_tiny_model
 from tests.training.teams import MOST, OUT_OF_MEMORY, Runs, do_jobs, wait_for, world
-from tests.training.test_interrupts import poison
 from tests.training.tiny_runs import (
     Place,
     adapter_of,
     examples,
+    poison,
     validate_on_what_is_unlearned,
     write_labeled,
     write_pairs,

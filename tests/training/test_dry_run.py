@@ -67,6 +67,34 @@ def test_a_resumed_run_is_described_with_what_its_first_session_chose(
         assert problem in "".join(capsys.readouterr())
 
 
+@pytest.mark.parametrize(
+    ("more", "rows", "length"),
+    [
+        ([], "40 training examples of an epoch, so a step has only 40", "40 examples"),
+        (
+            ["--grad-accumulation-steps", "2"],
+            "40 training examples of an epoch, so each of the 2 batches of a step has only 40",
+            "80 examples",
+        ),
+        (["--batch-size", "40"], None, "40 examples"),
+    ],
+)
+def test_a_batch_that_is_larger_than_the_data_is_noted(
+    place: Place,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    rows: str | None,
+    length: str,
+):
+    for also in (["--dry-run"], []):
+        cli.train(words(place, "--batch-size", "64", "--iters", "2", *more, *also))
+        said = capsys.readouterr().out
+        assert said.count("note: --batch-size") == (rows is not None)
+        assert rows is None or f"note: --batch-size 64 is more than the {rows}\n" in said
+        assert f"2 steps of {length}" in said
+        assert not also or "1 in an epoch, of up to 40 rows" in said
+
+
 def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
     cli.train(words(place, "--launch", "2", "--dry-run"))
     assert capsys.readouterr().out.endswith("--iters 20 --launch 2\n")
@@ -123,7 +151,7 @@ def test_a_dry_run_needs_no_more_than_training_to_resume(
     [
         (["--target-modules", "q_prj"], "nothing matches 'q_prj'"),
         (["--rank", "1000"], "rank 1000 is above"),
-        (["--num-layers", "9"], "num_layers 9 is above"),
+        (["--num-layers", "9"], "--num-layers 9 is above"),
         (["--patience", "2", "--valid-split", "0"], "patience needs validation examples"),
         (["--resume-adapter-file", "nowhere"], "nowhere"),
         (["--resume"], "holds no run to resume"),
@@ -255,6 +283,31 @@ def test_the_adapter_to_start_from_is_checked_and_its_settings_are_described(
             cli.train(words(place, *start, "--rank", "4", *also))
         said = "".join(capsys.readouterr()).splitlines()[-1]
         assert "the run starts from adapters with other settings: rank 4 (theirs: 2)" in said
+
+
+def test_a_dry_run_names_what_it_starts_from_and_loads_it_once(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    place.run("first", iters=1, warmup=0, rank=2)
+    loaded: list[str] = []
+    load = dry_run.load
+
+    def load_and_count(name: str):
+        loaded.append(name)
+        return load(name)
+
+    monkeypatch.setattr(dry_run, "load", load_and_count)
+    capsys.readouterr()
+    cli.train(words(place, "--dry-run", "--resume-adapter-file", str(place.folder / "first")))
+    said = capsys.readouterr().out
+    assert f"model      {place.folder / 'model'}\n" in said
+    assert f"start      from the adapter in {place.folder / 'first'}\n" in said
+    assert loaded == [str(place.folder / "model")]
+
+    # A resumed run starts from its own folder, even if it started from an adapter.
+    cli.train(words(place, "--resume-adapter-file", str(place.folder / "first")))
+    cli.train(["-c", str(place.folder / "my run" / "run.yaml"), "--resume", "--dry-run"])
+    assert "from the adapter in" not in capsys.readouterr().out
 
 
 def test_without_a_model_a_run_starts_on_the_model_of_its_adapter(place: Place):

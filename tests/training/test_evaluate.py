@@ -5,6 +5,7 @@ import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -98,10 +99,49 @@ def test_of_a_chat_the_last_turn_is_answered(tmp_path: Path, monkeypatch: pytest
 
 
 def test_rows_that_are_not_there(data: str):
-    with pytest.raises(
-        DataError, match="has no valid rows: add a valid file, or evaluate on train or test"
-    ):
+    with pytest.raises(DataError) as error:
         evaluate(*tiny_letters(), data=data)
+    assert str(error.value) == (
+        f"{data} has no valid rows: add valid.jsonl to {data}, or evaluate other rows (in Python,"
+        ' split="train" or "test")'
+    )
+    assert evaluate(*tiny_letters(), data=data, split="train", answers=0).examples
+    Path(data, "valid.jsonl").write_text(Path(data, "test.jsonl").read_text())
+    assert evaluate(*tiny_letters(), data=data, answers=0).split == "valid"
+
+
+def test_advice_on_a_split_without_rows_fits_the_data(tmp_path: Path):
+    """Advice names only splits that have rows, and files that are read."""
+    rows = [{"prompt": f"{number}", "completion": "b"} for number in range(3)]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    train, test = folder / "train.jsonl", folder / "test.jsonl"
+    train.write_text("\n".join(map(json.dumps, rows)))
+
+    def refused(data: Any, **settings: Any) -> str:
+        with pytest.raises(DataError, match="has no test rows") as error:
+            evaluate(*tiny_letters(), data=data, split="test", **settings)
+        return str(error.value).partition("has no test rows")[2]
+
+    others = ', or evaluate other rows (in Python, split="train")'
+    assert refused(str(folder)) == f": add test.jsonl to {folder}{others}"
+    file = ": give a folder that holds train.jsonl and test.jsonl"
+    assert refused(str(train)) == file + others
+    python = ': give data={"test": rows}, because rows without a split are train rows'
+    assert refused(rows) == python + others
+    assert (
+        refused({"valid": rows}) == python + ', or evaluate other rows (in Python, split="valid")'
+    )
+
+    # The split has a file, but no rows.
+    test.write_text("")
+    assert refused(str(folder)) == f" in test.jsonl: add some{others}"
+    test.write_text(json.dumps({"prompt": "a"}))
+    left_out = f" in test.jsonl: correct them (1 bad row dropped){others}"
+    assert refused(str(folder), on_bad="drop") == left_out
+    test.write_text(json.dumps({"prompt": "a" * 20, "completion": "b"}))
+    too_long = " in test.jsonl: raise max_seq_length (1 row dropped (longer than 8 tokens))"
+    assert refused(str(folder), on_long="drop", max_seq_length=8) == too_long + others
 
 
 def evaluation(loss: float, given: list[str], base: Evaluation | None = None) -> Evaluation:

@@ -69,13 +69,13 @@ def test_other_families_train_too(tiny: TinyModel, kind: str):
 
 def test_too_many_blocks_are_refused(tiny: TinyModel):
     with pytest.raises(
-        ConfigError, match="num_layers 9 is above the model's 3 blocks: give 1 to 3"
+        ConfigError, match="--num-layers 9 is above the model's 3 blocks: give 1 to 3"
     ):
         attach_adapters(tiny("llama"), AdapterConfig(adapter="full", num_layers=9))
 
 
 def test_a_quantized_model_is_refused_with_the_remedy(tiny: TinyModel):
-    with pytest.raises(ConfigError, match=r"have 4 bits .*: load Org/Model, or use adapter lora"):
+    with pytest.raises(ConfigError, match=r"have 4 bits .*: load Org/Model, or use --adapter lora"):
         attach_adapters(tiny("llama", bits=4), AdapterConfig(adapter="full"), "Org/Model")
 
 

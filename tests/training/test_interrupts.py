@@ -29,6 +29,7 @@ from tests.training.tiny_models import OPTIMIZERS
 from tests.training.tiny_runs import (
     Place,
     adapter_of,
+    poison,
     validate_on_what_is_unlearned,
     without_times,
 )
@@ -111,24 +112,6 @@ def test_gradients_that_are_not_finite_change_nothing_but_the_step(
     assert all(
         mx.isfinite(array).all()
         for array in dict(tree_flatten(model.trainable_parameters())).values()
-    )
-
-
-def poison(place: Place, *numbers: int) -> None:
-    """Make some training rows' loss not finite: they hold a character whose embedding is no number."""
-    lines = (place.folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
-    for number in numbers:
-        lines[number] = json.dumps({"prompt": "~ =", "completion": " 1"}) + "\n"
-    (place.folder / "data" / "train.jsonl").write_text("".join(lines))
-    weights: Any = mx.load(str(place.folder / "model" / "model.safetensors"))
-    vocabulary = json.loads((place.folder / "model" / "tokenizer.json").read_text())["model"][
-        "vocab"
-    ]
-    embedding = np.array(weights["model.embed_tokens.weight"])
-    embedding[vocabulary["~"]] = np.nan
-    mx.save_safetensors(
-        str(place.folder / "model" / "model.safetensors"),
-        weights | {"model.embed_tokens.weight": mx.array(embedding)},
     )
 
 
@@ -274,7 +257,14 @@ def test_the_command_says_how_to_resume_and_resumes(
     assert f"resume: from step {step} of {step + 2}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="2"):
         main([*on, "--rank", "4"])
-    assert "can't resume with other settings: rank 8 -> 4" in capsys.readouterr().err
+    refused = capsys.readouterr().err
+    assert "can't resume with other settings: rank 8 -> 4; for a new run, leave out" in refused
+
+    # Both pieces of advice work: the command as it is, and another folder without --resume.
+    assert refused.endswith("give only its own settings (-c my run/run.yaml)\n")
+    main(["-c", "my run/run.yaml", "--resume"])
+    main(["-c", "my run/run.yaml", "--rank", "4", "--iters", "1", "--adapter-path", "new"])
+    assert "finished at step 1" in capsys.readouterr().out
 
 
 def test_ctrl_c_before_the_first_step_leaves_a_run_that_resumes(place: Place):

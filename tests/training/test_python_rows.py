@@ -70,7 +70,7 @@ def test_rows_are_evaluated_and_swept(place: Place):
     assert ml.evaluate(model, tokenizer, split="test", data={"test": VALID}).examples == 4
     with pytest.raises(
         ml.DataError,
-        match=r"Python has no test rows: .* \(in Python, data={\"test\": rows}; without a",
+        match=r"Python has no test rows: give data={\"test\": rows}, because rows without a split",
     ):
         ml.evaluate(model, tokenizer, split="test", data=ROWS)
 

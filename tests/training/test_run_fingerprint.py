@@ -25,7 +25,7 @@ from tests.training.tiny_runs import (
 CHANGES = [
     (
         {"lr_ratio": 16, "rank": 4},
-        r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; take them from the run",
+        r"other settings: rank 8 -> 4; lr_ratio 4.0 -> 16.0; for a new run, leave out",
     ),
     ({"max_seq_length": 16}, "max_seq_length 2048 -> 16"),
     ({"seed": 1}, "seed 0 -> 1"),

@@ -192,6 +192,24 @@ def test_a_single_file_is_enough_for_test_and_prompts(
     assert f"{held_out} valid examples" in said
 
 
+def test_without_rows_to_test_the_advice_works(place: Place, capsys: pytest.CaptureFixture[str]):
+    folder = place.folder / "few"
+    folder.mkdir()
+    rows = (place.folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:5]))
+    run = place.run("few-run", data=str(folder))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        cli.train(["--test", "--adapter-path", str(run.folder)])
+    said, error = capsys.readouterr()
+    assert "the validation rows are used" not in said
+    assert f"error: {folder} has no test rows: add test.jsonl to {folder}" in error
+
+    (folder / "test.jsonl").write_text("".join(rows[5:9]))
+    cli.train(["--test", "--adapter-path", str(run.folder)])
+    assert "4 test examples" in capsys.readouterr().out
+
+
 def test_a_run_is_evaluated_with_its_own_model_and_data(
     ended: Place, capsys: pytest.CaptureFixture[str]
 ):

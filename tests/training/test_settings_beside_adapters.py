@@ -15,6 +15,7 @@ from mlx_loraplus import train
 from mlx_loraplus.config import KINDS, AdapterConfig, TrainConfig
 from mlx_loraplus.models.loading import load_base
 from mlx_loraplus.settings import checked, configure, setting_names, settings_of
+from mlx_loraplus.spelling import flag_of
 from mlx_loraplus.training.starting_adapter import resolve_config
 from tests.conftest import same
 from tests.families.walk import write_folder
@@ -79,7 +80,7 @@ def test_equal_settings_are_accepted_and_others_refused(place: Place, start: str
     # Every other value is refused by name, except that of dropout.
     for name, values in OTHERS.items():
         other = next(value for value in values if value != settings_of(own.adapter)[name])
-        with pytest.raises(ml.ConfigError, match=name):
+        with pytest.raises(ml.ConfigError, match=f"{name}|{flag_of(name)}"):
             resolve_config(model, base | {name: other})
     assert resolve_config(model, base | {"dropout": 0.5}).adapter.dropout == 0.5
 
@@ -92,7 +93,10 @@ def test_settings_of_one_kind_are_judged_by_the_adapters_kind(place: Place, way:
     found = resolve_config(model, base | {"magnitude_lr_ratio": 4})
     assert found.optimizer.magnitude_lr_ratio == 4
     model, base = start_with(place, AdapterConfig(), way)
-    with pytest.raises(ml.ConfigError, match=r"^magnitude_lr_ratio is for adapter dora, not lora$"):
+    with pytest.raises(
+        ml.ConfigError,
+        match=r"^(--magnitude-lr-ratio is for --|magnitude_lr_ratio is for )adapter dora, not lora$",
+    ):
         resolve_config(model, base | {"magnitude_lr_ratio": 4})
 
 

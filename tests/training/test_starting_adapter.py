@@ -14,8 +14,7 @@ from mlx_loraplus.adapters.trainable import find_adapters
 from mlx_loraplus.config import AdapterConfig
 from mlx_loraplus.settings import setting_names
 from tests.conftest import same
-from tests.training.test_interrupts import poison
-from tests.training.tiny_runs import Place, adapter_of
+from tests.training.tiny_runs import Place, adapter_of, poison
 
 OTHER: dict[str, Any] = {
     "adapter": "dora", "init": "init2", "rank": 8, "alpha": 3.0, "rslora": True, "target_modules": ["q_proj"],

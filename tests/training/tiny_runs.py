@@ -144,6 +144,24 @@ class Place:
         return line
 
 
+def poison(place: Place, *numbers: int) -> None:
+    """Make some training rows' loss not finite: they hold a character whose embedding is no number."""
+    lines = (place.folder / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    for number in numbers:
+        lines[number] = json.dumps({"prompt": "~ =", "completion": " 1"}) + "\n"
+    (place.folder / "data" / "train.jsonl").write_text("".join(lines))
+    weights: Any = mx.load(str(place.folder / "model" / "model.safetensors"))
+    vocabulary = json.loads((place.folder / "model" / "tokenizer.json").read_text())["model"][
+        "vocab"
+    ]
+    embedding = np.array(weights["model.embed_tokens.weight"])
+    embedding[vocabulary["~"]] = np.nan
+    mx.save_safetensors(
+        str(place.folder / "model" / "model.safetensors"),
+        weights | {"model.embed_tokens.weight": mx.array(embedding)},
+    )
+
+
 def validate_on_what_is_unlearned(place: Place) -> None:
     """Make the validation data unlike the training data, so that the validation loss rises."""
     row = json.dumps({"prompt": "1 + 1 =", "completion": "~~~~~"}) + "\n"

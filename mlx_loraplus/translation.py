@@ -1,0 +1,84 @@
+"""The state of a translation, with the lines that report it; ``migration.py`` translates."""
+
+from collections import ChainMap
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .foreign_names import FOREIGN_NAMES, PROGRAMS
+from .spelling import flag_of, in_names
+
+
+@dataclass
+class Translation:
+    """The settings of a command while they are translated."""
+
+    foreign: dict[str, Any]  # settings of other programs that are still to be translated
+    ours: dict[str, Any]  # settings of this package
+    context: Mapping[str, Any]  # settings that override these, such as flags
+    stored: Mapping[str, Any]  # settings that these override, such as those of a YAML file
+    known: Collection[str]  # the settings of the command
+    as_flags: bool  # whether the settings are written as flags
+    sources: dict[str, str] = field(default_factory=dict)  # setting → the one it was made of
+    translated: list[str] = field(default_factory=list)  # "scale 20 → alpha 160"
+    left_out: list[str] = field(default_factory=list)  # "train (…)"
+    problems: list[str] = field(default_factory=list)
+
+    def put(self, name: str, value: Any, ours: Mapping[str, Any]) -> None:
+        """Translate a setting to one or several of this package's.
+
+        Args:
+            name: The setting of the other program.
+            value: Its value.
+            ours: The settings with the same meaning, and their values.
+        """
+        for setting, translated in ours.items():
+            here = self.spell(setting)
+            if setting in self.ours and self.ours[setting] != translated:
+                self.problems.append(
+                    f"{self.spell(name)} {value_text(value)} is {here} {value_text(translated)}"
+                    f" here, but {here} is also {value_text(self.ours[setting])}: give one of them"
+                )
+            self.ours[setting] = translated
+            self.sources[setting] = name
+
+        made = [f"{self.spell(setting)} {value_text(each)}" for setting, each in ours.items()]
+        self.report(name, value, ", ".join(made))
+
+    def report(self, name: str, value: Any, here: str) -> None:
+        """Report what a setting is here."""
+        self.translated.append(f"{self.spell(name)} {value_text(value)} → {here}")
+
+    def leave_out(self, name: str, note: str) -> None:
+        """Report a setting that changes nothing here."""
+        self.left_out.append(f"{self.spell(name)} ({note})")
+
+    def refuse(self, name: str, value: Any, note: str) -> None:
+        """Report a setting that has no counterpart here."""
+        program = next(key for key, settings in PROGRAMS.items() if name in settings)
+        advice = f"leave it out; {note}" if note else "leave it out"
+        self.problems.append(
+            f"{program}'s {self.spell(name)} {value_text(value)} can't be translated: {advice}"
+        )
+
+    def spell(self, name: str) -> str:
+        """Return a setting as the user writes it: as a flag or as a name."""
+        return flag_of(name) if self.as_flags else name
+
+    def finished(self, messages: Iterable[str]) -> list[str]:
+        """Return messages, which name flags, with the settings as the user writes them."""
+        named = () if self.as_flags else [*self.known, *FOREIGN_NAMES]
+        return [in_names(message, named) for message in messages]
+
+    def get(self, name: str, default: Any) -> Any:
+        """Return the value of one of this package's settings."""
+        return ChainMap(*map(dict, (self.context, self.ours, self.stored))).get(name, default)
+
+
+def value_text(value: Any) -> str:
+    """Return a value for a message."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return " ".join(map(value_text, value))[:80]
+    return f"{value!s:.80}"
