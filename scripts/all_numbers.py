@@ -9,6 +9,7 @@ whose package and scripts are those of this checkout. Parts that are current are
 command continues after Ctrl-C. Parts that need something which is not given are left out:
 
     --data wikisql=FOLDER chat=FOLDER text=FOLDER   data sets: train.jsonl and valid.jsonl
+    --data templates=FOLDER   chat templates of families: see scripts/judges/tool_calls
     --judge PYTHON   a Python with torch, transformers 5, peft and trl
     --node FOLDER    where ``npm i node-llama-cpp --ignore-scripts`` was done
 
@@ -105,6 +106,12 @@ PARTS = (
     ),
     Part(
         "gguf types", f"{PYTHON} scripts/judges/gguf_types", 10, ("judges/results/gguf_types.json",)
+    ),
+    Part(
+        "tool calls",
+        f"{PYTHON} scripts/judges/tool_calls --templates {{templates}}",
+        90,
+        ("judges/results/tool_calls.json",),
     ),
     # Under stress
     Part("bad inputs", "scripts/stress/bad_inputs", 13, ("stress/results/bad_inputs.json",)),

@@ -31,6 +31,7 @@ from scripts.readme_results import (
     preference_steps_table,
     rivals_tables,
     speed_table,
+    tool_calls_table,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -186,6 +187,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
+    "tool calls": (ROOT / "docs" / "verification.md", tool_calls_table),
     "experts": (ROOT / "docs" / "adapters.md", experts_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),

@@ -162,6 +162,19 @@ def gguf_types_table() -> str:
     return "\n".join([*lines, "", legend]) + "\n"
 
 
+def tool_calls_table() -> str:
+    """Return what scripts/judges/tool_calls found with each full chat template."""
+    lines = ["| template | outcome | thoughts | the call is read with |", "|---|---|---|---|"]
+    for name, found in _result("judges", "tool_calls")["templates"].items():
+        kept = found.get("written", found)
+        outcome = found["outcome"]
+        if "written" in found:
+            outcome = f"refused; {kept['outcome']} with the call in the content"
+        cells = [outcome, kept.get("thoughts", ""), kept.get("parser", "")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def experts_table() -> str:
     """Return what adapters on attention and on experts learned, as scripts/study/experts stored it."""
     titles = {

@@ -8,6 +8,7 @@ from .lost_content import find_lost
 from .messages import BadRowError
 from .rendered_chat import RenderedChat, RenderedText, SupervisedChat
 from .simpler_chats import without_field
+from .template_check import SOME_TOOL
 from .template_forms import CALL_ID, ChatForm
 from .thoughts import Message, answer_of, thoughts_of
 
@@ -34,11 +35,16 @@ def note_left_out(
     # The names in tool messages are not checked here: the calls contain the same names.
     if _ignores(template, "name", ("system", "user", "assistant"), chat, rendered):
         lost.add("names of speakers ('name')")
-    if chat.tools and not _shows_tools(template, rendered.form.messages, chat.tools):
+    last = rendered.form.messages[-1]
+    thinking = bool(thoughts_of(last))
+    if chat.tools and not shows_tools(
+        template, rendered.form.messages, chat.tools, ask=False, thinking=thinking
+    ):
         lost.add("tools")
     notes = [f"the chat template leaves out or rewrites {what}" for what in sorted(lost)]
     notes += _note_rewritten(template, chat, rendered.form)
     notes += _note_early_ends(template, chat, rendered.texts)
+    notes += _note_endless(template, rendered.texts)
 
     # Without ids, the first result is that of the first call.
     is_swapped = _has_swapped_results(rendered.form.messages)
@@ -69,15 +75,24 @@ def _ignores(
         return False
 
 
-def _shows_tools(template: ChatTemplate, form: Sequence[Message], tools: Sequence[Any]) -> bool:
-    """Return whether the rendered chat depends on the tools."""
-    thinking = bool(thoughts_of(form[-1]))
-    try:
-        without_tools = template.render(form, ask=False, thinking=thinking)
-    except BadRowError:  # a template for chats with tools only
-        return True
-    with_tools = template.render(form, ask=False, thinking=thinking, tools=tools)
-    return with_tools != without_tools
+def shows_tools(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+    *,
+    ask: bool,
+    thinking: bool,
+) -> bool:
+    """Return whether a rendered chat depends on the tools."""
+    with_tools = template.render(messages, ask=ask, thinking=thinking, tools=tools)
+
+    # A template for chats with tools only refuses a chat without them, but takes other tools.
+    for others in (None, [SOME_TOOL]):
+        try:
+            return template.render(messages, ask=ask, thinking=thinking, tools=others) != with_tools
+        except BadRowError:
+            continue
+    return True
 
 
 def _note_rewritten(template: ChatTemplate, chat: SupervisedChat, form: ChatForm) -> list[str]:
@@ -115,6 +130,17 @@ def _note_early_ends(
         " rest of the answer"
         for end in ends
         if any(end in answer[: -len(end)] for answer in answers)
+    ]
+
+
+def _note_endless(template: ChatTemplate, texts: Sequence[RenderedText]) -> list[str]:
+    """Return a note if an answer has no token that ends generation."""
+    answers = [each.text[start:stop].rstrip() for each in texts for start, stop in each.learned]
+    if not template.ends or all(answer.endswith(tuple(template.ends)) for answer in answers):
+        return []
+    return [
+        "the chat template renders no end token after some answers, so the model does not learn to"
+        " stop there"
     ]
 
 

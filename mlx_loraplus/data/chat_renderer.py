@@ -19,7 +19,7 @@ from jinja2.exceptions import SecurityError
 
 from .chat_notes import divide_by_message, note_left_out
 from .chat_template import ChatTemplate, RefusedError, Turn, UnsupervisableError
-from .lost_content import find_lost
+from .lost_content import find_lost, has_python_arguments
 from .messages import BadRowError, assistant_turns
 from .rendered_chat import RenderedChat, RenderedText, SupervisedChat
 from .simpler_chats import simpler_chats
@@ -245,7 +245,8 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     """Check that the text of a supervised turn holds the whole message.
 
     Returns:
-        Notes on lost thoughts, and on answers that contain only thoughts or the end of thoughts.
+        Notes on lost thoughts, on answers that contain only thoughts or the end of thoughts, and on
+        tool calls that are not in JSON.
 
     Raises:
         BadRowError: Content or tool calls are lost.
@@ -263,6 +264,11 @@ def _check_turn(message: Mapping[str, Any], turn: int, text: str) -> list[str]:
     notes: list[str] = []
     if "thoughts" in lost:
         notes.append("the chat template leaves out thoughts, so they are not trained on")
+    if has_python_arguments(message, text):
+        notes.append(
+            "the chat template renders the arguments of tool calls as Python, not as JSON, and"
+            " programs that read JSON can't read such calls"
+        )
     closings = [closing for _, closing in THOUGHT_TAGS if closing in answer_of(message)]
     if closings:
         notes.append(

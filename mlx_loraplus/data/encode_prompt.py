@@ -7,6 +7,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DataError
 from ..models.prompt_format import PromptFormat
+from .chat_notes import shows_tools
 from .chat_template import ChatTemplate
 from .messages import BadRowError
 from .special_tokens import end_tokens, fast_tokenizer, leading_bos
@@ -58,7 +59,7 @@ def encode_prompt(
         check_template(tokenizer)
         template = ChatTemplate(tokenizer)
         text = template.render(messages, ask=True, thinking=form.thinking, tools=tools)
-        if tools and text == _without_tools(template, messages, thinking=form.thinking):
+        if tools and not shows_tools(template, messages, tools, ask=True, thinking=form.thinking):
             raise DataError(
                 "the tools can't reach the model, because its chat template renders none; leave"
                 " them out, or describe them in the system message"
@@ -73,16 +74,6 @@ def encode_prompt(
     if not ids:
         raise DataError("the prompt is empty; give at least one word")
     return ids
-
-
-def _without_tools(
-    template: ChatTemplate, messages: Sequence[dict[str, str]], *, thinking: bool
-) -> str | None:
-    """Return a prompt without tools, or None if the template renders none without them."""
-    try:
-        return template.render(messages, ask=True, thinking=thinking)
-    except BadRowError:
-        return None
 
 
 def content_of_answer(

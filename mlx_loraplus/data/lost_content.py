@@ -42,6 +42,18 @@ def find_lost(message: Message, text: str) -> list[str]:
     return [part for part in PARTS if part in lost]
 
 
+def has_python_arguments(message: Message, text: str) -> bool:
+    """Return whether a text has the arguments of a message's tool call as Python, not as JSON."""
+    for call in message.get("tool_calls") or ():
+        arguments = call.get("function", call).get("arguments")
+        if not isinstance(arguments, Mapping) or not arguments:
+            continue
+        as_json = (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False))
+        if str(arguments) in text and not any(spelling in text for spelling in as_json):
+            return True
+    return False
+
+
 def call_values(calls: Sequence[Any]) -> list[Any]:
     """Return all values that the rendered text must contain for tool calls.
 

@@ -31,7 +31,10 @@ TEMPLATE_ERRORS = (
 QUESTION = "An ordinary question"
 ANSWER = "Some short answer"
 
-_TOOL = {"name": "look_up", "description": "Look up.", "parameters": {"type": "object"}}
+SOME_TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "Look up.", "parameters": {"type": "object"}},
+}
 
 
 def check_template(tokenizer: TokenizerWrapper) -> None:
@@ -74,7 +77,7 @@ def _ordinary_chats() -> Iterator[tuple[list[dict[str, Any]], dict[str, Any]]]:
     answer = {"role": "assistant", "content": ANSWER}
     in_parts = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
     system = {"role": "system", "content": "Be brief."}
-    tools: dict[str, Any] = {"tools": [{"type": "function", "function": _TOOL}]}
+    tools: dict[str, Any] = {"tools": [SOME_TOOL]}
 
     yield [question], {"add_generation_prompt": True}
     yield [question, answer], {}

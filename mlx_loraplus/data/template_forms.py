@@ -3,7 +3,8 @@
 Templates expect different forms of four things: the arguments of a tool call (an object or a JSON
 string), its id, the content of a message that has only tool calls (empty or null), and thoughts
 (under a key or inside the content). Some templates have no place for thoughts: the messages then
-have none, and the thoughts are put before the rendered answer.
+have none, and the thoughts are put before the rendered answer. Others have a place for the thoughts
+of some messages only, such as those with tool calls.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 from .thoughts import THOUGHT_KEYS, Message, ThoughtBlock, answer_of, thoughts_of
 
-ThoughtForm = Literal["given", "key", "inline", "before"]
+ThoughtForm = Literal["given", "key", "inline", "key or before", "before"]
 
 CALL_ID = "functions.{name}:{number}"
 """The id of a tool call in Kimi K2's templates, which render no other name of the function."""
@@ -25,7 +26,7 @@ class ChatForm:
     """A chat in one form that a chat template may expect."""
 
     messages: Sequence[Message]
-    # by message index, the thoughts to put before the rendered answer; the message has none itself
+    # by message index, the thoughts to put before the rendered answer if they are not in it
     thoughts: Mapping[int, str]
 
 
@@ -35,7 +36,7 @@ class MessageForm:
 
     json_arguments: bool  # whether a call's arguments are a JSON string
     empty_content: str | None  # the content of a message that has only tool calls
-    thoughts: ThoughtForm  # unchanged, under a key, inside the content, or removed
+    thoughts: ThoughtForm  # unchanged, under a key, inside the content, or removed ("before")
     thought_key: str
     thought_block: ThoughtBlock  # how thoughts are rendered inside the content
 
@@ -67,7 +68,7 @@ class MessageForm:
         if calls and not content:
             content = self.empty_content
         formed["content"] = content
-        if self.thoughts == "key":
+        if self.thoughts != "before":
             formed[self.thought_key] = thoughts
         return formed
 
@@ -101,7 +102,8 @@ def chat_forms(
         chats, json_arguments, empty_contents, thought_forms
     ):
         form = MessageForm(as_json, empty, thoughts_form, key, thought_block)
-        thoughts = _thoughts_by_turn(chat) if form.thoughts == "before" else {}
+        is_added = form.thoughts in ("key or before", "before")
+        thoughts = _thoughts_by_turn(chat) if is_added else {}
         formed = ChatForm([form.apply(message) for message in chat], thoughts)
         if formed not in seen:
             seen.append(formed)
@@ -124,7 +126,10 @@ def _thought_forms(
     has_other_tags = any(_has_other_tags(message, block) for message in messages)
     if block.is_own and (not block.is_usual or has_other_tags):
         forms.append("inline")
-    return [*forms, "given", "key", "inline", "before"]
+    forms.extend(("given", "key", "inline"))
+    if thought_key is not None:
+        forms.append("key or before")
+    return [*forms, "before"]
 
 
 def _thoughts_by_turn(messages: Sequence[Message]) -> dict[int, str]:

@@ -33,6 +33,7 @@ from .chat_renderer import ChatRenderer, TrainOn
 from .chat_template import DAY, ChatTemplate
 from .lost_content import call_values
 from .messages import BadRowError
+from .prompt_tokens import encode_end_alone, encode_prompt_alone
 from .rendered_chat import CharRange, RenderedRow, RenderedText
 from .rows import Row
 from .special_tokens import (
@@ -45,9 +46,6 @@ from .special_tokens import (
 )
 from .template_check import check_template
 from .thoughts import Message, answer_of, thoughts_of
-
-_TAIL = 16
-"""Number of tokens at the end of a prompt that are encoded again for comparison."""
 
 _SHOWN_TOKENS = 6  # maximum number of control tokens in a note
 
@@ -298,7 +296,7 @@ def _supervise(
 ) -> tuple[list[int], np.ndarray]:
     """Return a row's token ids and which of them are supervised, and note unusual ones.
 
-    The ids of the first prompt are those that it has alone, as when the model generates.
+    The ids at the end of each prompt are those that it has alone, as when the model generates.
     """
     ids = encoding.ids
     offsets = np.array(encoding.offsets).reshape(-1, 2)
@@ -309,40 +307,25 @@ def _supervise(
     if not rendered.learned or not ids:
         return ids, supervised
 
-    # Generation encodes the prompt separately, so training must use the same tokens for it.
+    # Generation encodes a prompt separately, so training must use the same tokens for it. Begin
+    # with the last one, which leaves the places of the others as they are.
+    for start, _ in sorted(rendered.learned)[:0:-1]:
+        first, stop, end_ids = encode_end_alone(
+            rendered.text[:start], encoding.ids, offsets, backend
+        )
+        if first < stop and not supervised[first:stop].any():
+            ids = ids[:first] + end_ids + ids[stop:]
+            unlearned = np.zeros(len(end_ids), bool)
+            supervised = np.concatenate([supervised[:first], unlearned, supervised[stop:]])
+
     answer_start = int(np.argmax(supervised))
-    prompt_ids = _encode_prompt_alone(rendered, ids[:answer_start], offsets, backend)
-    if prompt_ids == ids[:answer_start]:
-        return ids, supervised
-    notes.append(_TOKENIZED_ALONE)
-    supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[answer_start:]])
-    return prompt_ids + ids[answer_start:], supervised
-
-
-def _encode_prompt_alone(
-    rendered: RenderedText, prompt_ids: list[int], offsets: np.ndarray, backend: Tokenizer
-) -> list[int]:
-    """Return the token ids of a row's first prompt when it is encoded separately.
-
-    The whole prompt is only encoded again if separate encoding changes the tokens at its end.
-
-    Args:
-        rendered: The text of the row.
-        prompt_ids: The token ids of the prompt when it is encoded with its answer.
-        offsets: Start and stop of each token's characters, shape (length, 2).
-        backend: The fast tokenizer.
-    """
-    if not prompt_ids:
-        return prompt_ids
-
-    start = rendered.learned[0][0]
-    tail_start = max(0, len(prompt_ids) - _TAIL)
-    tail = rendered.text[int(offsets[tail_start, 0]) : start]
-    if backend.encode(tail, add_special_tokens=False).ids == prompt_ids[tail_start:]:
-        return prompt_ids
-
-    alone = backend.encode(rendered.text[:start], add_special_tokens=False).ids
-    return alone or prompt_ids
+    prompt_ids = encode_prompt_alone(rendered, ids[:answer_start], offsets, backend)
+    if prompt_ids != ids[:answer_start]:
+        ids = prompt_ids + ids[answer_start:]
+        supervised = np.concatenate([np.zeros(len(prompt_ids), bool), supervised[answer_start:]])
+    if ids != encoding.ids:
+        notes.append(_TOKENIZED_ALONE)
+    return ids, supervised
 
 
 def _find_supervised(offsets: np.ndarray, learned: Sequence[CharRange]) -> tuple[np.ndarray, bool]:

@@ -23,6 +23,7 @@ def test_every_stored_result_has_a_command_that_exists():
             "wikisql",
             "chat",
             "text",
+            "templates",
             "judge",
             "node",
             "scratch",
