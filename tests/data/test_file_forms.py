@@ -72,7 +72,7 @@ WRONG: list[tuple[str, str | bytes, str]] = [
     ("a.parquet", TABLE, "holds a table, but its name ends in .parquet: rename it to a.csv"),
     ("a.parquet", as_arrow(is_file=True), "is an Arrow file: save it as Parquet"),
     ("a.parquet", as_arrow(is_file=False), "is an Arrow stream: save it as Parquet"),
-    ("a.parquet", gzip.compress(b"a"), "is compressed by gzip: decompress it first"),
+    ("a.parquet", gzip.compress(b"a", mtime=0), "is compressed by gzip: decompress it first"),
     ("a.parquet", "hm", "can't be read as Parquet"),
     ("a.txt", ("\u4f60\u597d\u4e16\u754c" * 30).encode("utf-16-le"), "holds control characters"),
     ("a.txt", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
