@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -75,12 +75,11 @@ STEPS, BATCH, SEARCH_PAIRS, SEEDS = 20, 2, 24, 3
 """Of the search: steps of a run, pairs of a step, test pairs, and seeds of the best cells."""
 RATES = {  # objective → c; eta is c / sqrt(lambda)
     "dpo": (2e-4, 5e-5, 8e-4),
-    "orpo": (2e-3, 5e-4, 1.25e-4),
+    "orpo": (2e-3, 5e-4, 1.25e-4, 8e-3),
     "ipo": (2e-4, 5e-5, 8e-4),
     "simpo": (2e-4, 5e-5, 8e-4),
     "kto": (2e-4, 5e-5, 8e-4),
 }
-GROUPS = (("dpo", "orpo", "kto"), ("ipo", "simpo"))  # the most used objectives come first
 RATIOS = (1.0, 16.0)
 STRENGTHS = {  # objective → values of the setting in WEIGHTS that differ from the default
     "dpo": (0.5, 0.02),
@@ -310,21 +309,17 @@ def settings_of_cell(cell: Cell, folder: Path) -> dict[str, Any]:
 
 def cells(results: Results) -> Iterator[Cell]:
     """Yield the runs of the search; what the first ones have found decides the later ones."""
-    for group in GROUPS:
+    for objective in RATES:
         # Every rate with one seed, then the best rate of each lambda with the others.
-        for together in zip(*map(grid, group), strict=True):
-            yield from together
-        for objective in group:
-            for ratio in RATIOS:
-                best = best_cell(objective, ratio, results)
-                for seed in range(1, SEEDS):
-                    yield Cell(objective, ratio, best.learning_rate, None, seed)
+        yield from grid(objective)
+        best = {ratio: best_cell(objective, ratio, results) for ratio in RATIOS}
+        for cell in best.values():
+            for seed in range(1, SEEDS):
+                yield replace(cell, seed=seed)
 
         # The strength of the objective, at the best rate of lambda 16.
-        for objective in group:
-            best = best_cell(objective, RATIOS[-1], results)
-            for weight in STRENGTHS[objective]:
-                yield Cell(objective, best.lr_ratio, best.learning_rate, weight, 0)
+        for weight in STRENGTHS[objective]:
+            yield replace(best[RATIOS[-1]], weight=weight)
 
 
 def grid(objective: str) -> list[Cell]:
