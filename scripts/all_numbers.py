@@ -120,7 +120,7 @@ PARTS = (
     # Studies
     Part("memory grid", f"{PYTHON} scripts/study/memory_grid", 10, ("study/results/grid.json",)),
     Part("fuse rounding", "scripts/study/fuse_rounding", 15, ("study/results/rounding.json",)),
-    Part("experts", f"{PYTHON} scripts/study/experts", 5, ("study/results/experts.json",)),
+    Part("experts", f"{PYTHON} scripts/study/experts", 25, ("study/results/experts.json",)),
     Part("delta", "scripts/study/run delta", 2, ("study/results/delta.json",)),
     Part("figure 2", "scripts/study/run figure2", 10, ("study/results/figure2.json",)),
     Part("width", "scripts/study/run width", 10, ("study/results/width.json",)),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -178,23 +179,26 @@ def tool_calls_table() -> str:
 def experts_table() -> str:
     """Return what adapters on attention and on experts learned, as scripts/study/experts stored it."""
     titles = {
-        "attention": "attention alone, rank 8",
-        "attention, wide": "attention alone, rank 64",
-        "experts": "experts alone, rank 8",
-        "all linear layers": "all linear layers, rank 8",
+        "attention": "attention alone",
+        "attention, wide": "attention alone",
+        "experts": "experts alone",
+        "all linear layers": "all linear layers",
     }
     rows = _result("study", "experts")["rows"]
     lines = [
-        "| adapters on | trainable parameters | correct answers, rule | correct answers, facts |",
-        "|---|--:|--:|--:|",
+        "| model | adapters on | rank | trainable parameters | correct answers, rule | correct answers, facts |",
+        "|---|---|--:|--:|--:|--:|",
     ]
-    for targets, title in titles.items():
-        found = [row for row in rows if row["targets"] == targets]
+    for mixture, (targets, title) in product(
+        dict.fromkeys(row["mixture"] for row in rows), titles.items()
+    ):
+        found = [row for row in rows if (row["mixture"], row["targets"]) == (mixture, targets)]
         rights = [
             ", ".join(f"{row['right']:.0%}" for row in found if row["task"] == task)
             for task in ("rule", "facts")
         ]
-        lines.append(f"| {title} | {found[0]['parameters']:,} | {' | '.join(rights)} |")
+        size = f"{found[0]['rank']} | {found[0]['parameters']:,}"
+        lines.append(f"| {mixture} | {title} | {size} | {' | '.join(rights)} |")
     return (
         "\n".join([*lines, "", "A cell has one percentage for each seed; higher is better."]) + "\n"
     )
