@@ -36,7 +36,7 @@ from .run_argument import (
     spell_out_adapters,
     with_run,
 )
-from .settings import settings_of
+from .settings import setting_names, settings_of
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -295,7 +295,7 @@ def sweep(arguments: Arguments = None) -> None:
 
         check_model_name(config.model)
         check_sweep_folder(config)
-        run = run_config_of(config)
+        run = run_config_of(config, setting_names(TrainConfig))
         check_rows(run)
         check_validates(run)
         # The folder and the data have been checked before the model is loaded.

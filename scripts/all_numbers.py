@@ -11,6 +11,7 @@ command continues after Ctrl-C. Parts that need something which is not given are
     --data wikisql=FOLDER chat=FOLDER text=FOLDER   data sets: train.jsonl and valid.jsonl
     --data templates=FOLDER   chat templates of families: see scripts/judges/tool_calls
     --judge PYTHON   a Python with torch, transformers 5, peft and trl
+    --vllm PYTHON    a Python with vllm and what scripts/judges/check_vllm names
     --node FOLDER    where ``npm i node-llama-cpp --ignore-scripts`` was done
 
 Timings need a quiet machine. Commit the results at the end. The table in docs/benchmarks.md says which
@@ -85,6 +86,12 @@ PARTS = (
         f"{PYTHON} scripts/judges/check_peft --judge {{judge}}",
         1,
         ("judges/results/peft.json",),
+    ),
+    Part(
+        "vllm",
+        f"{PYTHON} scripts/judges/check_vllm --judge {{vllm}}",
+        3,
+        ("judges/results/vllm.json",),
     ),
     Part(
         "preferences judge",
@@ -229,12 +236,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", nargs="+", default=[], help="wikisql=FOLDER chat=FOLDER text=FOLDER"
     )
     parser.add_argument("--judge", help="a Python with torch, transformers, peft and trl")
+    parser.add_argument("--vllm", help="a Python with vllm")
     parser.add_argument("--node", help="a folder with node-llama-cpp")
     parser.add_argument("--scratch", default="/tmp/numbers", help="for runs (default: %(default)s)")
     options = parser.parse_args(arguments)
 
     # What the user gives for the places in the commands.
-    given = {"judge": options.judge, "node": options.node, "scratch": options.scratch}
+    given = {name: getattr(options, name) for name in ("judge", "vllm", "node", "scratch")}
     given |= dict(each.split("=", 1) for each in options.data)
     given = {name: value for name, value in given.items() if value}
 

@@ -187,7 +187,7 @@ PARTS: dict[str, tuple[Path, Callable[[], str]]] = {
     "models": (ROOT / "docs" / "models.md", models_table),
     "gguf": (ROOT / "docs" / "models.md", gguf_table),
     "gguf types": (ROOT / "docs" / "models.md", gguf_types_table),
-    "tool calls": (ROOT / "docs" / "verification.md", tool_calls_table),
+    "tool calls": (ROOT / "docs" / "data.md", tool_calls_table),
     "experts": (ROOT / "docs" / "adapters.md", experts_table),
     "launches": (ROOT / "docs" / "benchmarks.md", launches_table),
     "rivals": (ROOT / "docs" / "benchmarks.md", rivals_tables),

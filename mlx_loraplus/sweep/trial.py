@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,8 +43,13 @@ from ..training.validation import validate
 DIVERGED, DIVERGED_PREFERENCES = 1.5, 10.0
 
 
-def run_config_of(sweep: SweepConfig, **changes: Any) -> TrainConfig:
+def run_config_of(sweep: SweepConfig, flags: Collection[str] = (), **changes: Any) -> TrainConfig:
     """Return a run with a sweep's settings, except for ``changes``.
+
+    Args:
+        sweep: The settings.
+        flags: The settings that messages write as flags.
+        changes: Setting name to value.
 
     Raises:
         ConfigError: A change is unknown or not allowed.
@@ -52,7 +57,7 @@ def run_config_of(sweep: SweepConfig, **changes: Any) -> TrainConfig:
     names = setting_names(TrainConfig)
     settings = settings_of(sweep)
     shared = {name: settings[name] for name in settings if name in names}
-    return configure(TrainConfig, shared | changes)
+    return configure(TrainConfig, shared | changes, flags=flags)
 
 
 @dataclass(frozen=True)

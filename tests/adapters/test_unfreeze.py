@@ -106,7 +106,7 @@ def test_a_step_too_small_for_bfloat16_is_not_lost(tiny: TinyModel):
 def test_quantized_modules_are_refused(tiny: TinyModel):
     model = tiny("llama", bits=4)
     with pytest.raises(
-        ConfigError, match=r"train_modules: lm_head is quantized, so it can't train in full"
+        ConfigError, match=r"--train-modules: lm_head is quantized, so it can't train in full"
     ):
         attached(model, "norms", "lm_head")
 

@@ -54,13 +54,13 @@ def test_long_rows(tmp_path: Path, letters):
     assert str(data.reports["train"]) == "3 rows as 4 examples, 31 tokens, 20 supervised"
 
     with pytest.raises(
-        DataError, match=r"longer than max_seq_length 12: train\.jsonl:2 \(17 tokens\); train\.js"
+        DataError, match=r"longer than --max-seq-length 12: train\.jsonl:2 \(17 tokens\); train\.js"
     ):
         load(tokenizer, folder, max_seq_length=12, on_long="error")
     with pytest.raises(
         DataError,
         match=r"no training row of 3 is left \(3 rows dropped \(longer than 2 tokens\)\);"
-        " raise max_seq_length 2$",
+        " raise --max-seq-length 2$",
     ):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")
 

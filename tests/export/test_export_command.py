@@ -102,7 +102,7 @@ def test_settings_that_do_not_go_together_are_reported(
     for more, told in (
         (["--to", "hub"], "--to hub needs --repo-id OWNER/NAME"),
         (["--to", "hub", "--repo-id", "me"], "--to hub needs --repo-id OWNER/NAME, not 'me'"),
-        (["--to", "peft", "--repo-id", "me/it"], "repo_id 'me/it' is for --to hub: leave it out"),
+        (["--to", "peft", "--repo-id", "me/it"], "--repo-id 'me/it' is for --to hub: leave it out"),
     ):
         assert told in fails(words(place, *more), capsys)
 

@@ -29,10 +29,10 @@ from mlx_lm.models import llama
 from mlx_loraplus.adapters.attach import attach_adapters
 from mlx_loraplus.adapters.storage import load_adapter, write_adapter
 from mlx_loraplus.adapters.trainable import trainable_summary
-from mlx_loraplus.arguments import _read_yaml
 from mlx_loraplus.config import AdapterConfig, OptimizerConfig, TrainConfig
 from mlx_loraplus.export.gguf_lora import load_gguf_lora, write_lora
 from mlx_loraplus.export.peft import load_peft, write_peft
+from mlx_loraplus.given_settings import _read_yaml
 from mlx_loraplus.models.gguf.convert import write_folder
 from mlx_loraplus.models.loading import load_folder
 from mlx_loraplus.runs.state import Progress, StepStats
@@ -156,7 +156,7 @@ def yaml_seeds(_: Path) -> list[bytes]:
 
 def feed_yaml(content: bytes, folder: Path) -> None:
     (folder / "run.yaml").write_bytes(content)
-    configure(TrainConfig, _read_yaml(["-c", str(folder / "run.yaml")], ()))
+    configure(TrainConfig, _read_yaml(folder / "run.yaml", ()))
 
 
 def gguf_seeds(folder: Path) -> list[bytes]:

@@ -126,12 +126,15 @@ def test_the_command(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture
         ([*runs, "--save-path", str(tmp_path / "curves.png")], "exists already"),
         (
             [*runs, "--save-path", str(tmp_path / "folder.png"), "--overwrite"],
-            "is a folder: give --save-path the name of a file, which ends in .html or .png or .svg",
+            "is a folder: give the name of a file, which ends in .html or .png or .svg",
         ),
-        ([*runs, "--save-path", str(place.folder / "data")], "data is a folder: give --save-path"),
+        (
+            [*runs, "--save-path", str(place.folder / "data")],
+            "data is a folder: give the name of a file",
+        ),
         ([*runs, "--save-path", "curves.gif"], "must end in .html, .png, .svg"),
         ([str(tmp_path / "nowhere")], "there is no folder"),
-        ([], "nothing to compare"),
+        ([], "give the folders of runs"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(words)

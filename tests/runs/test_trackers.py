@@ -273,7 +273,7 @@ def test_a_tracker_without_its_library_names_the_extra(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(
         ml.ConfigError,
-        match=r"report_to wandb needs its library .*pip install 'mlx_loraplus\[wandb\]'",
+        match=r"report_to=\"wandb\" needs its library .*pip install 'mlx_loraplus\[wandb\]'",
     ):
         place.run("missing", report_to=["wandb"])
     assert not (place.folder / "missing").exists()

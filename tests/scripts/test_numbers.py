@@ -25,6 +25,7 @@ def test_every_stored_result_has_a_command_that_exists():
             "text",
             "templates",
             "judge",
+            "vllm",
             "node",
             "scratch",
         }

@@ -72,7 +72,6 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
 def test_the_search_continues_and_its_best_rates_get_more_seeds(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(study, "GROUPS", (("dpo", "kto"),))
     monkeypatch.setattr(study, "RATES", {"dpo": (1e-3,), "kto": (1e-3,)})
     monkeypatch.setattr(study, "RATIOS", (16.0,))
     monkeypatch.setattr(study, "SEEDS", 2)
@@ -86,8 +85,8 @@ def test_the_search_continues_and_its_best_rates_get_more_seeds(
     lines = [line for line in study.Results(file).lines if line["part"] == "search"]
     found = [(line["objective"], line["weight"], line["seed"]) for line in lines]
     assert found == [
-        ("dpo", None, 0), ("kto", None, 0), ("dpo", None, 1), ("kto", None, 1),
-        ("dpo", 0.5, 0), ("dpo", 0.02, 0), ("kto", 0.5, 0), ("kto", 0.02, 0),
+        ("dpo", None, 0), ("dpo", None, 1), ("dpo", 0.5, 0), ("dpo", 0.02, 0),
+        ("kto", None, 0), ("kto", None, 1), ("kto", 0.5, 0), ("kto", 0.02, 0),
     ]  # fmt: skip
     assert all(0 <= line["preferred"] <= 1 and line["commit"] for line in lines)
 

@@ -224,7 +224,7 @@ def test_processes_that_differ_are_refused_with_one_line(two: dict, teams: Runs)
         "other data": ["the training data is", "on rank 0", "on rank 1", "the validation data"],
         "no data": ["rank 1: ", "nowhere"],
         "few rows": [
-            "batch_size 1 leaves some of 2 processes without an example",
+            "batch_size=1 leaves some of 2 processes without an example",
             "batch_size=2 or more",
         ],
     }.items():

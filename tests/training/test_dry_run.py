@@ -63,7 +63,7 @@ def test_a_resumed_run_is_described_with_what_its_first_session_chose(
     for more in ([], ["--dry-run"]):
         with pytest.raises(SystemExit):
             cli.train([*run[:3], *more, "--iters", "1"])
-        problem = "6 steps, more than the 1 that are asked for: leave iters and epochs out"
+        problem = "6 steps, more than the 1 that are asked for: leave --iters and --epochs out"
         assert problem in "".join(capsys.readouterr())
 
 

@@ -94,7 +94,10 @@ def test_a_quantized_model_is_refused_with_the_remedy(tiny: TinyModel):
         ({"loftq_iters": 2}, "no loftq_iters"),
         ({"quantize_group_size": 32}, "no quantize_group_size"),
         ({"magnitude_lr_ratio": 2.0}, "magnitude_lr_ratio is for adapter dora, not full"),
-        ({"resume_adapter_file": "some"}, "fuse some with mlx_loraplus.fuse, and give the folder"),
+        (
+            {"resume_adapter_file": "some"},
+            "give as model the folder that mlx_loraplus.fuse some writes",
+        ),
         ({"num_layers": 1, "embedding_learning_rate": 1e-4}, "no embedding trains"),
     ],
 )
@@ -292,7 +295,7 @@ def test_two_processes_train_as_one(tmp_path: Path):
     jobs = [teams.job("two"), teams.job("legs", iters=3), teams.job("tensor", parallel="tensor")]
     two, legs, tensor = do_jobs(2, jobs, tmp_path / "logs")
     assert [rank["outcome"] for rank in (*two, *legs)] == ["finished"] * 4
-    assert "adapter full does not work with parallel tensor" in tensor[0]["error"]
+    assert 'adapter="full" does not work with parallel="tensor"' in tensor[0]["error"]
 
     one = teams.alone("one")
     first, second = weights_of(one.folder), weights_of(tmp_path / "two")

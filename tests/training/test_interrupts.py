@@ -192,7 +192,7 @@ def test_early_stopping_waits_for_patience_and_a_resumed_run_stops_there_too(pla
 def test_patience_needs_validation_rows(place: Place):
     (place.folder / "data" / "valid.jsonl").unlink()
     with pytest.raises(
-        ml.ConfigError, match=r"patience needs validation examples: add a valid\.jsonl"
+        ml.ConfigError, match=r"patience needs validation examples: add a valid file"
     ):
         place.run(patience=2, valid_split=0)
     assert not (place.folder / "run").exists()

@@ -71,7 +71,7 @@ def test_blocks_that_share_a_state_are_not_checkpointed(name: str):
     )
     assert told[0].startswith("warning: gradient checkpointing is off")
     with pytest.raises(
-        ml.ConfigError, match=r"^grad_checkpoint on gives this model wrong gradients"
+        ml.ConfigError, match=r"^--grad-checkpoint on gives this model wrong gradients"
     ):
         resolve_sound_checkpoint(
             model, configure(TrainConfig, {"grad_checkpoint": "on"}), told.append, wanted=True
@@ -187,7 +187,9 @@ def test_a_run_acts_on_wrong_gradients(place: Place, monkeypatch: pytest.MonkeyP
     """The verdict itself is tested above; no family that has it can read the letters."""
     for module in (step_choices, self_consistency):
         monkeypatch.setattr(module, "is_checkpoint_sound", lambda model: False)
-    with pytest.raises(ml.ConfigError, match="grad_checkpoint on gives this model wrong gradients"):
+    with pytest.raises(
+        ml.ConfigError, match='grad_checkpoint="on" gives this model wrong gradients'
+    ):
         place.run("on", iters=1, grad_checkpoint="on")
     place.run("auto", iters=1)
 

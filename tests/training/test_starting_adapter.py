@@ -232,7 +232,7 @@ def test_a_run_of_muon_with_magnitudes_resumes_bit_exactly(place: Place):
 
 def test_a_rate_of_embeddings_needs_embeddings(place: Place):
     settings: dict[str, Any] = {"iters": 1, "embedding_learning_rate": 1e-3}
-    with pytest.raises(ml.ConfigError, match=r"embedding_learning_rate 0\.001 has no effect"):
+    with pytest.raises(ml.ConfigError, match=r"embedding_learning_rate=0\.001 has no effect"):
         place.run("none", **settings)
     place.run("norms", **settings, train_modules=["norms"])
     place.run("head", **settings, target_modules=["embed_tokens", "q_proj"])

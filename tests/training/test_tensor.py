@@ -172,11 +172,11 @@ def test_no_process_holds_the_whole_model(tensor: Runs, two: dict[str, list[dict
         ("cohere", "models of type cohere can't be sharded"),
         ("experts", "models with experts"),
         ("few groups", "down_proj has 3 groups of 32 inputs"),
-        ("dora", "adapter dora does not work with parallel tensor"),
-        ("vera", "adapter vera does not work with parallel tensor"),
-        ("pissa", "init pissa needs whole weights"),
-        ("norms", "train_modules does not work with parallel tensor"),
-        ("not for tensor", "such a model needs parallel tensor"),
+        ("dora", 'adapter="dora" does not work with parallel="tensor"'),
+        ("vera", 'adapter="vera" does not work with parallel="tensor"'),
+        ("pissa", 'init="pissa" needs whole weights'),
+        ("norms", 'train_modules does not work with parallel="tensor"'),
+        ("not for tensor", 'such a model needs parallel="tensor"'),
     ],
 )
 def test_what_cant_be_divided_is_refused(name: str, words: str, two: dict[str, list[dict]]):
@@ -192,7 +192,7 @@ def test_the_command_refuses_with_one_line(tensor: Runs, tmp_path: Path):
     first, second = ((tmp_path / "team" / f"{rank}.log").read_text() for rank in (0, 1))
     assert [line for line in first.splitlines() if "error" in line] == [
         "error: this model can't be sharded over 2 processes: it has 1 key head; use another"
-        " number of processes, or parallel data"
+        " number of processes, or --parallel data"
     ]
     assert "error" not in second
 
@@ -254,4 +254,4 @@ def test_one_process_is_told_that_nothing_is_divided():
     notes: list[str] = []
     config = configure(TrainConfig, {"model": "llama-3.1-8b", "parallel": "tensor"})
     check_world(config, nn.Module(), World(parallel="tensor"), notes.append)
-    assert notes == ["note: parallel tensor has no effect in one process: --launch 2 starts two"]
+    assert notes == ["note: --parallel tensor has no effect in one process: --launch 2 starts two"]
