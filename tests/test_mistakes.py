@@ -319,7 +319,7 @@ MISTAKES = [
     ("sweep --learning-rates auto", "--learning-rates takes numbers with spaces between them, not 'auto'"),
     ("sweep --patience 3", "'--patience' is a flag of mlx_loraplus.train, and not of this command"),
     ("sweep --betas 0.1 0.5 --objective dpo", "'--betas' is not a flag (did you mean '--beta'?)"),
-    ("sweep --data sums --model tiny --beta 0.5", "beta is for objective dpo, ipo, simpo and kto, not sft"),
+    ("sweep --data sums --model tiny --beta 0.5", "--beta is for --objective dpo, ipo, simpo and kto"),
     ("sweep --resume-adapter-file run --ranks 4", "--ranks can't be tried with --resume-adapter-file"),
     ("chat run --prompt hi", "'--prompt' is a flag of mlx_loraplus.generate"),
     ("train --dequantize", "'--dequantize' is a flag of mlx_loraplus.fuse"),
