@@ -38,6 +38,7 @@ _FEWEST_STEPS = 30  # for a verdict that more steps would change little or harm
 _FEWEST_VALIDATIONS = 3  # after the one before training, for the same
 _CHOSEN_FALL = 0.02  # fraction of the chosen answers' first log-probability by which it may fall
 _CHOSEN_FALL_FROM_BEST = 0.1  # the same, for a fall from its best value
+_SMALLEST_FALL = 0.1  # nats: answers that are nearly certain stay so
 _FEW = 0.5  # fraction of right answers; with fewer, a lower loss is not enough
 _CHANCE = 0.5  # fraction of labeled answers that are ranked right by chance
 _LOSS_OF_LARGE = 20.0  # nats per token, beyond which a perplexity says nothing
@@ -287,7 +288,7 @@ def fall_of_chosen(history: Sequence[Event]) -> str | None:
     for since, fall in ((first, _CHOSEN_FALL), (best, _CHOSEN_FALL_FROM_BEST)):
         before, after = since["valid_logp_chosen"], last["valid_logp_chosen"]
         gain = last["valid_reward_margin"] - since["valid_reward_margin"]
-        if before - after > fall * size and gain > 0:
+        if before - after > max(fall * size, _SMALLEST_FALL) and gain > 0:
             when = "before training" if since is first else f"at step {since['step']}"
             return (
                 f"the chosen answers are less likely than {when} (log-probability {before:.1f} ->"

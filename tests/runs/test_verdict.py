@@ -149,6 +149,7 @@ def run_of_preferences(objective: str, ranked: list[float], logps: list[float]) 
         ("dpo", [0.6, 0.7, 0.8, 0.9], [-9.0, -1.0, -4.0], "less likely than at step 10 (log-probability -1.0 -> -4.0)"),
         ("dpo", [0.6, 0.7, 0.8, 0.9], [-9.0, -1.0, -1.5], "the validation loss is still falling"),
         ("dpo", [0.6, 0.7, 0.8, 0.9], [-9.0, -9.0], "the validation loss is still falling"),
+        ("dpo", [0.6, 0.7, 0.8, 0.9], [-0.0118, -0.0130], "the validation loss is still falling"),
     ],
 )  # fmt: skip
 def test_preferences_are_judged_by_the_ranking(
