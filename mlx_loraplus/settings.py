@@ -278,7 +278,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     # PyYAML raises TypeError if a name is a list or another value that can't be a key.
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
-        if mark is not None and "\\t" in repr(error.__dict__.get("problem")):
+        if mark is not None and "\\t" in str(getattr(error, "problem", "")):
             raise ConfigError(
                 f"{path}:{mark.line + 1}: YAML allows no tabs here: use spaces"
             ) from None

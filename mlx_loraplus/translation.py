@@ -1,6 +1,5 @@
 """The state of a translation, with the lines that report it; ``migration.py`` translates."""
 
-from collections import ChainMap
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,7 +71,7 @@ class Translation:
 
     def get(self, name: str, default: Any) -> Any:
         """Return the value of one of this package's settings."""
-        return ChainMap(*map(dict, (self.context, self.ours, self.stored))).get(name, default)
+        return {**self.stored, **self.ours, **self.context}.get(name, default)
 
 
 def value_text(value: Any) -> str:

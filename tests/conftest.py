@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
 from scripts.tiny_model import write_sums, write_tiny_model
+from tests.mistakes_workshop import make_workshop
 
 settings.register_profile("unhurried", deadline=None)  # a first call may compile kernels
 settings.load_profile("unhurried")
@@ -224,3 +225,17 @@ def randomize_adapters(model: nn.Module, seed: int = 1, size: float = 0.1) -> No
         for name, p in tree_flatten(model.trainable_parameters())
     ]
     model.load_weights(trained, strict=False)
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with what people have."""
+    return make_workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@pytest.fixture
+def in_workshop(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make that folder the current one, without the model hub."""
+    monkeypatch.chdir(workshop)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return workshop

@@ -17,7 +17,7 @@ from mlx_loraplus.errors import counted
 from mlx_loraplus.interrupted_imports import LAUNCHED
 from mlx_loraplus.settings import TRAIN_FLAGS
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.mistakes_workshop import error_of, make_workshop
+from tests.mistakes_workshop import error_of
 
 
 @pytest.fixture
@@ -171,12 +171,6 @@ def test_a_length_as_a_flag_replaces_the_one_in_a_file(tmp_path: Path, flag: str
 
 def test_a_number_and_its_noun_agree():
     assert [counted(number, "row") for number in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what people have."""
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
 
 
 MISTAKES = [
@@ -372,14 +366,8 @@ def test_there_are_many_mistakes():
 
 @pytest.mark.parametrize(("line", "told"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_plausible_mistake(
-    workshop: Path,
-    line: str,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    in_workshop: Path, line: str, told: str, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = error_of(line, capsys)
     assert told in said
     assert len(said) < 400

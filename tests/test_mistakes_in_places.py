@@ -8,7 +8,7 @@ import pytest
 
 from mlx_loraplus import cli
 from scripts.tiny_model import write_sums, write_tiny_model
-from tests.mistakes_workshop import error_of, make_workshop
+from tests.mistakes_workshop import error_of
 from tests.models.gguf_files import write_gguf
 
 PLACES = [
@@ -42,12 +42,6 @@ PLACES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what people have."""
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the current folder, which holds a model and data."""
@@ -60,14 +54,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(("line", "told"), PLACES, ids=[line for line, _ in PLACES])
 def test_what_stands_in_the_place_of_something_else_is_named(
-    workshop: Path,
-    line: str,
-    told: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    in_workshop: Path, line: str, told: str, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert told in error_of(line, capsys)
 
 

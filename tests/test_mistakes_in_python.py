@@ -7,14 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.mistakes_workshop import make_workshop
-
-
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what people have."""
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
-
 
 PYTHON = [
     ("finetune(model, tokenizer, 'sums')", "everything else by name, such as data=…"),
@@ -143,11 +135,7 @@ PYTHON = [
 
 
 @pytest.mark.parametrize(("call", "told"), PYTHON, ids=[call for call, _ in PYTHON])
-def test_a_plausible_mistake_in_python(
-    workshop: Path, call: str, told: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_plausible_mistake_in_python(in_workshop: Path, call: str, told: str):
     model, tokenizer = ml.load("tiny")
     tuned, _ = ml.load("run")
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}

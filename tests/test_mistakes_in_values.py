@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlx_loraplus import cli
-from tests.mistakes_workshop import error_of, make_workshop
+from tests.mistakes_workshop import error_of
 
 TRAIN = "train --model tiny --adapter-path new"
 DATA = " --data sums"
@@ -122,23 +122,9 @@ MORE_MISTAKES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what people have."""
-    return make_workshop(tmp_path_factory.mktemp("workshop"))
-
-
-@pytest.fixture
-def here(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make that folder the current one, without the model hub."""
-    monkeypatch.chdir(workshop)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return workshop
-
-
 @pytest.mark.parametrize(("line", "told"), MORE_MISTAKES, ids=[line for line, _ in MORE_MISTAKES])
 def test_a_mistake_as_people_write_it(
-    here: Path, line: str, told: str, capsys: pytest.CaptureFixture[str]
+    in_workshop: Path, line: str, told: str, capsys: pytest.CaptureFixture[str]
 ):
     line = line.replace("{T}", TRAIN if "--data" in line else TRAIN + DATA)
     said = error_of(line, capsys)
@@ -146,8 +132,10 @@ def test_a_mistake_as_people_write_it(
     assert len(said) < 400
 
 
-def test_what_is_meant_is_understood(here: Path, capsys: pytest.CaptureFixture[str]):
-    (here / "marked.yaml").write_text("model: tiny\ndata: sums\nbatch-size: 2\n", "utf-8-sig")
+def test_what_is_meant_is_understood(in_workshop: Path, capsys: pytest.CaptureFixture[str]):
+    (in_workshop / "marked.yaml").write_text(
+        "model: tiny\ndata: sums\nbatch-size: 2\n", "utf-8-sig"
+    )
     words = ["--target-modules", "['q_proj', 'v_proj']", "--print-config"]
     with pytest.raises(SystemExit) as stop:
         cli.main(["train", "-c", "marked.yaml", *words])
@@ -155,11 +143,11 @@ def test_what_is_meant_is_understood(here: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "batch_size: 2" in printed
     assert "- q_proj\n- v_proj" in printed
-    (here / "marked.yaml").unlink()
+    (in_workshop / "marked.yaml").unlink()
 
 
 def test_the_advice_for_labels_is_right_when_followed(
-    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    in_workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     rows = [{"review": "a great film", "stars": 4.5}, {"review": "no story at all", "stars": 2}]
     (tmp_path / "stars.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
