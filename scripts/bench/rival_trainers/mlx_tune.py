@@ -8,10 +8,12 @@ import sys
 import time
 from contextlib import redirect_stdout
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.optimizers as optim
 from mlx_lm.tuner.trainer import iterate_batches
-from mlx_tune import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer, sft_trainer
+from mlx_tune import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer, rl_trainers, sft_trainer
 
 from scripts.bench.rival_trainers.common import (
     BETA,
@@ -46,7 +48,10 @@ class StepLines(io.TextIOBase):
 
 
 def train(task: Task, clock: Clock) -> None:
-    """Train with the trainer of the task's objective. Their optimizer is AdamW without bias correction, and DPO's rate a cosine."""
+    """Train with the trainer of the task's objective."""
+    sft_trainer.optim = rl_trainers.optim = SimpleNamespace(
+        AdamW=adam, cosine_decay=lambda rate, *_, **__: rate
+    )
     model, tokenizer = FastLanguageModel.from_pretrained(
         task.model, max_seq_length=task.max_length, load_in_4bit=False
     )
@@ -98,6 +103,11 @@ def train(task: Task, clock: Clock) -> None:
     trainer = SFTTrainer(model, [{"text": "-"}], tokenizer=tokenizer, args=config)
     trainer._train_subprocess = stop
     trainer.train()
+
+
+def adam(learning_rate: float, **_: Any) -> optim.Adam:
+    """Return the optimizer of the other trainers; theirs is without bias correction and has decay."""
+    return optim.Adam(learning_rate, bias_correction=True)
 
 
 def stop() -> None:
