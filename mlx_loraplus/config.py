@@ -17,9 +17,9 @@ from .call_checks import names_checked
 from .setting_types import (
     AdapterKind,
     Alpha,
+    Columns,
     Count,
     Length,
-    Names,
     NotNegative,
     NumLayers,
     Positive,
@@ -278,7 +278,7 @@ class DataConfig:
     data_weights: tuple[Annotated[Positive, Field(le=1000)], ...] = ()
     """One weight for each of several data sets: how often an epoch includes its rows, at most 1000
     times; 0.5 includes half of them."""
-    fields: Names = ()
+    fields: Columns = ()
     """Column mapping, e.g. prompt=query completion=reply, or templates, e.g.
     'prompt={subject}\\n{body}'; rows without these columns are auto-detected."""
     valid_split: Annotated[float, Field(ge=0, lt=1)] | None = None

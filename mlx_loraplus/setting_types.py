@@ -79,12 +79,19 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
 
 
 def _as_names(value: Any) -> Any:
-    """Accept one name without a list, null for no names, and a mapping for name=column pairs."""
+    """Accept one name without a list, and null for no names; pydantic reports a mapping."""
     if isinstance(value, Mapping):
-        return tuple(f"{name}={column}" for name, column in value.items())
+        return value
     if isinstance(value, str | os.PathLike):
         return (value,)
     return value or ()
+
+
+def _as_columns(value: Any) -> Any:
+    """Accept a mapping for name=column pairs."""
+    if isinstance(value, Mapping):
+        return tuple(f"{name}={column}" for name, column in value.items())
+    return _as_names(value)
 
 
 _NO_WORD = str.maketrans("[]()'\",", " " * 7)
@@ -153,7 +160,7 @@ Scale = Annotated[float, Field(ge=-LARGEST_ALPHA, le=LARGEST_ALPHA, allow_inf_na
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=_LIMIT)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_as_switch)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Columns = Annotated[tuple[str, ...], BeforeValidator(_as_columns)]
 Prompt = Annotated[str, AfterValidator(_check_text)]
 Prompts = Annotated[tuple[Prompt, ...], BeforeValidator(_as_names)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_as_words)]

@@ -228,6 +228,8 @@ def test_bad_flags_are_one_line(words: list[str], told: str):
         ("rank: [", "is not YAML"),
         ("1: 2", "must hold settings"),
         ("data: {a: [1]}", "'data' must be one value, a list of values"),
+        ("data: {train: folder}", "data must be a list of values, not {'train': 'folder'}"),
+        ("prompts: {a: b}", "prompts must be a list of values, not {'a': 'b'}"),
     ],
 )
 def test_a_bad_yaml_file_is_one_line(tmp_path: Path, content: str, told: str):

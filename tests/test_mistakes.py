@@ -273,7 +273,7 @@ MISTAKES = [
     ("train --model tiny --data odd.jsonl", "--fields prompt=input_text completion=target_text"),
     ("train --model tiny --data sums --fields map.json", "is not of the form field=column"),
     ("train --model tiny --data sums --objective dpo", "suits --objective sft"),
-    ("train --model tiny --data sums --valid-split 0.1", "already has validation rows"),
+    ("train --model tiny --data sums --valid-split 0.1", "already has a validation split"),
     ("train --model tiny --data sums text --data-weights 1", "--data-weights has 1 value for 2 data sets: give one for each"),
     # texts and values
     ("train --model tiny --data sums --prompts nofile.txt", "prompts must be the text itself"),

@@ -76,6 +76,8 @@ class ChatRenderer:
         # Messages after the last supervised turn have no effect on training.
         turns = self._choose_turns(messages, untrained)
         if self.train_on != "everything":
+            if messages[-1]["role"] != "assistant":
+                notes.append("messages after the last answer are left out: they have no effect")
             messages = messages[: turns[-1] + 1]
 
         chat = SupervisedChat(messages, turns, tools)

@@ -232,7 +232,7 @@ class ChatTemplate:
         if not prompt:
             raise BadRowError(
                 "the chat begins with an assistant turn, and this chat template renders nothing"
-                " before it that could serve as a prompt; remove that turn"
+                " before it that could serve as a prompt"
             )
 
         # If the prompt opens a block of thoughts, they belong in it; another form puts them there.
@@ -281,8 +281,7 @@ class ChatTemplate:
         header = one[: common_length(one, other)]
         if not whole.startswith(header) or "ONE" not in one:
             raise BadRowError(
-                "the chat begins with an assistant turn, which this chat template does not show;"
-                " remove that turn"
+                "the chat begins with an assistant turn, which this chat template does not show"
             )
         return header
 

@@ -34,8 +34,8 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
     has_valid = any(source.get("valid") for source in sources)
     if has_valid and settings.valid_split:
         raise DataError(
-            "--valid-split holds out training rows, but the data already has validation rows: use"
-            " one of them"
+            "--valid-split holds out training rows, but the data already has a validation split:"
+            " leave --valid-split out, or remove that split"
         )
     has_train = any("train" in source for source in sources)
     return has_train and not has_valid and settings.valid_split != 0

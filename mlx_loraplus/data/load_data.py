@@ -129,9 +129,15 @@ def load_data(
 
     # Hold out validation examples, and apply the sampling weights to the training examples
     train = data.examples.get("train")
+    lacks_valid = "valid" in wanted and not data.examples["valid"]
     if train and holds_out:
         train, valid = hold_out(train, config, data.reports["valid"])
         data.examples |= {"train": train, "valid": valid}
+    elif train and lacks_valid and settings.valid_split is None:
+        data.reports["valid"].notes.append(
+            "there is no validation, because nothing is held out beside a validation split; remove"
+            " the split, or add rows"
+        )
     if train and settings.data_weights:
         weighted = WeightedExamples(train, settings.data_weights, config.seed)
         data.examples["train"] = weighted
@@ -178,6 +184,8 @@ def _load_split(
             encoded = open_encoded_table(table, encoding)
             report.add(encoded)
             report.notes += table.notes
+            if not len(encoded.rows) and not encoded.problems.bad:
+                report.notes.append(f"{table.name} has no rows")
 
             # Limit the examples to the maximum length, which is stored in the report
             limit = limit_pairs if objective.is_paired else limit_lengths

@@ -49,6 +49,33 @@ def simpler_chats(messages: Sequence[Message]) -> Iterator[tuple[list[Message], 
         if len(joined) < len(messages):
             yield joined, f"join {role} messages that follow each other into one"
 
+    yield from _begin_usually(messages)
+
+
+def _begin_usually(messages: Sequence[Message]) -> Iterator[tuple[list[Message], str]]:
+    """Yield chats that begin with one system message and a user message."""
+    roles = [message["role"] for message in messages]
+    systems = [message for message in messages if message["role"] == "system"]
+    others = [message for message in messages if message["role"] != "system"]
+    if "user" not in roles:
+        question = {"role": "user", "content": "…"}
+        yield [*systems, question, *others], "add a user message before the first answer"
+        return
+
+    # Remove the answers before the first question, move the system messages, or do both.
+    start = roles.index("user")
+    first_systems = [message for message in messages[:start] if message["role"] == "system"]
+    later = [*first_systems, *messages[start:]]
+    remove = "remove the assistant messages before the first user message"
+    gather = "join the system messages into one, and put it at the start of the chat"
+    gathered = _join_neighbours([*systems, *others], "system")
+    if len(later) < len(messages):
+        yield later, remove
+    if gathered != list(messages):
+        yield gathered, gather
+        rest = [message for message in messages[start:] if message["role"] != "system"]
+        yield _join_neighbours([*systems, *rest], "system"), f"{remove} and {gather}"
+
 
 def without_field(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
     """Return the messages, without a field in those of some roles."""

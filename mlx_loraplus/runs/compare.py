@@ -38,7 +38,6 @@ from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
 _LOSSES = ("validation loss", "training loss")  # need the same objective
-_OF_EXAMPLES = (*_LOSSES, "exact answers")  # need the same examples
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # about the folder, or repeated
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _MAX_NAMES = 4  # of settings, in the headline
@@ -104,16 +103,9 @@ class Comparison(RichDisplay):
     @property
     def best(self) -> dict[str, set[int]]:
         """The indices of the runs with the best value of each result that differs between runs."""
-        first = self.runs[0]
-        same_valid = all(run.start["valid"] == first.start["valid"] for run in self.runs)
-        same_train = all(run.start["train"] == first.start["train"] for run in self.runs)
-        same_loss = all(run.config.objective == first.config.objective for run in self.runs)
         best: dict[str, set[int]] = {}
         for name, (number_of, is_higher_better) in _NUMBERS.items():
-            same_examples = same_train if name == "training loss" else same_valid
-            if name in _OF_EXAMPLES and not same_examples:
-                continue
-            if name in _LOSSES and not same_loss:
+            if name in self.not_comparable:
                 continue
             values = {index: number_of(run) for index, run in enumerate(self.runs)}
             known = {index: value for index, value in values.items() if value is not None}
@@ -121,6 +113,29 @@ class Comparison(RichDisplay):
                 wanted = max(known.values()) if is_higher_better else min(known.values())
                 best[name] = {index for index, value in known.items() if value == wanted}
         return best
+
+    @property
+    def not_comparable(self) -> dict[str, str]:
+        """The results that can't be compared → what differs between the runs."""
+        first = self.runs[0]
+        reasons: dict[str, str] = {}
+        if any(run.start["valid"] != first.start["valid"] for run in self.runs):
+            reasons |= dict.fromkeys(("validation loss", "exact answers"), "validation examples")
+        if any(run.start["train"] != first.start["train"] for run in self.runs):
+            reasons |= {"training loss": "training examples"}
+        if any(run.config.objective != first.config.objective for run in self.runs):
+            reasons |= dict.fromkeys(_LOSSES, "objectives or their settings")
+        return reasons
+
+    def notes(self) -> list[str]:
+        """Return a sentence for each reason why some of the shown results can't be compared."""
+        reasons = self.not_comparable
+        shown = [name for name, _ in self.rows if name in reasons]
+        sentences: list[str] = []
+        for reason in dict.fromkeys(reasons[name] for name in shown):
+            names = " and ".join(name for name in shown if reasons[name] == reason)
+            sentences.append(f"Do not compare {names}: the {reason} differ.")
+        return sentences
 
     @property
     def names(self) -> list[str]:
@@ -178,8 +193,9 @@ class Comparison(RichDisplay):
         best = self.best
         table = Table("", *columns)
         lines: list[Text] = []
-        for name, cells in self.rows:
-            if name not in _RESULTS and table.rows and not table.rows[-1].end_section:
+        for number, (name, cells) in enumerate(self.rows):
+            is_setting = name not in _RESULTS
+            if is_setting and number and self.rows[number - 1][0] in _RESULTS:
                 table.add_section()
             shown = self._styled(cells, best.get(name, set()))
             table.add_row(name, *shown)
@@ -195,6 +211,8 @@ class Comparison(RichDisplay):
             yield from lines
         if best:
             yield Text("* the best", "dim")
+        for note in self.notes():
+            yield Text(note, "dim")
 
     def _styled(self, cells: Sequence[str], best: set[int]) -> list[Text]:
         """Return cells as text, with the best ones marked."""
@@ -225,7 +243,11 @@ class Comparison(RichDisplay):
         cells = [(name, run + 1) for name, runs in self.best.items() for run in runs]
         found = [
             Section(charts=charts),
-            Section("Results", table=HTMLTable(results, head, best=frozenset(cells))),
+            Section(
+                "Results",
+                text=" ".join(self.notes()),
+                table=HTMLTable(results, head, best=frozenset(cells)),
+            ),
         ]
         if settings:
             found.append(Section("What differs", table=HTMLTable(settings, head)))

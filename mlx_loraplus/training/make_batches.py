@@ -49,19 +49,24 @@ def make_batches(
 
 
 def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
-    """Report how many rows a step has if an epoch has fewer than ``batch_size``."""
+    """Report that an epoch has fewer rows than a batch, or fewer batches than a step."""
     asked, rows = config.data.batch_size, batches.full_rows
-    if rows >= asked:
-        return
-
+    accumulated = config.grad_accumulation_steps
     unit = "packed row" if config.data.pack else f"training {config.objective.unit}"
-    has = "a step has"
-    if config.grad_accumulation_steps > 1:
-        has = f"each of the {counted(config.grad_accumulation_steps, 'batch')} of a step has"
-    log(
-        f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so {has}"
-        f" only {rows:,}"
-    )
+    if rows < asked:
+        has = "a step has"
+        if accumulated > 1:
+            has = f"each of the {counted(accumulated, 'batch')} of a step has"
+        log(
+            f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so"
+            f" {has} only {rows:,}"
+        )
+    elif accumulated > batches.per_epoch:
+        log(
+            f"note: --grad-accumulation-steps {accumulated:,} is more than the"
+            f" {counted(batches.per_epoch, 'batch')} of an epoch, so a step learns the same"
+            f" {unit}s more than once"
+        )
 
 
 def plan_batches(

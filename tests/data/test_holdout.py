@@ -65,9 +65,24 @@ def test_nothing_is_held_out_beside_a_validation_file_or_of_rows_that_begin_alik
     assert len(load(letters(), file, valid_split=None).examples["train"]) == 20
 
 
+def test_an_empty_validation_file_is_noted(tmp_path: Path, letters):
+    rows = "\n".join(json.dumps({"prompt": f"p{n}", "completion": f"c{n}"}) for n in range(20))
+    for nothing in ("", "\n\n"):
+        folder = write(tmp_path / "data", train=rows, valid=nothing, test="")
+        found = load(letters(), folder, valid_split=None)
+        assert len(found.examples["train"]) == 20
+        first, second = found.reports["valid"].notes
+        assert first == "valid.jsonl has no rows"
+        assert second.startswith("there is no validation, because nothing is held out beside")
+        assert found.reports["test"].notes == ["test.jsonl has no rows"]
+
+    (folder / "valid.jsonl").unlink()
+    assert len(load(letters(), folder, valid_split=None).examples["valid"]) == 2
+
+
 def test_a_split_that_can_not_be(tmp_path: Path, letters):
     with pytest.raises(
-        DataError, match="but the data already has validation rows: use one of them"
+        DataError, match="but the data already has a validation split: leave --valid-split out"
     ):
         load(letters(), write(tmp_path / "data", train=GOOD, valid=GOOD), valid_split=0.5)
     with pytest.raises(

@@ -23,6 +23,10 @@ def without_content(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [each | ({"content": ""} if each.get("tool_calls") else {}) for each in messages]
 
 
+def system(content: str) -> dict[str, Any]:
+    return {"role": "system", "content": content}
+
+
 def joined(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first, *pair = messages[-3:]
     return [
@@ -54,8 +58,28 @@ ANSWERED = ROWS["call, answered"][0]["messages"]
             lambda messages: [user("zork\n\ngrue"), messages[2]],
         ),
         (
-            "no system", [{"role": "system", "content": "grue"}, user("zork"), bot("xyzzy")],
+            "no system", [system("grue"), user("zork"), bot("xyzzy")],
             "put the system message at the start of the first user message", system_in_question,
+        ),
+        (
+            "gemma3", [bot("quux"), user("zork"), bot("xyzzy")],
+            "remove the assistant messages before the first user message",
+            lambda messages: messages[1:],
+        ),
+        (
+            "gemma3", [bot("xyzzy")], "add a user message before the first answer",
+            lambda messages: [user("zork"), *messages],
+        ),
+        (
+            "mistral", [user("zork"), system("grue"), bot("xyzzy"), user("frotz"), bot("quux")],
+            "join the system messages into one, and put it at the start of the chat",
+            lambda messages: [messages[1], messages[0], *messages[2:]],
+        ),
+        (
+            "gemma3", [bot("quux"), system("grue"), user("zork"), system("frotz"), bot("xyzzy")],
+            "remove the assistant messages before the first user message and join the system"
+            " messages into one, and put it at the start of the chat",
+            lambda messages: [system("grue\n\nfrotz"), messages[2], messages[4]],
         ),
     ],
 )  # fmt: skip

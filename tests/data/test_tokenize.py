@@ -241,6 +241,17 @@ def test_a_template_that_refuses_a_row(gemma_it):
     assert len(good.examples) == 1
 
 
+def test_messages_after_the_last_answer_are_noted(smollm2):
+    (plain,) = encode_rows([CHAT], smollm2)
+    for extra in ({"role": "user", "content": "And?"}, {"role": "system", "content": "Be brief."}):
+        row = Row("chat", {"messages": [*CHAT.fields["messages"], extra]}, 1)
+        (encoded,) = encode_rows([row], smollm2)
+        assert encoded.notes == ["messages after the last answer are left out: they have no effect"]
+        assert (encoded.examples[0].tokens == plain.examples[0].tokens).all()
+        (encoded,) = encode_rows([row], smollm2, "everything")
+        assert encoded.notes == []
+
+
 def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     """Alone, the two line breaks form one token; before the answer, they are two."""
     tokenizer = load_tokenizer(find_model("smollm2-135m").path)

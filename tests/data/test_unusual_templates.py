@@ -180,5 +180,7 @@ def test_a_first_turn_without_any_text_before_it_is_refused(letters):
     for first in ([answer], [system, answer]):
         row = Row("chat", {"messages": [*first, question, answer]}, 1)
         (encoded,) = encode_rows([row], tokenizer)
-        assert str(encoded.problem).endswith("; remove that turn")
+        assert str(encoded.problem).endswith(
+            "; remove the assistant messages before the first user message"
+        )
         assert not encoded.examples

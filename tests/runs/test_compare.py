@@ -71,6 +71,7 @@ def test_the_best_and_the_answers_are_marked(place: Place):
     row = next(line for line in str(found).splitlines() if "validation loss" in line)
     assert [" *" in cell for cell in row.split("│")[2:4]] == [best == 0, best == 1]
     assert "* the best" in str(found)
+    assert str(found).count("├") == 1, "one line divides the results from the settings"
 
     # The results come first, then what differs, then the answers to the prompts of both runs.
     headings = [section.heading for section in found.sections()]
@@ -91,6 +92,10 @@ def test_losses_on_other_examples_have_no_best(place: Place):
     found.runs[0].start["valid"]["examples"] += 1
     assert found.best.keys().isdisjoint({"validation loss", "exact answers"})
     assert found.best["training loss"]
+    note = "Do not compare validation loss and exact answers: the validation examples differ."
+    assert found.notes() == [note]
+    assert note in " ".join(str(found).split())
+    assert note in found._repr_html_()
 
 
 def test_losses_of_other_objectives_have_no_best_and_no_unit(place: Place):
@@ -100,6 +105,9 @@ def test_losses_of_other_objectives_have_no_best_and_no_unit(place: Place):
     run.config = replace(run.config, objective=replace(run.config.objective, objective="dpo"))
     assert found.best.keys().isdisjoint({"validation loss", "training loss"})
     assert found.best["speed"]
+    assert found.notes() == [
+        "Do not compare validation loss and training loss: the objectives or their settings differ."
+    ]
     assert found.plot().axes[0].get_ylabel() == "validation loss"
 
 

@@ -95,6 +95,20 @@ def test_a_batch_that_is_larger_than_the_data_is_noted(
         assert not also or "1 in an epoch, of up to 40 rows" in said
 
 
+def test_a_step_of_more_than_an_epoch_is_noted(place: Place, capsys: pytest.CaptureFixture[str]):
+    note = (
+        "note: --grad-accumulation-steps 11 is more than the 5 batches of an epoch, so a step"
+        " learns the same training examples more than once\n"
+    )
+    for also in (["--dry-run"], []):
+        for steps, is_noted in (("11", True), ("5", False)):
+            more = ["--batch-size", "8", "--iters", "1", "--grad-accumulation-steps", steps]
+            cli.train(words(place, *more, *also, "--overwrite"))
+            said = capsys.readouterr().out
+            assert (note in said) == is_noted
+            assert is_noted or "note: --grad-accumulation-steps" not in said
+
+
 def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
     cli.train(words(place, "--launch", "2", "--dry-run"))
     assert capsys.readouterr().out.endswith("--iters 20 --launch 2\n")
