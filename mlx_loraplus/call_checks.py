@@ -71,6 +71,7 @@ def check_call(
         ModelError: A model has a wrong type, or its name is None.
     """
     signature = inspect.signature(function)
+    _check_positions(_name_of(function), signature, arguments, keywords)
     try:
         given = signature.bind_partial(*arguments, **keywords).arguments
     except TypeError:
@@ -95,6 +96,26 @@ def check_call(
                     f" {type(each).__name__}: write * before it"
                 )
             _check(called, name, each, hints[name])
+
+
+def _check_positions(
+    called: str,
+    signature: inspect.Signature,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+) -> None:
+    """Check that no argument is given by name that is taken by position only.
+
+    Raises:
+        ConfigError: One is, as in ``finetune(model=model)``.
+    """
+    only = [
+        each.name for each in signature.parameters.values() if each.kind is each.POSITIONAL_ONLY
+    ]
+    if any(name in keywords for name in only[len(arguments) :]):
+        raise ConfigError(
+            f"{called} takes {' and '.join(only)} without names: {called}({', '.join(only)}, …)"
+        )
 
 
 def _check_not_none(

@@ -162,7 +162,10 @@ def _text_fields(fields: Mapping[str, Any], kind: Kind) -> dict[str, str]:
     """Return the common form of a row whose fields are plain strings."""
     texts: dict[str, str] = {}
     for name in (*REQUIRED[kind], *OPTIONAL[kind]):
-        texts[name] = check_type(fields.get(name, ""), str, repr(name))
+        value = fields.get(name, "")
+        if type(value) in (int, float):
+            raise BadRowError(f"{name!r} is a number, not a string; write numbers as text")
+        texts[name] = check_type(value, str, repr(name))
 
     answer_name = REQUIRED[kind][-1]
     if not texts[answer_name].strip():

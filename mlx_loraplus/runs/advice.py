@@ -150,21 +150,40 @@ def _advice_on_few(run: Run, kept: str) -> Advice:
 
 def _advice_on_divergence(run: Run, found: Verdict) -> str:
     """Return what to do after losses that are not finite."""
+    failure = find_failure(run)
+    if run.progress.mostly_skipped and failure is not None:
+        return failure[1]
+    if failure is not None:
+        return ": ".join(failure)
+    lower = f"train from the start with a lower --learning-rate, such as {_lower_rate(run)}"
     since = diverged_at(run)
-    lower = f"a lower --learning-rate, such as {_lower_rate(run)}"
-    if since is None and run.progress.mostly_skipped:
-        return remedy_for_skipped(run.progress, last_skipped_rows(run.folder))
     if since is None:
-        return f"train from the start with {lower}"
+        return lower
+    return (
+        f"the validation loss has not been a number since step {since} (the adapter of step"
+        f" {found.best_step} is kept): {lower}"
+    )
+
+
+def find_failure(run: Run) -> tuple[str, str] | None:
+    """Return why the adapter of a run is of no use, and what to do; None if it may be of use."""
+    progress = run.progress
+    if progress.mostly_skipped:
+        return (
+            describe_skipped(progress),
+            remedy_for_skipped(progress, last_skipped_rows(run.folder)),
+        )
+    since = diverged_at(run)
+    if since is None or run.verdict.best_step:
+        return None
     if since == 0:
         return (
-            "the validation loss is not a number even before training: check the model's answers"
-            " with mlx_loraplus.generate"
+            "the validation loss is not a number even before training",
+            "check the model's answers with mlx_loraplus.generate",
         )
-    kept = f" (the adapter of step {found.best_step} is kept)" if found.best_step else ""
     return (
-        f"the validation loss has not been a number since step {since}{kept}: train from the start"
-        f" with {lower}"
+        f"the validation loss has not been a number since step {since}",
+        f"train from the start with a lower --learning-rate, such as {_lower_rate(run)}",
     )
 
 

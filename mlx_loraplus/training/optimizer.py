@@ -94,6 +94,7 @@ class LoRAPlus:
             "learning_rate": mx.array(self.config.learning_rate, mx.float32),
         }
 
+    @types_checked
     def init(self, model: nn.Module, groups: Mapping[str, str]) -> None:
         """Create the state of every trainable parameter, so that a compiled step can capture it.
 

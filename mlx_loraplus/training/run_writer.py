@@ -19,7 +19,7 @@ from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
 from ..failures import MEMORY, failure_of, reason_text
 from ..files import remove_leftovers, write_atomically
 from ..models.save_model_folder import remove_model_files
-from ..runs.advice import describe_skipped, last_skipped_rows, remedy_for_skipped
+from ..runs.advice import find_failure
 from ..runs.history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, Run
 from ..runs.matplotlib_plots import write_picture
 from ..runs.next_steps import resume_command
@@ -120,7 +120,8 @@ class RunWriter:
         """Record how the run ended, and write the adapter, the plot and the report.
 
         Raises:
-            LoRAPlusError: On all processes, if more than half of the steps were skipped.
+            LoRAPlusError: On all processes, if more than half of the steps were skipped, or if the
+                adapter's validation loss is not a number.
             OutputError: The last checkpoint or one of these files can't be written.
         """
         try:
@@ -139,10 +140,10 @@ class RunWriter:
             )
 
         # Record the end. If the run is complete, ``run.finished`` is true from here on.
-        has_failed = outcome != "interrupted" and progress.mostly_skipped
-        event = self._end_event("failed" if has_failed else outcome)
-        if has_failed:
-            event["reason"] = describe_skipped(progress)
+        failure = None if outcome == "interrupted" else find_failure(run)
+        event = self._end_event("failed" if failure else outcome)
+        if failure:
+            event["reason"] = failure[0]
         run.history.append(event | run.verdict.stored())
 
         # Write the files that are complete only now.
@@ -159,9 +160,8 @@ class RunWriter:
             raise
         self.session.show(run.history[-1])
 
-        if has_failed:
-            remedy = remedy_for_skipped(progress, last_skipped_rows(run.folder))
-            raise LoRAPlusError(f"{describe_skipped(progress)}; {remedy}")
+        if failure:
+            raise LoRAPlusError("; ".join(failure))
 
     def _write_results(self) -> None:
         """Write the final adapter if the run is complete, then the history and its pictures."""

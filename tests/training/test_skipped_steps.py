@@ -54,6 +54,26 @@ def test_a_run_that_skips_most_steps_fails(place: Place, capsys: pytest.CaptureF
     assert bad["batches"][0]["rows"][0].startswith("train.jsonl:")
 
 
+def test_a_run_that_ends_with_an_adapter_that_gives_no_numbers_fails(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    """The step itself was finite, so nothing was skipped."""
+    settings = ["--iters", "1", "--warmup", "0", "--learning-rate", "1e30"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.train(words(place, *settings))
+    said, error = capsys.readouterr()
+    assert error.endswith(
+        "error: the validation loss has not been a number since step 1; train from the start with"
+        " a lower --learning-rate, such as 5.0e-04\n"
+    )
+    run = ml.Run.load(place.folder / "run")
+    assert run.outcome == "failed"
+    assert not re.search("^(finished|try it|fuse it|resume|longer)", said, re.MULTILINE)
+    again = re.search("^again: +mlx_loraplus.train (.*)", said, re.MULTILINE)
+    assert again is not None
+    cli.train(again[1].split())
+
+
 def test_a_rate_that_spoils_all_steps_from_one_on_is_to_be_lowered(place: Place):
     with pytest.raises(ml.LoRAPlusError) as error:
         place.run(iters=6, learning_rate=1e30, schedule="constant", **PATIENT)

@@ -13,7 +13,15 @@ from typing import Any
 
 import mlx.optimizers as optim
 from mlx_lm.tuner.trainer import iterate_batches
-from mlx_tune import DPOConfig, DPOTrainer, FastLanguageModel, SFTConfig, SFTTrainer, rl_trainers, sft_trainer
+from mlx_tune import (
+    DPOConfig,
+    DPOTrainer,
+    FastLanguageModel,
+    SFTConfig,
+    SFTTrainer,
+    rl_trainers,
+    sft_trainer,
+)
 
 from scripts.bench.rival_trainers.common import (
     BETA,
