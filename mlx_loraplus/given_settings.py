@@ -18,7 +18,8 @@ from .errors import ConfigError
 from .foreign_names import find_foreign
 from .migration import translate
 from .models.moved_run_paths import read_run_settings
-from .settings import Config, check_settings_file, read_settings, setting_names, settings_of
+from .settings import Config, setting_names, settings_of
+from .settings_file import check_settings_file, read_settings
 from .userpaths import path_of
 
 _SWITCHES = ("test",)

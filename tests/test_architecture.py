@@ -46,7 +46,7 @@ FLOORS = [
     {"config"},
     {"command_config", "keyword_types"},
     {"conflicts"},
-    {"settings", "python_messages", "_runtime"},
+    {"settings", "settings_file", "python_messages", "_runtime"},
     {"migration", "help_text", "tyro_errors"},
     {"models", "launching"},
     {"adapters"},
