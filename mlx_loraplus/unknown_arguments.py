@@ -4,6 +4,7 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Container, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from .config import TrainConfig
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
 from .settings import TRAIN_FLAGS, setting_names
-from .spelling import flag_of
+from .spelling import FLAG, flag_of
+from .value_hints import listed_numbers, sweep_advice
 
 _DASHES = "\u2013\u2014\u2212"  # en dash, em dash and minus sign
 _WITH_DASH = re.compile(rf"-*[{_DASHES}][-{_DASHES}]*(?=[A-Za-z])")
@@ -181,6 +183,8 @@ def _flag_names(kind: type) -> list[str]:
 def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
     """Return what to do about a word that is not a flag's value."""
     before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
+    if several := _several_numbers(word, arguments):
+        return several
     if word.lower() in ("true", "false", "yes", "no", "on", "off"):
         return "a flag that is on or off has no value, as in --pack or --no-pack"
     if before == "--resume":
@@ -195,6 +199,19 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
     if "prompt" in names and "--prompt" not in arguments:
         return f"a prompt follows --prompt, as in --prompt {shlex.quote(word)}"
     return _advice_on_path(Path(word), names)
+
+
+def _several_numbers(word: str, arguments: Sequence[str]) -> str:
+    """Return what to do about a number that follows the one of a flag; "" otherwise."""
+    # The words from the last flag before the unexpected one to the next flag.
+    place = arguments.index(word) if word in arguments else 0
+    flags = [number for number in range(place) if arguments[number].startswith("--")]
+    if not flags:
+        return ""
+    flag = arguments[flags[-1]]
+    values = takewhile(lambda each: not FLAG.match(each), arguments[flags[-1] + 1 :])
+    numbers = listed_numbers(" ".join(values))
+    return f"{flag} takes {sweep_advice(_name_of(flag), numbers)}" if numbers else ""
 
 
 def _advice_on_path(path: Path, names: Sequence[str]) -> str:
