@@ -31,8 +31,8 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "interrupted_imports"},
-    {"userpaths", "hub_access", "rich_display", "foreign_names", "spelling", "value_hints"},
+    {"errors", "interrupted_imports", "spelling"},
+    {"userpaths", "hub_access", "rich_display", "foreign_names", "value_hints"},
     {
         "mlx_lm_schedule",
         "translation",

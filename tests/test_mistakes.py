@@ -54,7 +54,7 @@ TRAIN = "train --model tiny --data sums --adapter-path out --iters 2"
         ("train --fields prompt={Ticket Subject} --data sums --model tiny", "put quotes around a pair with spaces"),
         ("train --fields prompt=Ticket Subject --data sums --model tiny", "a pair with spaces: 'prompt=Ticket Subject'"),
         ("train --fields prompt=the text completion=b --data sums --model tiny", "spaces: 'prompt=the text'"),
-        (f"{TRAIN} --rank 100000", "rank 100000 is above 32"),
+        (f"{TRAIN} --rank 100000", "--rank 100000 is above 32"),
         (f"{TRAIN} --adapter-path deep/er/out --init loftq", "group size"),
         (f"{TRAIN} --resume", "out holds no run to resume"),
     ],

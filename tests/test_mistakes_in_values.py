@@ -72,7 +72,7 @@ MORE_MISTAKES = [
     ("train -c upper.yaml", "Model is not a setting (did you mean 'model'?); Data is not a setting (did you mean 'data'?)"),
     ("train -c axolotl.yaml", "data takes folders, files and hub ids, and fields their columns"),
     ("train -c preferences.yaml", "beta is for objective dpo, ipo, simpo and kto, not sft"),
-    ("train -c equals.yaml", "must hold settings, one `name: value` a line"),
+    ("train -c equals.yaml", "equals.yaml:1: 'model = tiny' is not a setting, which has a colon"),
     ("train -c utf16.yaml", "utf16.yaml is not UTF-8: save it as UTF-8"),
     ("train -c run/adapter_config.json", "an adapter's config: to start from it, give --resume-adapter-file run"),
     ("train -c peft/adapter_config.json", "an adapter's config: to start from it, give --resume-adapter-file peft"),

@@ -46,7 +46,7 @@ def check(config: ExportConfig) -> None:
         problems.append("a LoRA in GGUF does not name its base: give --model")
 
     if config.merged is not None and config.to != "gguf":
-        problems.append("merged is for --to gguf only: leave it out")
+        problems.append("--merged is for --to gguf only: leave it out")
 
     if config.to != "hub" and config.repo_id:
         problems.append(f"--repo-id {config.repo_id!r:.80} is for --to hub: leave it out")
