@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
 
+from .command_config import CONFIGS
 from .config import (
     KINDS,
     OBJECTIVE_RATE_FACTORS,
@@ -36,6 +37,14 @@ TRAIN_FLAGS = ("launch", "list_models", "dry_run", "test", "open", "log_format",
 _SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
 _ALMOST_EQUAL = 0.8  # the least similarity of a misspelled flag of ``train``
+
+_SYSTEM = "the rows hold system prompts, in a field system or in a message with the role system"
+_IN_ROWS = {
+    "system": _SYSTEM,
+    "system_prompt": _SYSTEM,
+    "tools": "the rows hold it, in a field tools",
+}
+"""Names that a command for training does not have → where their content is."""
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
@@ -122,8 +131,20 @@ def _hint(name: str, known: Collection[str]) -> str:
         return f" ({flag} is a flag of the command mlx_loraplus.train alone: leave it out)"
     if meant:
         return f" (did you mean {meant!r}?)"
+    if where := in_rows(name, known):
+        return f": {where}"
+    owners = [command for command, kind in CONFIGS.items() if name in _homes(kind)]
+    if owners:
+        return f" (a setting of mlx_loraplus.{owners[0]})"
     # A word that means a setting of another command is not like any setting here.
     return foreign_hint(name) or ("" if name in OTHER_WORDS else nearest(name, known))
+
+
+def in_rows(name: str, known: Collection[str]) -> str:
+    """Return where the rows hold something that is no setting of training; "" for other names."""
+    if "data" not in known or name not in _IN_ROWS:
+        return ""
+    return _IN_ROWS[name]
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -209,7 +209,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--data", "a", "b", "--data-weights", "1"], "--data-weights has 1 value for 2 data sets"),
         (["--valid-split", "1"], "--valid-split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
-        (["-c", "nowhere.yaml"], "there is no file nowhere.yaml: give the path of a YAML file of settings"),
+        (
+            ["-c", "nowhere.yaml"],
+            "there is no file nowhere.yaml: give the path of a YAML file of settings",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(words: list[str], told: str):
@@ -254,7 +257,7 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
 
 def test_a_yaml_file_without_settings_is_refused(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("# nothing\n")
-    with pytest.raises(ConfigError, match="run.yaml is empty: write settings"):
+    with pytest.raises(ConfigError, match=r"run\.yaml is empty: write settings"):
         read("-c", str(tmp_path / "run.yaml"))
 
 
@@ -352,7 +355,10 @@ _OF_TRAIN = "is a flag of the command mlx_loraplus.train alone: leave it out"
         ({"kto_weights": []}, "kto_weights must have 2 values, not []"),
         ({"dryrun": True}, f"dryrun is not a setting (dry_run {_OF_TRAIN})"),
         ({"dry_run": True}, f"dry_run is not a setting (it {_OF_TRAIN})"),
-        ({"system_prompt": "Be brief."}, "system_prompt is not a setting"),
+        (
+            {"system_prompt": "Be brief."},
+            "system_prompt is not a setting: the rows hold system prompts, in a field system or in a message with the role system",
+        ),
     ],
 )
 def test_values_that_are_refused_are_described(setting: dict[str, Any], told: str):
