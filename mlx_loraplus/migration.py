@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .command_config import CONFIGS
 from .config import LR_RATIO
 from .errors import ConfigError, counted, join_problems
 from .foreign_names import (
@@ -87,8 +88,10 @@ def translate(
 
     for name in work.ours.keys() - set(known) - settings.keys():
         given = work.spell(work.sources.get(name, name))
+        owner = next(key for key, each in CONFIGS.items() if name in setting_names(each))
         work.problems.append(
-            f"{given} is {work.spell(name)} here, which this command does not have"
+            f"{given} is {work.spell(name)} here, which this command does not have:"
+            f" mlx_loraplus.{owner} has it"
         )
     if work.problems or blocks:
         # Flags are checked later, because only tyro knows how to read them.

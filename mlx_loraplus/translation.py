@@ -88,7 +88,8 @@ def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) 
     if not isinstance(block, Mapping) or not block or name in (*NESTED, "fields"):
         return ""
     inside = [str(key).replace("-", "_") for key in block]
-    if set(inside).isdisjoint(known) and not FOREIGN_NAMES.issuperset(inside):
+    are_foreign = FOREIGN_NAMES.issuperset(inside) and "train" not in inside  # a file's name too
+    if set(inside).isdisjoint(known) and not are_foreign:
         return ""
     shown = f"{', '.join(inside[:_MOST_SHOWN])}{', …' * (len(inside) > _MOST_SHOWN)}"
     return f"{name} holds settings ({shown:.200}): write them one level up, without {name}"
