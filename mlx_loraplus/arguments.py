@@ -20,11 +20,12 @@ from .config import OLD_NAMES
 from .errors import BackendError, ConfigError, LoRAPlusError
 from .failures import failures_in_one_line
 from .foreign_names import FOREIGN_NAMES
-from .given_settings import FLAG, name_of_flag, naming_file, read_given
+from .given_settings import name_of_flag, naming_file, read_given
 from .help_text import help_text
 from .interrupted_imports import INTERRUPTED, LAUNCHED, expect_interrupts, report_interrupt
 from .rich_display import wrap_words
 from .settings import Config, configure, setting_names, settings_of
+from .spelling import FLAG
 from .tyro_errors import unboxed
 from .unknown_arguments import argument_names, find_dashed, make_argument_error
 

@@ -37,6 +37,7 @@ from .run_argument import (
     with_run,
 )
 from .settings import setting_names, settings_of
+from .userpaths import check_not_divided
 
 Arguments = Sequence[str] | None  # None: the arguments of the process
 
@@ -241,6 +242,7 @@ def compare(arguments: Arguments = None) -> None:
 
         if not config.runs:
             raise ConfigError("give the folders of runs, as in mlx_loraplus.compare run_a run_b")
+        check_not_divided(config.runs)
         if config.save_path is not None:
             check_save_path(config.save_path, overwrite=config.overwrite, suffixes=SAVED_AS)
         comparison = compare_runs(*config.runs)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from pydantic import Field
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
-from .config import AdapterConfig, DataConfig, ObjectiveConfig, OptimizerConfig
+from .config import AdapterConfig, DataConfig, ObjectiveConfig, OptimizerConfig, TrainConfig
 from .setting_types import (
     Count,
     Merged,
@@ -198,6 +198,19 @@ class DoctorConfig:
     """Also write the tables as a page (.html)."""
     overwrite: bool = False
     """Replace what save_path holds."""
+
+
+CONFIGS: dict[str, type] = {
+    "train": TrainConfig,
+    "sweep": SweepConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "fuse": FuseConfig,
+    "export": ExportConfig,
+    "compare": CompareConfig,
+    "serve": ServeConfig,
+}
+"""Commands → their settings, in the order in which they are searched for a name."""
 
 
 def positional_words(*parts: type) -> dict[str, str]:

@@ -91,7 +91,7 @@ def this_machine() -> Machine:
     """Return this machine, or the Mac that it simulates."""
     simulated = os.environ.get(SIMULATED)
     if simulated:
-        return simulate_mac(simulated)
+        return simulate_mac(simulated, f"the environment variable {SIMULATED}")
 
     system = psutil.virtual_memory()
     used = mx.get_active_memory() + mx.get_cache_memory()
@@ -133,7 +133,7 @@ def room_for_copy() -> int:
     return max(0, min(machine.budget, machine.free) - mx.get_active_memory()) // 2
 
 
-def simulate_mac(memory: str) -> Machine:
+def simulate_mac(memory: str, source: str = "--memory") -> Machine:
     """Return a simulated Mac.
 
     Its working set is two thirds of its memory if it has less than 36 GB, and three quarters
@@ -141,13 +141,16 @@ def simulate_mac(memory: str) -> Machine:
 
     Args:
         memory: Its size, e.g. ``16GB``.
+        source: Where the size was given, for the error.
 
     Raises:
         ConfigError: ``memory`` is not a size between 1 and 4096 GB.
     """
     size = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:GB?|GiB)?", memory, re.IGNORECASE)
     if not size or not 1 <= float(size[1]) <= 4096:
-        raise ConfigError(f"memory {memory!r} is not the size of a Mac: give a size such as 16GB")
+        raise ConfigError(
+            f"{source} is {memory!r:.40}, which is not the size of a Mac: give a size such as 16GB"
+        )
 
     total = int(float(size[1]) * 2**30)
     working_set = total * 2 // 3 if total < _LARGE_MAC else total * 3 // 4

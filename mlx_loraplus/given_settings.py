@@ -6,7 +6,6 @@
 import argparse
 import contextlib
 import dataclasses
-import re
 from collections.abc import Collection, Generator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -18,13 +17,13 @@ from .errors import ConfigError
 from .foreign_names import find_foreign
 from .migration import translate
 from .models.moved_run_paths import read_run_settings
-from .settings import Config, check_settings_file, read_settings, setting_names, settings_of
+from .settings import Config, setting_names, settings_of
+from .settings_file import check_settings_file, read_settings
+from .spelling import FLAG
 from .userpaths import path_of
 
 _SWITCHES = ("test",)
 """Settings of other programs that are options of commands here."""
-
-FLAG = re.compile(r"--?[A-Za-z]")  # not a negative number
 
 # File of settings that a run or a sweep wrote → a file beside it, the command that wrote it, and a
 # setting that only this command has.

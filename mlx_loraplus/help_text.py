@@ -17,6 +17,12 @@ from .config import TrainConfig
 from .settings import Config, configure, settings_of
 from .spelling import flag_of
 
+_IN_SWEEPS = {
+    "adapter": " Not full in a sweep, which searches rates for A and B.",
+    "learning_rate": " Not auto in a sweep, where it is the baseline.",
+}
+"""Settings of training that accept fewer values in a sweep → what their help adds there."""
+
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "model": (
         "family", "model", "adapter_path", "resume_adapter_file", "resume", "overwrite",
@@ -121,6 +127,8 @@ def _options_of(kind: type[Config], switches: type) -> _Options:
         values = _literal_values(types[name])
         if not all(value in text for value in values):
             text += f" One of {', '.join(values)}."
+        if kind is SweepConfig:
+            text += _IN_SWEEPS.get(name, "")
         if default is True:
             text += f" Default: on; --no-{name.replace('_', '-')} turns it off."
         short = f"{SHORT_FLAGS[name]}, " if name in SHORT_FLAGS else ""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .command_config import CONFIGS
 from .config import LR_RATIO
 from .errors import ConfigError, counted, join_problems
 from .foreign_names import (
@@ -20,8 +21,8 @@ from .foreign_names import (
     find_foreign,
 )
 from .mlx_lm_schedule import read_schedule
-from .settings import current_names, setting_names
-from .translation import Translation, value_text
+from .settings import configure, current_names, setting_names
+from .translation import Translation, about_block, value_text
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
 _PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
@@ -66,8 +67,10 @@ def translate(
     """
     known = setting_names(kind)
     settings = current_names(settings)
+    blocks = {name: line for name in settings if (line := about_block(settings, name, known))}
+    settings = {name: value for name, value in settings.items() if name not in blocks}
     names = [name for name in settings if name not in known and find_foreign(name)]
-    if not names:
+    if not names and not blocks:
         return settings
 
     # A setting that is null is not given.
@@ -85,14 +88,29 @@ def translate(
 
     for name in work.ours.keys() - set(known) - settings.keys():
         given = work.spell(work.sources.get(name, name))
+        owner = next(key for key, each in CONFIGS.items() if name in setting_names(each))
         work.problems.append(
-            f"{given} is {work.spell(name)} here, which this command does not have"
+            f"{given} is {work.spell(name)} here, which this command does not have:"
+            f" mlx_loraplus.{owner} has it"
         )
-    if work.problems:
-        raise ConfigError(join_problems(work.finished(work.problems)))
+    if work.problems or blocks:
+        # Flags are checked later, because only tyro knows how to read them.
+        native = {name: value for name, value in work.ours.items() if name in {*known, *settings}}
+        others = [] if as_flags else _other_problems(kind, native)
+        found = [*blocks.values(), *work.finished(work.problems), *others]
+        raise ConfigError(join_problems(found))
     if not quiet:
         sys.stderr.write(_line(work, names) + "\n")
     return work.ours
+
+
+def _other_problems(kind: type, settings: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with settings of this package, in one line if anything is."""
+    try:
+        configure(kind, settings, whole=False)
+    except ConfigError as error:
+        return [str(error)]
+    return []
 
 
 def _line(work: Translation, names: list[str]) -> str:
@@ -136,8 +154,9 @@ def _unpack(work: Translation) -> None:
         home[name] = value
         if home is work.foreign and name not in ("scale", "keys"):
             del work.foreign[name]
-            known = "it has rank, dropout, scale and keys"
-            hint = "mlx-lm calls it scale" if name == "alpha" else known
+            hint = "it has rank, dropout, scale and keys"
+            if name in ("alpha", "lora_alpha"):
+                hint = _instead_of_alpha(value, parameters.get("rank", _RANK))
             work.problems.append(f"lora_parameters: {name} is unknown: {hint}")
 
     # PEFT's settings of LoftQ.
@@ -159,6 +178,17 @@ def _unpack(work: Translation) -> None:
             work.problems.append(
                 f"optimizer_config: {name} {value_text(value)} is not a setting{usual}"
             )
+
+
+def _instead_of_alpha(alpha: Any, rank: Any) -> str:
+    """Return what mlx-lm has instead of alpha."""
+    given, size = _number(alpha), _number(rank)
+    are_numbers = isinstance(given, int | float) and isinstance(size, int | float) and size > 0
+    scale = f"scale: {given / size:g}" if are_numbers else "scale"
+    return (
+        f"mlx-lm has scale, which is alpha / rank: write {scale} instead, or alpha:"
+        f" {value_text(alpha)} outside lora_parameters"
+    )
 
 
 def _pop_mapping(work: Translation, name: str) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def _quote_others(match: re.Match[str]) -> str:
 @functools.cache
 def _keywords() -> dict[str, tuple[Any, ...]]:
     """Return the words, or True and False, that each keyword may be set to."""
-    found: dict[str, tuple[Any, ...]] = {}
+    found: dict[str, tuple[Any, ...]] = {"memory": ()}  # of plan_memory
     for kind in (TrainConfig, SweepConfig, ChatConfig, CompareConfig):
         for part in (kind, *_parts(kind)):
             for name, hint in get_type_hints(part).items():

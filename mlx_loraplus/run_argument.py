@@ -13,6 +13,7 @@ from .command_config import ExportConfig, FuseConfig
 from .config import TrainConfig
 from .errors import ConfigError
 from .settings import Config, configure, settings_of
+from .userpaths import check_not_divided
 
 DEFAULT_RUN = TrainConfig.adapter_path
 
@@ -44,6 +45,8 @@ def with_run(config: Config, switches: Any, words: Sequence[str]) -> Config:
         _check_default_run(config)
     if not switches.run:
         return config
+    if isinstance(switches.run, tuple):
+        check_not_divided(switches.run)
     if is_given:
         raise ConfigError("the adapter is given twice: leave out --adapter-path")
     return configure(type(config), settings_of(config) | {"adapter_path": switches.run})

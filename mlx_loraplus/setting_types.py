@@ -51,7 +51,7 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
         message = detail["msg"].removeprefix("Input ").partition(", unable")[0]
         message = re.sub("^(Tuple|Value) should", "must", message.partition(" after ")[0])
         message = message.replace("should be", "must be").replace("valid tuple", "list of values")
-        message = message.partition(", got ")[0]
+        message = message.partition(", got ")[0].replace("a valid boolean", "true or false")
 
         # Repeat the value only if it is simple.
         given = detail["input"]

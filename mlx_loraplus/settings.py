@@ -1,4 +1,4 @@
-"""Convert flat settings, or a YAML file of them, to a config and back.
+"""Convert flat settings to a config and back.
 
 Defaults are filled in, and all problems are reported together.
 """
@@ -7,13 +7,11 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from functools import cache
-from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pydantic
-import yaml
 
+from .command_config import CONFIGS
 from .config import (
     KINDS,
     OBJECTIVE_RATE_FACTORS,
@@ -26,45 +24,32 @@ from .config import (
 )
 from .conflicts import adapter_conflicts, find_conflicts
 from .errors import ConfigError, join_problems, nearest, nearest_names
-from .files import read_bounded
-from .foreign_names import FOREIGN_NAMES, NESTED, OTHER_WORDS, foreign_hint, meant_setting
+from .foreign_names import FOREIGN_NAMES, OTHER_WORDS, foreign_hint, meant_setting
 from .setting_types import describe_refused, find_booleans
 from .spelling import in_names
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-# The files of settings in the folder of a run or a sweep
-_SETTINGS_FILES = ("run.yaml", "best.yaml", "sweep.yaml")
 # The flags of ``train`` that are not settings
 TRAIN_FLAGS = ("launch", "list_models", "dry_run", "test", "open", "log_format", "verbosity")
 
-_MAX_BYTES = 1 << 16  # of a YAML file
-_MAX_DEPTH = 20  # nested brackets in a line; PyYAML takes seconds for more
 _SHORT_RUN = 50  # steps; a shorter run reports each step
 _MAX_NAME = 64  # characters of an unknown name to repeat
 _ALMOST_EQUAL = 0.8  # the least similarity of a misspelled flag of ``train``
 
-# The suffixes of files that users may take for files of settings.
-_WEIGHTS = (".safetensors", ".gguf", ".bin", ".npz")
-_ROWS = (".jsonl", ".csv", ".tsv", ".parquet", ".txt")
+_SYSTEM = "the rows hold system prompts, in a field system or in a message with the role system"
+_IN_ROWS = {
+    "system": _SYSTEM,
+    "system_prompt": _SYSTEM,
+    "tools": "the rows hold it, in a field tools",
+}
+"""Names that a command for training does not have → where their content is."""
 
 Part = TypeVar("Part", AdapterConfig, OptimizerConfig)
 Config = TypeVar("Config", bound="DataclassInstance")
 
 _validator = cache(pydantic.TypeAdapter)  # making one takes 20 times longer than using it
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """The safe loader, except that it refuses a repeated name instead of using the last value."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        names = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = [name for name in names if names.count(name) > 1]
-        if twice:
-            line = node.start_mark.line + 1
-            raise yaml.YAMLError(f"{twice[0]} is given twice, in the block of line {line}")
-        return super().construct_mapping(node, deep)
 
 
 def configure(
@@ -146,8 +131,20 @@ def _hint(name: str, known: Collection[str]) -> str:
         return f" ({flag} is a flag of the command mlx_loraplus.train alone: leave it out)"
     if meant:
         return f" (did you mean {meant!r}?)"
+    if where := in_rows(name, known):
+        return f": {where}"
+    owners = [command for command, kind in CONFIGS.items() if name in _homes(kind)]
+    if owners:
+        return f" (a setting of mlx_loraplus.{owners[0]})"
     # A word that means a setting of another command is not like any setting here.
     return foreign_hint(name) or ("" if name in OTHER_WORDS else nearest(name, known))
+
+
+def in_rows(name: str, known: Collection[str]) -> str:
+    """Return where the rows hold something that is no setting of training; "" for other names."""
+    if "data" not in known or name not in _IN_ROWS:
+        return ""
+    return _IN_ROWS[name]
 
 
 def current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,107 +252,6 @@ def settings_of(config: "DataclassInstance") -> dict[str, Any]:
         if isinstance(value, tuple):
             settings[name] = list(value)
     return settings
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Raises:
-        ConfigError: The file can't be read, is not YAML, or holds something other than settings.
-    """
-    try:
-        text = read_bounded(path, _MAX_BYTES).decode("utf-8")
-        too_deep = any(_depth(line) > _MAX_DEPTH for line in text.split("\n"))
-        settings = [] if too_deep else _UniqueLoader(text).get_single_data()
-    except OSError as error:
-        hint = ""
-        if path.is_dir():
-            found = [name for name in _SETTINGS_FILES if (path / name).is_file()]
-            hint = f"; give a file, such as {path / (found or _SETTINGS_FILES)[0]}"
-        raise ConfigError(f"the settings in {path} can't be read: {error.strerror}{hint}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8: save it as UTF-8") from None
-    # PyYAML raises TypeError if a name is a list or another value that can't be a key.
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        if mark is not None and "\\t" in str(getattr(error, "problem", "")):
-            raise ConfigError(
-                f"{path}:{mark.line + 1}: YAML allows no tabs here: use spaces"
-            ) from None
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{path} is not YAML: {reason}") from None
-
-    if settings is None:  # an empty file
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise ConfigError(f"{path} must hold settings, one `name: value` a line")
-
-    # With references, a few bytes of YAML can describe nested values that are huge in memory.
-    for name, value in settings.items():
-        if not _is_flat(value) and name not in NESTED:
-            raise ConfigError(
-                f"{path}: {name!r:.64} must be one value, a list of values, or names with values"
-            )
-    return _underscored(path, settings)
-
-
-def _underscored(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings with _ for -, because flags are copied into files.
-
-    Raises:
-        ConfigError: A setting is written in both ways.
-    """
-    found: dict[str, Any] = {}
-    for name, value in settings.items():
-        written = name.replace("-", "_")
-        if written in found:
-            raise ConfigError(f"{path}: {written} is given twice, also as {name}")
-        found[written] = value
-    return found
-
-
-def check_settings_file(path: Path) -> None:
-    """Check that a file given for settings is not of another kind.
-
-    Raises:
-        ConfigError: It is an adapter's or a model's config, weights, or rows.
-    """
-    folder = path.parent
-    if path.name == "adapter_config.json":
-        advice = f"an adapter's config: to start from it, give --resume-adapter-file {folder}"
-    elif path.name == "config.json":
-        advice = f"a model's config: give the model as --model {folder}"
-    elif path.suffix.lower() in _WEIGHTS:
-        advice = "weights: a model goes to --model, an adapter to --resume-adapter-file"
-    elif path.suffix.lower() in _ROWS:
-        advice = "rows or a history: rows go to --data"
-    else:
-        return
-    raise ConfigError(f"{path} holds no settings, but {advice}; -c takes a YAML file")
-
-
-def _depth(line: str) -> int:
-    """Return the nesting depth of brackets in a line; prompts may contain brackets, e.g. JSON."""
-
-    def follow(depth: int, character: str) -> int:
-        if character in "[{":
-            return depth + 1
-        if character in "]}":
-            return max(0, depth - 1)
-        return depth
-
-    return max(accumulate(line, follow, initial=0))
-
-
-def _is_flat(value: Any) -> bool:
-    """Return whether a value is a scalar, or a list or mapping of scalars."""
-    if isinstance(value, dict):
-        items = list(value.values())
-    elif isinstance(value, list):
-        items = value
-    else:
-        return True
-    return all(not isinstance(item, dict | list) for item in items)
 
 
 def setting_names(kind: type) -> list[str]:

@@ -6,6 +6,9 @@ Messages about settings are written once, with flags. YAML files and Python have
 import re
 from collections.abc import Iterable
 
+FLAG = re.compile(r"--?[A-Za-z]")
+"""The beginning of a flag, and not of a negative number."""
+
 _FLAG = re.compile(r"--[a-z][a-z-]*[a-z]")
 
 # Where a command starts in a message; the rest of the message keeps its flags.

@@ -4,8 +4,10 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .foreign_names import FOREIGN_NAMES, PROGRAMS
+from .foreign_names import FOREIGN_NAMES, NESTED, PROGRAMS
 from .spelling import flag_of, in_names
+
+_MOST_SHOWN = 4  # settings in a block
 
 
 @dataclass
@@ -35,18 +37,18 @@ class Translation:
             here = self.spell(setting)
             if setting in self.ours and self.ours[setting] != translated:
                 self.problems.append(
-                    f"{self.spell(name)} {value_text(value)} is {here} {value_text(translated)}"
-                    f" here, but {here} is also {value_text(self.ours[setting])}: give one of them"
+                    f"{self.written(name, value)} is {self.written(setting, translated)} here, but"
+                    f" {here} is also {value_text(self.ours[setting])}: give one of them"
                 )
             self.ours[setting] = translated
             self.sources[setting] = name
 
-        made = [f"{self.spell(setting)} {value_text(each)}" for setting, each in ours.items()]
+        made = [self.written(setting, each) for setting, each in ours.items()]
         self.report(name, value, ", ".join(made))
 
     def report(self, name: str, value: Any, here: str) -> None:
         """Report what a setting is here."""
-        self.translated.append(f"{self.spell(name)} {value_text(value)} → {here}")
+        self.translated.append(f"{self.written(name, value)} → {here}")
 
     def leave_out(self, name: str, note: str) -> None:
         """Report a setting that changes nothing here."""
@@ -57,12 +59,18 @@ class Translation:
         program = next(key for key, settings in PROGRAMS.items() if name in settings)
         advice = f"leave it out; {note}" if note else "leave it out"
         self.problems.append(
-            f"{program}'s {self.spell(name)} {value_text(value)} can't be translated: {advice}"
+            f"{program}'s {self.written(name, value)} can't be translated: {advice}"
         )
 
     def spell(self, name: str) -> str:
         """Return a setting as the user writes it: as a flag or as a name."""
         return flag_of(name) if self.as_flags else name
+
+    def written(self, name: str, value: Any) -> str:
+        """Return a setting with its value as the user writes them; True is a flag alone."""
+        if self.as_flags and value is True:
+            return self.spell(name)
+        return f"{self.spell(name)} {value_text(value)}"
 
     def finished(self, messages: Iterable[str]) -> list[str]:
         """Return messages, which name flags, with the settings as the user writes them."""
@@ -72,6 +80,19 @@ class Translation:
     def get(self, name: str, default: Any) -> Any:
         """Return the value of one of this package's settings."""
         return {**self.stored, **self.ours, **self.context}.get(name, default)
+
+
+def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) -> str:
+    """Return what to do about a setting that holds settings; "" if it is another one."""
+    block = settings[name]
+    if not isinstance(block, Mapping) or not block or name in (*NESTED, "fields"):
+        return ""
+    inside = [str(key).replace("-", "_") for key in block]
+    are_foreign = FOREIGN_NAMES.issuperset(inside) and "train" not in inside  # a file's name too
+    if set(inside).isdisjoint(known) and not are_foreign:
+        return ""
+    shown = f"{', '.join(inside[:_MOST_SHOWN])}{', …' * (len(inside) > _MOST_SHOWN)}"
+    return f"{name} holds settings ({shown:.200}): write them one level up, without {name}"
 
 
 def value_text(value: Any) -> str:

@@ -30,8 +30,10 @@ _BAD_CHOICE = re.compile(
 _NO_VALUE = re.compile(r"Missing value for argument '(\S+)'(?:\. Expected (\d+) values)?")
 
 
-# Programs that read an export → its format
+# Programs that read an export → its format, and words that mean on or off
 _OTHER_VALUES = {
+    **dict.fromkeys(("true", "yes", "1"), "on"),
+    **dict.fromkeys(("false", "no", "0"), "off"),
     **dict.fromkeys(("ollama", "llama.cpp", "llamacpp", "lmstudio", "lm-studio"), "gguf"),
     **dict.fromkeys(("vllm", "transformers"), "peft"),
     **dict.fromkeys(("hf", "huggingface"), "hub"),

@@ -4,25 +4,22 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Container, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from .command_config import (
+    CONFIGS,
     SHORT_FLAGS,
-    ChatConfig,
-    CompareConfig,
-    ExportConfig,
-    FuseConfig,
-    GenerateConfig,
-    ServeConfig,
-    SweepConfig,
     positional_words,
 )
-from .config import TrainConfig
 from .errors import ConfigError, LoRAPlusError, join_problems, nearest_names
 from .foreign_names import foreign_hint, meant_setting
-from .settings import TRAIN_FLAGS, setting_names
-from .spelling import flag_of
+from .models.known_models import MODELS
+from .settings import TRAIN_FLAGS, in_rows, setting_names
+from .spelling import FLAG, flag_of
+from .userpaths import divided_path, similar_paths
+from .value_hints import listed_numbers, sweep_advice
 
 _DASHES = "\u2013\u2014\u2212"  # en dash, em dash and minus sign
 _WITH_DASH = re.compile(rf"-*[{_DASHES}][-{_DASHES}]*(?=[A-Za-z])")
@@ -33,22 +30,14 @@ _SPLIT = re.compile(r"(valid|validation|val|eval|dev|test)(_(data|dataset|file|f
 # The least similarity of a flag that may be meant, and if another command has this very flag
 _SIMILAR, _ALMOST_EQUAL = 0.6, 0.8
 
+# The flags of ``plan`` that no other command has
+_PLAN_FLAGS = ("memory",)
+
+_PROMPT = "a prompt follows --prompt, as in --prompt"
 _OTHER_COMMAND = "a flag of mlx_loraplus.{}, and not of this command"
 
 # Short flags → their settings
 _LONG_NAMES = {short: name for name, short in SHORT_FLAGS.items()}
-
-# Commands, in the order in which they are searched for a flag that another one has
-_COMMANDS: dict[str, type] = {
-    "train": TrainConfig,
-    "sweep": SweepConfig,
-    "generate": GenerateConfig,
-    "chat": ChatConfig,
-    "fuse": FuseConfig,
-    "export": ExportConfig,
-    "compare": CompareConfig,
-    "serve": ServeConfig,
-}
 
 
 def argument_names(kind: type, switches: type) -> list[str]:
@@ -79,7 +68,7 @@ def make_argument_error(
     flags = [word for word in unknown if word.startswith(("-", *_DASHES))]
     problems = [_about_flag(word, names, without_flag) for word in flags]
     if not problems:
-        problems = [f"unexpected argument {unknown[0]!r}: {_advice(unknown[0], arguments, names)}"]
+        problems = [f"unexpected argument {unknown[0]!r}: {_advice(unknown, arguments, names)}"]
     return ConfigError(join_problems(problems))
 
 
@@ -113,7 +102,8 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
         is_prompt = word == SHORT_FLAGS["prompt"]
         other = _OTHER_COMMAND.format("generate")
         return f"{word!r} is {other if is_prompt else 'not a flag (--help lists the flags)'}"
-    if hint := _split_hint(name, names) or foreign_hint(flag):
+    hint = _rows_hint(name, names) or ("" if name in TRAIN_FLAGS else foreign_hint(flag))
+    if hint:
         return f"{word!r} is not a flag{hint}"
 
     # Flags of other commands, and similar ones of this command
@@ -128,10 +118,12 @@ def _about_flag(word: str, names: Sequence[str], without_flag: Container[str]) -
     return problem if is_other else f"{problem} (--help lists the flags)"
 
 
-def _split_hint(name: str, names: Sequence[str]) -> str:
-    """Return where the rows of a split go, if a flag asks for them; "" otherwise."""
+def _rows_hint(name: str, names: Sequence[str]) -> str:
+    """Return where rows, or what they hold, are given that a flag asks for; "" otherwise."""
+    if where := in_rows(name, names):
+        return f": {where}"
     split = _SPLIT.fullmatch(name)
-    if split is None or name in names or "data" not in names:
+    if split is None or name in (*names, *TRAIN_FLAGS) or "data" not in names:
         return ""
     file = "test.jsonl" if split[1] == "test" else "valid.jsonl"
     return f": name the file {file}, put it beside train.jsonl, and give their folder as --data"
@@ -140,7 +132,9 @@ def _split_hint(name: str, names: Sequence[str]) -> str:
 def flag_owners(flag: str) -> list[str]:
     """Return the commands that have a flag, the most likely one first."""
     name = _name_of(flag)
-    owners = [command for command, kind in _COMMANDS.items() if name in _flag_names(kind)]
+    owners = [command for command, kind in CONFIGS.items() if name in _flag_names(kind)]
+    if name in _PLAN_FLAGS:
+        owners.append("plan")
     return owners or ["train"] * (name in TRAIN_FLAGS or flag == "-c")
 
 
@@ -161,7 +155,7 @@ def takes_value(word: str) -> bool:
     return bool(owners) and not any(
         field.type in (bool, "bool") and field.name == name
         for owner in owners
-        for field in _fields_of(_COMMANDS[owner])
+        for field in _fields_of(CONFIGS[owner])
     )
 
 
@@ -178,8 +172,30 @@ def _flag_names(kind: type) -> list[str]:
     return [name for name in setting_names(kind) if name not in positional_words(kind)]
 
 
-def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
-    """Return what to do about a word that is not a flag's value."""
+def _advice(words: Sequence[str], arguments: Sequence[str], names: Sequence[str]) -> str:
+    """Return what to do about words that are not values of flags."""
+    word = words[0]
+    advice = (
+        _several_values(word, arguments)
+        or _after_switch(word, arguments)
+        or _divided_path(words, arguments)
+    )
+    if advice:
+        return advice
+
+    if word.endswith((".yaml", ".yml")):
+        return f"a file of settings follows -c, as in -c {word}"
+    text = _meant_prompt(words, arguments)
+    if "prompt" in names and not {"--prompt", SHORT_FLAGS["prompt"]} & set(arguments):
+        return f"{_PROMPT} {text}"
+    if "max_tokens" in names and "prompt" not in names and not Path(word).exists():  # chat
+        example = f"mlx_loraplus.generate … --prompt {text}"
+        return f"chat reads messages once it runs; for one answer, {example}"
+    return _advice_on_path(Path(word), names)
+
+
+def _after_switch(word: str, arguments: Sequence[str]) -> str:
+    """Return what to do about a word after a flag that takes no value; "" otherwise."""
     before = arguments[arguments.index(word) - 1] if word in arguments[1:] else ""
     if word.lower() in ("true", "false", "yes", "no", "on", "off"):
         return "a flag that is on or off has no value, as in --pack or --no-pack"
@@ -188,25 +204,56 @@ def _advice(word: str, arguments: Sequence[str], names: Sequence[str]) -> str:
         own = f"-c {run} --resume continues this run"
         other = "it continues the run or sweep in --adapter-path"
         return f"--resume takes no value: {own if run.is_file() else other}"
-    if before.startswith("--"):
-        return f"{before} takes no value"
-    if word.endswith((".yaml", ".yml")):
-        return f"a file of settings follows -c, as in -c {word}"
-    if "prompt" in names and "--prompt" not in arguments:
-        return f"a prompt follows --prompt, as in --prompt {shlex.quote(word)}"
-    return _advice_on_path(Path(word), names)
+    return f"{before} takes no value" if before.startswith("--") else ""
+
+
+def _divided_path(words: Sequence[str], arguments: Sequence[str]) -> str:
+    """Return what to do if the first words are one path, divided by the shell; "" otherwise."""
+    first = arguments[0]
+    parts = list(words) if first in words or first.startswith("-") else [first, *words]
+    count = divided_path(parts)
+    if not count:
+        return ""
+    quotes, rest = f"put quotes around {' '.join(parts[:count])!r}", " ".join(parts[count:])
+    return f"{quotes}, and {_PROMPT} {shlex.quote(rest)}" if rest else quotes
+
+
+def _meant_prompt(words: Sequence[str], arguments: Sequence[str]) -> str:
+    """Return the words of a prompt without quotes, in quotes."""
+    first = Path(arguments[0])
+    is_taken = arguments[0] not in words and not arguments[0].startswith("-")
+    if is_taken and not first.exists() and not similar_paths(first):  # it is no run
+        words = [arguments[0], *words]
+    return shlex.quote(" ".join(words))
+
+
+def _several_values(word: str, arguments: Sequence[str]) -> str:
+    """Return what to do about a word after the one value of a flag; "" otherwise."""
+    # The last flag before the word, and the words up to the next flag.
+    place = arguments.index(word) if word in arguments else 0
+    flags = [number for number in range(place) if arguments[number].startswith("-")]
+    if not flags:
+        return ""
+    flag = arguments[flags[-1]]
+    values = takewhile(lambda each: not FLAG.match(each), arguments[flags[-1] + 1 :])
+    written = " ".join(values)
+
+    if numbers := listed_numbers(written):
+        return f"{flag} takes {sweep_advice(_name_of(flag), numbers)}"
+    is_text = _name_of(flag) in ("prompt", "system") or Path(written).exists()
+    if is_text and takes_value(flag):
+        return f"put quotes around text with spaces, as in {flag} {shlex.quote(written)}"
+    return ""
 
 
 def _advice_on_path(path: Path, names: Sequence[str]) -> str:
     """Return what to do about a word that may be a path."""
-    if "max_tokens" in names and not path.exists():  # chat, which is the only one without --prompt
-        prompt = f"--prompt {shlex.quote(str(path))}"
-        return f"chat reads messages once it runs; for one answer, mlx_loraplus.generate … {prompt}"
     follow = "values follow their flags"
     if path.is_dir() and {"run", "folder"} & set(names):
         return "this command takes one folder"
-    if "model" in names and (path / "config.json").is_file():
-        return f"{follow}, as in --model {path}"
+    meant = [] if path.exists() else nearest_names(str(path), MODELS, _SIMILAR)
+    if "model" in names and (meant or (path / "config.json").is_file()):
+        return f"{follow}, as in --model {meant[0] if meant else path}"
     is_run = (path / "run.yaml").is_file() or (path / "adapter_config.json").is_file()
     if "model" in names and is_run:
         return _advice_on_adapter(path, names)

@@ -4,10 +4,10 @@ import os
 import re
 import shlex
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from .errors import nearest_names
+from .errors import ConfigError, nearest_names
 
 LONGEST, LONGEST_PART = 1024, 255  # bytes, the limits of macOS
 _TEXT_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml")
@@ -90,6 +90,29 @@ def similar_paths(path: Path, suffixes: Collection[str] | None = None) -> str:
             beside[entry.name] = str(entry)
     matches = [beside[name] for name in nearest_names(path.name, beside, _SIMILAR)]
     return f" (did you mean {' or '.join(map(repr, matches))}?)" if matches else ""
+
+
+def divided_path(parts: Sequence[str]) -> int:
+    """Return how many words from the first are one existing path, which a shell has divided.
+
+    It is 0 if the words are no such path, or the first one exists itself.
+    """
+    if not parts or Path(parts[0]).exists():
+        return 0
+    counts = range(len(parts), 1, -1)
+    return next((count for count in counts if Path(" ".join(parts[:count])).exists()), 0)
+
+
+def check_not_divided(paths: Sequence[str]) -> None:
+    """Check that several paths are not the words of one path with spaces.
+
+    Raises:
+        ConfigError: The first words are.
+    """
+    if count := divided_path(paths):
+        raise ConfigError(
+            f"there is no folder {paths[0]!r}: put quotes around {' '.join(paths[:count])!r}"
+        )
 
 
 def public_name(name: str) -> str:

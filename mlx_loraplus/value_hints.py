@@ -1,6 +1,9 @@
 """How to write the value of a setting that was refused."""
 
 import re
+from collections.abc import Sequence
+
+from .spelling import flag_of
 
 # A number in a notation that is not accepted, and the factors that its units stand for.
 _ODD_NUMBER = re.compile(
@@ -29,6 +32,14 @@ _EXAMPLES = {
 _USUAL = {True: "8", False: "0.1"}  # whether the number is whole
 
 
+SWEPT = {
+    "alpha": "alphas", "learning_rate": "learning_rates", "lr_ratio": "lr_ratios", "rank": "ranks",
+}  # fmt: skip
+"""Settings that take one number → the settings of a sweep, which takes several."""
+
+_NUMBER = re.compile(r"\d+(\.\d+)?(e[-+]?\d{1,2})?", re.IGNORECASE)
+
+
 def example_of(name: str, *, whole: bool) -> str:
     """Return a number that a setting accepts, or several for a setting that takes several."""
     return _EXAMPLES.get(name, _USUAL[whole])
@@ -44,14 +55,43 @@ def number_hint(name: str, written: str, *, whole: bool) -> str:
         written: The value as it was written.
         whole: Whether the number must be whole.
     """
+    numbers = listed_numbers(written)
+    if name in SWEPT and numbers:
+        return f" ({sweep_advice(name, numbers)})"
     meant = _meant_number(name, written)
     if name == "warmup" and meant is not None and 0 < meant < 1:
         return (
             f" (it counts steps: --warmup-ratio {meant:g} with --iters N is a fraction of the run)"
         )
     if meant is None or (whole and (not meant.is_integer() or "%" in written)):
-        return f" (such as {example_of(name, whole=whole)})"
+        return f" ({'one number, ' if numbers else ''}such as {example_of(name, whole=whole)})"
     return f" (write {meant:.0f})" if meant.is_integer() else f" (write {meant:g})"
+
+
+def sweep_advice(name: str, numbers: Sequence[str]) -> str:
+    """Return what to do about several numbers for a setting that takes one.
+
+    Args:
+        name: The setting.
+        numbers: The numbers as they were written.
+    """
+    if name not in SWEPT:
+        return f"one number, such as {numbers[0]}"
+    flag = flag_of(SWEPT[name])
+    return f"one number, or try several with mlx_loraplus.sweep {flag} {' '.join(numbers)}"
+
+
+def listed_numbers(written: str) -> list[str]:
+    """Return the numbers of a text that lists several, and [] for one with a comma in it."""
+    words = written.strip("[]()").replace(",", " ").replace(";", " ").split()
+    if len(words) < 2 or not all(map(_NUMBER.fullmatch, words)):
+        return []
+
+    # 0,1 and 1,5e-4 have a comma for the point; 1,000 has one for the eye.
+    first, *others = words
+    is_fraction = len(others) == 1 and first.isdigit() and (first == "0" or "e" in others[0])
+    is_one = is_fraction or all(word == "000" for word in others)
+    return [] if is_one and re.fullmatch(r"[^\s\[(]+", written) else words
 
 
 def fraction_hint(value: float, limit: float) -> str:

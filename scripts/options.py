@@ -40,7 +40,7 @@ ACCEPTED = {
     config_module.UserPath: "StrPath",
     config_module.UserPaths: "StrPath | Sequence[StrPath]",
     config_module.Prompts: "str | Sequence[str] | Mapping[str, str]",
-    config_module.Names: "str | Sequence[str] | Mapping[str, str]",
+    config_module.Columns: "str | Sequence[str] | Mapping[str, str]",
     config_module.Switch: "bool | Literal['auto', 'on', 'off']",
 }
 # The settings that have an effect on scoring a model

@@ -32,6 +32,14 @@ YAML = {
     "axolotl": "base_model: tiny\nmicro_batch_size: 2\ndatasets:\n  - path: sums\n    type: alpaca\n",
     "preferences": "model_name_or_path: tiny\ndataset_name: sums\nmax_steps: 2\nbeta: 0.1\n",
     "equals": "model = tiny\ndata = sums\n",
+    "block": "model: tiny\ntrain: {rank: 8, lr_ratio: 4}\n",
+    "kind": "model: tiny\noptimizer:\n  learning-rate: 1e-4\n",
+    "peft": "model: tiny\nlora_config: {r: 8, lora_alpha: 16}\n",
+    "all": "wandb: x\nfoo: 2\nlora: {rank: 8}\nalpha: high\nrank: 0\n",
+    "several": "model: tiny\nrank: 8, 16\nlr_ratio: [4, 16]\n",
+    "system": "model: tiny\nsystem: Be kind.\nprompt: hi\n",
+    "maybe": "model: tiny\npack: maybe\n",
+    "mapping": "model: tiny\ndata: {train: sums}\n",
 }
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 34\n"

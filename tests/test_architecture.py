@@ -31,8 +31,8 @@ from mlx_loraplus.settings import configure, setting_names, settings_of
 
 PACKAGE = Path(mlx_loraplus.__file__).parent
 FLOORS = [
-    {"errors", "interrupted_imports"},
-    {"userpaths", "hub_access", "rich_display", "foreign_names", "spelling", "value_hints"},
+    {"errors", "interrupted_imports", "spelling"},
+    {"userpaths", "hub_access", "rich_display", "foreign_names", "value_hints"},
     {
         "mlx_lm_schedule",
         "translation",
@@ -46,7 +46,7 @@ FLOORS = [
     {"config"},
     {"command_config", "keyword_types"},
     {"conflicts"},
-    {"settings", "python_messages", "_runtime"},
+    {"settings", "settings_file", "python_messages", "_runtime"},
     {"migration", "help_text", "tyro_errors"},
     {"models", "launching"},
     {"adapters"},

@@ -209,7 +209,10 @@ def test_the_flags_of_mlx_lm_keep_their_names():
         (["--data", "a", "b", "--data-weights", "1"], "--data-weights has 1 value for 2 data sets"),
         (["--valid-split", "1"], "--valid-split must be less than 1"),
         (["stray"], "unexpected argument 'stray'"),
-        (["-c", "nowhere.yaml"], "the settings in nowhere.yaml can't be read"),
+        (
+            ["-c", "nowhere.yaml"],
+            "there is no file nowhere.yaml: give the path of a YAML file of settings",
+        ),
     ],
 )
 def test_bad_flags_are_one_line(words: list[str], told: str):
@@ -252,8 +255,36 @@ def test_switches_take_yamls_truth_values_and_mlx_lms_bare_flag(tmp_path: Path):
     assert read("--grad-checkpoint").grad_checkpoint == "on"
 
 
-def test_an_empty_yaml_file_changes_nothing(tmp_path: Path):
+def test_a_yaml_file_without_settings_is_refused(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("# nothing\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml is empty: write settings"):
+        read("-c", str(tmp_path / "run.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("rank: 4\niters:\n", "iters has no value, in line 2: write one after the colon"),
+        ("iters: # 300\nrank: 4\n", "iters has no value, in line 1"),
+        ("lora_parameters:\n  rank:\n", "rank has no value, in line 2"),
+        ("model: tiny\nrank 8\n", "run.yaml:2: 'rank 8' is not a setting, which has a colon and a space after its name: write rank: 8"),
+        ("model tiny\nrank: 8\n", "run.yaml:1: 'model tiny' is not a setting"),
+        ("model: tiny\nrank:8\nalpha: 2\n", "run.yaml:2: 'rank:8' is not a setting"),
+        ("rank = 8\n", "write rank: 8"),
+        ("model: tiny\n rank: 8\n", "run.yaml:2: 'rank: 8' can't be read: begin the line without spaces"),
+        ("prompts: Say: hi\n", "run.yaml:1: 'prompts: Say: hi' can't be read: put quotes around a value with a colon"),
+        ("prompts:\n  - a\n  - rank 8\nrank 9\n", "run.yaml:4: 'rank 9' is not a setting"),
+    ],
+)  # fmt: skip
+def test_the_line_that_is_wrong_is_named(text: str, told: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read("-c", str(tmp_path / "run.yaml"))
+    assert told in str(error.value)
+
+
+def test_null_is_a_value_that_may_be_written(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("rank: null\niters: ~\n")
     assert read("-c", str(tmp_path / "run.yaml")) == configure(TrainConfig, {})
 
 
@@ -324,7 +355,10 @@ _OF_TRAIN = "is a flag of the command mlx_loraplus.train alone: leave it out"
         ({"kto_weights": []}, "kto_weights must have 2 values, not []"),
         ({"dryrun": True}, f"dryrun is not a setting (dry_run {_OF_TRAIN})"),
         ({"dry_run": True}, f"dry_run is not a setting (it {_OF_TRAIN})"),
-        ({"system_prompt": "Be brief."}, "system_prompt is not a setting"),
+        (
+            {"system_prompt": "Be brief."},
+            "system_prompt is not a setting: the rows hold system prompts, in a field system or in a message with the role system",
+        ),
     ],
 )
 def test_values_that_are_refused_are_described(setting: dict[str, Any], told: str):

@@ -196,7 +196,10 @@ def test_what_has_no_counterpart_names_ours(words: str, told: str):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("lora_parameters: {rank: 8, alpha: 16}", "mlx-lm calls it scale"),
+        (
+            "lora_parameters: {rank: 8, alpha: 16}",
+            "alpha is unknown: mlx-lm has scale, which is alpha / rank: write scale: 2 instead, or alpha: 16",
+        ),
         ("lora_parameters: 8", "lora_parameters must hold settings, not 8"),
         ("lora_parameters: {scale: big}", "both must be numbers"),
         (

@@ -165,7 +165,7 @@ def check_rank(path: str, module: nn.Module, config: AdapterConfig) -> None:
     smaller = min(base_shape(module))
     if is_limited and config.rank is not None and config.rank > smaller:
         raise ConfigError(
-            f"rank {config.rank} is above {smaller}, the smaller side of {path}: lower it"
+            f"--rank {config.rank} is above {smaller}, the smaller side of {path}: lower it"
         )
 
 

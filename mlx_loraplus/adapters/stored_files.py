@@ -102,7 +102,11 @@ def adapter_files(path: Path) -> tuple[Path, str]:
         if is_gguf(path):
             raise AdapterError(_about_gguf(path))
         if path.is_file():
-            raise AdapterError(f"{path} is a file other than {WEIGHTS}: give the adapter's folder")
+            is_beside = (path.parent / CONFIG).is_file()
+            folder = f", {path.parent}" if is_beside else ""
+            raise AdapterError(
+                f"{path} is a file other than {WEIGHTS}: give the adapter's folder{folder}"
+            )
         return path, WEIGHTS
 
     is_checkpoint = re.fullmatch(rf"[0-9]+_{re.escape(WEIGHTS)}", path.name)
@@ -131,6 +135,8 @@ def _no_folder(path: Path) -> str:
         hint = f" (a weight follows its adapter and a colon, as in my_run:{path.name})"
     if ":" in path.name:
         hint = f" (a weight after a colon is a number, as in {path.name.partition(':')[0]}:0.7)"
+    if str(path) in MODELS:
+        hint = f" (a model without an adapter is given as --model {path})"
     if " " in path.name and not hint:
         hint = " (a prompt follows --prompt)"
     return f"there is no folder {path}{hint}: give the folder of a run or an adapter"
@@ -323,7 +329,8 @@ def check_names_model(name: str) -> None:
         check_not_peft(Path(name))
         raise ConfigError(
             f"--model {name} holds an adapter, not a model: give its model, --model"
-            f" {model_for(None, name)} (to train the adapter further, --resume-adapter-file {name})"
+            f" {model_for(None, name)} (--resume-adapter-file {name} trains the adapter further, in"
+            " mlx_loraplus.train)"
         )
 
 

@@ -33,7 +33,9 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
     for before, pair in pairwise(["", *pairs]):
         name, _, column = pair.partition("=")
         if name in names:
-            problems.append(f"fields: {name} is given twice; to join columns, {name}='{{a}} {{b}}'")
+            problems.append(
+                f"--fields: {name} is given twice; to join columns, {name}='{{a}} {{b}}'"
+            )
         names[name] = column
         if name not in known or not column:
             problems.append(_pair_problem(pair, before, known))
@@ -41,8 +43,8 @@ def parse_names(pairs: Sequence[str]) -> dict[str, str]:
             problems += _template_problems(name, column)
         elif found := re.findall(rf"[\s,](?:{'|'.join(known)})=", column):
             problems.append(
-                f"fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write them"
-                " apart, as in --fields prompt=query completion=reply"
+                f"--fields: {pair!r:.80} is {counted(len(found) + 1, 'pair')} in one text: write"
+                " them apart, as in --fields prompt=query completion=reply"
             )
     if problems:
         raise ConfigError(join_problems(problems))
@@ -58,7 +60,7 @@ def _pair_problem(pair: str, before: str, known: Sequence[str]) -> str:
         known: The names of fields.
     """
     name, equals, column = pair.partition("=")
-    wrong = f"fields: {pair:.80} is not of the form field=column"
+    wrong = f"--fields: {pair:.80} is not of the form field=column"
     if column in known:
         return f"{wrong} (the field comes first: {column}={name})"
     if ":" in name and name.partition(":")[0] in known:
@@ -75,11 +77,12 @@ def _template_problems(name: str, template: str) -> list[str]:
     """Return what is wrong with the template of a field."""
     if name in _NOT_TEXT:
         return [
-            f"fields: {name} holds messages, tools or a label, so it is one column, not a template"
+            f"--fields: {name} holds messages, tools or a label, so it is one column, not a"
+            " template"
         ]
     try:
         parse_template(template)
     except ValueError as error:
         hint = _ADD_QUOTES if template.count("{") > template.count("}") else ""
-        return [f"fields: {name}={template!r:.80} is not a template: {error}{hint}"]
+        return [f"--fields: {name}={template!r:.80} is not a template: {error}{hint}"]
     return []

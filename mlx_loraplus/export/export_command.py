@@ -10,7 +10,7 @@ from ..command_config import ExportConfig
 from ..errors import ConfigError, join_problems
 from ..files import Contents, check_free, replacing_folder
 from ..setting_types import Read, Written
-from ..userpaths import public_name, shell_word
+from ..userpaths import shell_word
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -46,7 +46,7 @@ def check(config: ExportConfig) -> None:
         problems.append("a LoRA in GGUF does not name its base: give --model")
 
     if config.merged is not None and config.to != "gguf":
-        problems.append("merged is for --to gguf only: leave it out")
+        problems.append("--merged is for --to gguf only: leave it out")
 
     if config.to != "hub" and config.repo_id:
         problems.append(f"--repo-id {config.repo_id!r:.80} is for --to hub: leave it out")
@@ -181,12 +181,32 @@ def _write_peft(loaded: _Loaded, folder: Path, log: Callable[[str], None]) -> No
     """Write the adapter for PEFT, and report anything that could make loading fail."""
     from .peft import unchecked_names, write_peft
 
-    refusals = write_peft(loaded.model, public_name(loaded.source.base), folder)
+    base, note = _base_for_peft(loaded.source.base)
+    if note:
+        log(note)
+    refusals = write_peft(loaded.model, base, folder)
     if refusals:
         problems = join_problems(refusals, most=3)
         log(f"PEFT loads this adapter, but vLLM does not serve it as it is: {problems}")
     if line := unchecked_names(loaded.model):
         log(line)
+
+
+def _base_for_peft(base: str) -> tuple[str, str]:
+    """Return the name of the base for PEFT, and a note on it if it is a path; "" otherwise."""
+    path = Path(base).expanduser()
+    setting = "base_model_name_or_path in adapter_config.json"
+    if path.is_file():
+        return path.name, (
+            f"PEFT can't load {path.name} as the base: set {setting} to the hub id or the folder of"
+            " the model that the file was made from"
+        )
+    if path.is_dir():
+        return str(path.absolute()), (
+            f"PEFT will look for the base in {path.absolute()}: before you publish the adapter, set"
+            f" {setting} to the base's hub id"
+        )
+    return base, ""
 
 
 def _write_merged_gguf(config: ExportConfig, loaded: _Loaded, folder: Path) -> None:
@@ -216,10 +236,20 @@ def _write_gguf_lora(
 
     # The base is not copied, so the user has to place it in this folder.
     base = Path(loaded.source.name)
-    remedy = "put it there, or export with --merged q8_0, which needs no base"
+    place = shell_word(Path(config.save_path) / "base.gguf")
     if base.suffix.lower() == ".gguf":
-        link = Path(config.save_path) / "base.gguf"
-        remedy = f"run ln -s {shell_word(base.resolve())} {shell_word(link)}"
+        remedy = f"run ln -s {shell_word(base.resolve())} {place}"
+    else:
+        made = f"{Path(config.save_path)}_base"
+        command = (
+            f"mlx_loraplus.export {shell_word(loaded.source.path)} --to gguf --merged f16"
+            f" --save-path {shell_word(made)}"
+        )
+        remedy = (
+            "export again with --merged q8_0, which needs no base, or make it from the base that"
+            f" the adapter was trained on: {command} && mv {shell_word(f'{made}/model.gguf')}"
+            f" {place}"
+        )
     log(f"the Modelfile expects the base as base.gguf in the same folder; {remedy}")
 
 

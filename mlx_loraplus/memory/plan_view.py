@@ -15,7 +15,7 @@ from ..config import TrainConfig
 from ..data.batches import round_up
 from ..device import gb, simulate_mac, this_machine
 from ..errors import ConfigError, counted, nearest
-from ..files import write_atomically
+from ..files import describe_contents, write_atomically
 from ..files.page_path import check_save_path
 from ..keyword_types import PlanOptions, StrPath
 from ..migration import translate
@@ -26,6 +26,7 @@ from ..pages.pages import render_notebook, render_page
 from ..python_messages import in_keywords, speak_keywords
 from ..rich_display import RichDisplay
 from ..settings import configure
+from ..userpaths import shell_word
 from .display_advice import display_advice
 from .estimate import Memory
 from .plan import MemoryPlan, memory_plan_of
@@ -252,6 +253,11 @@ def _check_no_run(path: Path) -> None:
                 f"{path} is {kind}, not a family of models: mlx_loraplus.plan -c {path / file}"
                 " plans with its settings"
             )
+    if describe_contents(path).startswith("data"):
+        raise ConfigError(
+            f"{path} holds data, not a family of models: rows go to --data, as in mlx_loraplus.plan"
+            f" --data {shell_word(path)}"
+        )
     if is_adapter(path):
         raise ConfigError(
             f"{path} is an adapter, not a family of models: --model {model_for(None, path)} is its"

@@ -34,7 +34,7 @@ def resolve_length(
         raise ConfigError(_does_not_fit(plan, rows, 64))
 
     held = counted(rows, "row")
-    log(f"max_seq_length is {length:,}, the longest for {held} at a time in {gb(plan.budget)}")
+    log(f"--max-seq-length is {length:,}, the longest for {held} at a time in {gb(plan.budget)}")
     return replace(config, data=replace(config.data, max_seq_length=length))
 
 
@@ -60,7 +60,10 @@ def resolve_batch(
     size = plan.batch_size(length)
     rows = config.objective.rows_per_example * size
     needed, budget = gb(plan.memory(rows, length).total), gb(plan.budget)
-    log(f"batch_size is {size}: with rows of up to {length:,} tokens it takes {needed} of {budget}")
+    log(
+        f"--batch-size is {size}: with rows of up to {length:,} tokens it takes {needed} of"
+        f" {budget}"
+    )
     return replace(config, data=replace(config.data, batch_size=size))
 
 

@@ -15,6 +15,7 @@ from ..files import describe_contents, describe_entry, is_not_ordinary_file, rea
 from ..hub_access import hub_reachable, reason_of
 from ..userpaths import similar_paths
 from .known_models import CHOSEN_BY_MEMORY, KNOWN, MODELS, Package, gemma_for, without_gpu
+from .model_name_check import MODEL_NAMES
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt")
 """The suffixes of files that mlx-lm, transformers or this package read in a model's folder."""
@@ -133,7 +134,8 @@ def find_model(name: str) -> ModelSource:
     local = Path(name).expanduser()
     if local.suffix.lower() == ".gguf" and not local.is_dir():
         if not local.is_file():
-            raise ModelError(f"there is no file {name}{similar_paths(local, _GGUF)}")
+            hint = similar_paths(local, _GGUF)
+            raise ModelError(f"there is no file {name}{hint}: give {MODEL_NAMES}")
         from .gguf.convert import convert_gguf, describe_conversion
 
         return ModelSource(name, convert_gguf(local), describe_conversion(local))
@@ -146,8 +148,7 @@ def find_model(name: str) -> ModelSource:
         return ModelSource(name, _cached_snapshot(name) or _download(name))
     raise ModelError(
         f"there is no model {name!r}{nearest(name, MODELS) or similar_paths(local, _GGUF)}; "
-        "allowed are a hub id (org/name), a folder, a .gguf file, or a name that"
-        " mlx_loraplus.train --list-models prints"
+        f"allowed are {MODEL_NAMES}"
     )
 
 

@@ -7,6 +7,12 @@ from ..files import describe_entry
 from ..hub_access import hub_id_in
 from ..userpaths import similar_paths
 
+MODEL_NAMES = (
+    "a hub id (org/name), a folder, a .gguf file, or a name that mlx_loraplus.train --list-models"
+    " prints"
+)
+"""What a model may be given as."""
+
 
 def check_model_path(name: str) -> None:
     """Check that a name is not a file of another kind, a web address, or a missing path.
@@ -32,6 +38,9 @@ def check_model_path(name: str) -> None:
         hint = f": give its hub id, {hub_id}" if hub_id else ": give a hub id or a folder"
         raise ModelError(f"{name!r:.200} is an address, not a model{hint}")
 
-    # Only paths begin like this.
-    if name.startswith((".", "~", "/")) and not path.exists():
-        raise ModelError(f"there is no folder or file {name!r}{similar_paths(path, ('.gguf',))}")
+    # Only paths begin or end like this.
+    is_path = name.startswith((".", "~", "/")) or path.suffix.lower() == ".gguf"
+    if is_path and not path.exists():
+        hint = similar_paths(path, (".gguf",))
+        kind = "file" if path.suffix.lower() == ".gguf" else "folder or file"
+        raise ModelError(f"there is no {kind} {name!r}{hint}: give {MODEL_NAMES}")

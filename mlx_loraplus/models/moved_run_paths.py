@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..settings import read_settings, settings_of
+from ..settings import settings_of
+from ..settings_file import read_settings
 from .known_models import MODELS
 
 if TYPE_CHECKING:

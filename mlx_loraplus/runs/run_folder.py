@@ -11,7 +11,8 @@ from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import Contents, check_apart, check_contents
 from ..models.save_model_folder import MODEL_CONFIG, MODEL_WEIGHTS
-from ..settings import current_names, read_settings, setting_names
+from ..settings import current_names, setting_names
+from ..settings_file import read_settings
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
 

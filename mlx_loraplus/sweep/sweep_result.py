@@ -27,6 +27,8 @@ from .trial import Point, Trial
 PREFERRED = "chosen answers preferred"  # the name of a trial's accuracy if answers are compared
 SETTINGS, BEST = "sweep.yaml", "best.yaml"  # in the sweep's folder
 
+_FEWEST_STEPS = 20  # of a full run; after fewer, most rates have not yet shown what they do
+
 # Student's t for 1, 2, ... degrees of freedom, one-sided, at 5%.
 _STUDENT = (6.31, 2.92, 2.35, 2.13, 2.02, 1.94, 1.89)
 
@@ -115,7 +117,7 @@ class Sweep(RichDisplay):
         best, losses = next(iter(finalists.items()))
         if best == self.default:
             found = _with_noise(losses)
-            return f"the defaults are fine: no trial had a lower loss ({best}: {found})"
+            return f"train with the defaults: no trial had a lower loss ({best}: {found})"
         if self.default not in finalists:
             found = _with_noise(losses)
             return f"train with {best} ({found}): the defaults diverged ({self.default})"
@@ -126,8 +128,8 @@ class Sweep(RichDisplay):
         gain, noise = self.gain
         if gain <= noise:
             return (
-                f"the defaults are fine: {best} is {gain:.4f} better, which is within the noise of"
-                f" {noise:.4f}"
+                f"train with the defaults: {best} is {gain:.4f} better, which is within the noise"
+                f" of {noise:.4f}"
             )
         return (
             f"train with {best}: its loss is {gain:.4f} below that of the defaults "
@@ -147,8 +149,14 @@ class Sweep(RichDisplay):
         return None
 
     def advice(self) -> list[str]:
-        """Return lines on what to try next: lower rates, or values beyond the edge of the grid."""
+        """Return lines on what to try next: more steps, lower rates, or values beyond the grid."""
         lines: list[str] = []
+        if self.finalists() and self.config.iters < _FEWEST_STEPS:
+            steps = counted(self.config.iters, "step")
+            lines.append(
+                f"runs of {steps} are too short to compare rates: give iters the steps that you"
+                f" mean to train, and at least {_FEWEST_STEPS}"
+            )
         if (fall := self.fall_of_chosen()) is not None:
             remedy = remedy_for_fall(self.config.objective.objective)
             lines.append(f"with {self.best}, {fall}: {remedy}")
@@ -184,7 +192,8 @@ class Sweep(RichDisplay):
     def _values_at_an_edge(self) -> dict[str, list[float]]:
         """Return the settings whose best value is the lowest or the highest → all their values."""
         edges: dict[str, list[float]] = {}
-        if not self.finalists():
+        # If a point only seems better than the defaults, the trials do not tell its values apart.
+        if next(iter(self.finalists()), None) != self.best:
             return edges
         for name in ("learning_rate", "lr_ratio"):
             tried = sorted({getattr(trial.point, name) for trial in self.trials})

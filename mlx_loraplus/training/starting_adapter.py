@@ -44,7 +44,8 @@ from ..errors import ConfigError, join_problems
 from ..models.loading import shared_copy
 from ..runs.history import SETTINGS
 from ..runs.progress import Log
-from ..settings import configure, read_settings, settings_of
+from ..settings import configure, settings_of
+from ..settings_file import read_settings
 from .checkpoint import Checkpoint
 from .run_checks import check_fresh
 

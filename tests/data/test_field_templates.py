@@ -52,7 +52,7 @@ def test_a_row_that_lacks_a_column_is_bad(row: dict, told: str):
 
 
 def test_a_field_that_is_given_twice_is_refused():
-    with pytest.raises(ConfigError, match=r"^fields: prompt is given twice; .*prompt='{a} {b}'$"):
+    with pytest.raises(ConfigError, match=r"^--fields: prompt is given twice; .*prompt='{a} {b}'$"):
         parse_names(["prompt=q", "prompt=r"])
 
 
@@ -62,5 +62,5 @@ def test_a_field_that_is_given_twice_is_refused():
      "messages={a}", "tools={a}"],
 )  # fmt: skip
 def test_what_is_no_template_is_refused(pair: str):
-    with pytest.raises(ConfigError, match=r"^fields: [^\n]*template"):
+    with pytest.raises(ConfigError, match=r"^--fields: [^\n]*template"):
         parse_names([pair])

@@ -1,6 +1,9 @@
 """mlx_loraplus.export as typed: files whole or none, one line where it can't be, and the hub."""
 
 import json
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from mlx_loraplus.adapters.storage import write_adapter
 from mlx_loraplus.export import transformers_names
 from mlx_loraplus.export.__main__ import main
 from mlx_loraplus.export.written_files import GGUF, PEFT, kept_files_note
+from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.models.loading import load_folder
 from tests.export.test_gguf_lora import adapted
 
@@ -155,6 +159,48 @@ def test_other_files_stay_beside_what_is_replaced(
     )
 
 
+@pytest.mark.parametrize(
+    ("base", "name", "note"),
+    [
+        (
+            "model",
+            "{place}/model",
+            "PEFT will look for the base in {place}/model: before you publish",
+        ),
+        (
+            "tiny.gguf",
+            "tiny.gguf",
+            "PEFT can't load tiny.gguf as the base: set base_model_name_or_path",
+        ),
+    ],
+)
+def test_a_base_without_a_hub_id_is_named_for_peft(
+    place: Path, base: str, name: str, note: str, capsys: pytest.CaptureFixture[str]
+):
+    if base == "tiny.gguf":
+        write_adapter(adapted(load(str(place / base))[0]), place / "run")
+    main([*words(place, "--to", "peft"), "--model", str(place / base)])
+    assert note.format(place=place) in capsys.readouterr().out
+    config = json.loads((place / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == name.format(place=place)
+
+
+def test_the_base_of_a_lora_in_gguf_is_made_as_the_export_says(
+    place: Path, capsys: pytest.CaptureFixture[str]
+):
+    # A folder whose tokenizer GGUF can express
+    source = find_model(str(place / "tiny.gguf")).path
+    shutil.copytree(source, place / "base")
+    write_adapter(adapted(load(str(place / "base"))[0]), place / "run")
+    main([*words(place, "--to", "gguf"), "--model", str(place / "base")])
+
+    said = capsys.readouterr().out
+    (command,) = re.findall(r"mlx_loraplus\.export (.*) && mv (\S+) (\S+)", said)
+    main(shlex.split(command[0]))
+    assert Path(command[1]).is_file()
+    assert Path(command[2]) == place / "out/base.gguf"
+
+
 @pytest.mark.parametrize("base", ["model", "tiny.gguf"])
 @pytest.mark.parametrize(
     "more",
@@ -189,6 +235,10 @@ def test_nothing_that_is_written_has_a_path_of_this_machine(
                 content
             )  # an imported adapter is for this machine: it names its base
             assert config.pop("model") == str(place / base)
+            content = json.dumps(config).encode()
+        if (more, base, file.name) == (["--to", "peft"], "model", "adapter_config.json"):
+            config = json.loads(content)  # PEFT finds the base by its path, which a note tells
+            assert config.pop("base_model_name_or_path") == str(place / base)
             content = json.dumps(config).encode()
         assert str(place).encode() not in content, file.name
         assert place.name.encode() not in content, file.name

@@ -227,8 +227,8 @@ def test_trials_that_no_sweep_wrote_are_refused(place: Path, tmp_path: Path, lin
     ("default", "other", "verdict", "best"),
     [
         ([0.5, 0.6, 0.7], [0.3, 0.4, 0.5], "train with", OTHER),
-        ([0.5, 0.6, 0.7], [0.3, 0.8, 0.4], "the defaults are fine: .* within the noise", DEFAULT),
-        ([0.5, 0.6, 0.7], [0.6, 0.7, 0.8], "the defaults are fine: no trial", DEFAULT),
+        ([0.5, 0.6, 0.7], [0.3, 0.8, 0.4], "train with the defaults: .* within the noise", DEFAULT),
+        ([0.5, 0.6, 0.7], [0.6, 0.7, 0.8], "train with the defaults: no trial", DEFAULT),
         ([math.inf, 0.6, 0.7], [0.6, 0.7, 0.8], "the defaults diverged", OTHER),
         ([0.5], [0.4], "one seed does not show the noise", OTHER),
     ],
@@ -242,9 +242,10 @@ def test_the_verdict_knows_the_noise(default, other, verdict, best):
 def test_a_best_value_at_an_edge_asks_for_wider_ones():
     points = [Point(rate, ratio, 8, 16.0) for rate in (1e-4, 4e-4) for ratio in (1.0, 4.0, 16.0)]
     trials = [
-        Trial(point, 6, 0, 1.0 + abs(number - 1), 0, 1.0, 6) for number, point in enumerate(points)
+        Trial(point, 60, 0, 1.0 + abs(number - 1), 0, 1.0, 60)
+        for number, point in enumerate(points)
     ]
-    sweep = Sweep(SweepConfig(iters=6, adapter_path="found"), points[0], trials, "finished")
+    sweep = Sweep(SweepConfig(iters=60, adapter_path="found"), points[0], trials, "finished")
     (line,) = sweep.advice()
     assert (
         line
@@ -266,9 +267,22 @@ def test_a_best_value_at_an_edge_asks_for_wider_ones():
     assert wider in html.unescape(re.sub("</?span.*?>", "", sweep_page(sweep).decode()))
 
     # A best value within the grid needs nothing more.
-    sweep.trials = [*trials, Trial(Point(5e-5, 4.0, 8, 16.0), 6, 0, 9.0, 0, 1.0, 6)]
+    sweep.trials = [*trials, Trial(Point(5e-5, 4.0, 8, 16.0), 60, 0, 9.0, 0, 1.0, 60)]
     assert sweep.advice() == []
     assert sweep.widen_command() is None
+
+
+def test_within_the_noise_no_wider_grid_is_advised():
+    sweep = made([0.5, 0.6, 0.7], [0.3, 0.8, 0.4])
+    assert "within the noise" in sweep.verdict()
+    assert sweep.widen_command() is None
+
+
+@pytest.mark.parametrize(("iters", "is_short"), [(5, True), (19, True), (20, False), (60, False)])
+def test_short_runs_are_pointed_out(iters: int, is_short: bool):
+    trials = [Trial(DEFAULT, iters, seed, 0.5, 0, 1.0, iters) for seed in range(2)]
+    sweep = Sweep(SweepConfig(iters=iters), DEFAULT, trials, "finished")
+    assert any("too short to compare rates" in line for line in sweep.advice()) == is_short
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_dry_run_needs_no_more_than_training_to_resume(
     ("more", "problem"),
     [
         (["--target-modules", "q_prj"], "nothing matches 'q_prj'"),
-        (["--rank", "1000"], "rank 1000 is above"),
+        (["--rank", "1000"], "--rank 1000 is above"),
         (["--num-layers", "9"], "--num-layers 9 is above"),
         (["--patience", "2", "--valid-split", "0"], "patience needs validation examples"),
         (["--resume-adapter-file", "nowhere"], "nowhere"),

@@ -17,7 +17,8 @@ from mlx_loraplus.device import Machine
 from mlx_loraplus.errors import LoRAPlusError
 from mlx_loraplus.kernels.choices import StepChoices, default_choices
 from mlx_loraplus.memory.plan import MemoryPlan, memory_plan_of
-from mlx_loraplus.settings import configure, read_settings
+from mlx_loraplus.settings import configure
+from mlx_loraplus.settings_file import read_settings
 from mlx_loraplus.training import step_choices, validation
 from mlx_loraplus.training.checkpoint import checkpoint_folder, read_checkpoint
 from mlx_loraplus.training.fastest_step import OpenChoices, StepTiming, StepWay
