@@ -2,6 +2,9 @@
 
 import mlx_loraplus  # noqa: F401, I001  before mlx: it gives MLX a fast BLAS
 
+import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,19 @@ def test_without_a_folder_a_command_uses_the_default_run(
     assert "as in mlx_loraplus.export adapters --to gguf" in error_of("export", capsys)
     cli.main(["fuse"])
     assert (here / "fused_model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_config.json"])
+def test_a_broken_adapter_of_a_run_is_written_again(
+    in_workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
+    run = tmp_path / "a run"
+    shutil.copytree("run", run)
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole[:20])
+    said = error_of(f"generate '{run}' --prompt hi", capsys)
+    command = re.search(r"; mlx_loraplus\.(train .*) writes it again", said)
+    assert command is not None
+    cli.main(shlex.split(command[1]))
+    assert (run / name).read_bytes() == whole
+    cli.main(["generate", str(run), "--prompt", "hi"])

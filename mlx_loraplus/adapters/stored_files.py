@@ -24,6 +24,7 @@ WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 MODULES = "modules.safetensors"
 RUN_SETTINGS = "run.yaml"  # a run's settings, beside its adapter
+CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 
 UNKNOWN_MODEL = "model loaded elsewhere"  # how a run describes a model without a name
 
@@ -194,7 +195,7 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
             f"{path} is not an adapter's config: {join_problems(problems)}{hint}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from None
+        raise AdapterError(f"{path} is not JSON: {error}; {_how_to_restore(path)}") from None
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -218,8 +219,19 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         details = " ".join(str(error).split())[:200]
-        raise AdapterError(f"{path} is broken or cut off: {details}") from None
+        raise AdapterError(
+            f"{path} is broken or cut off: {details}; {_how_to_restore(path)}"
+        ) from None
     return weights
+
+
+def _how_to_restore(path: Path) -> str:
+    """Return how to get a file of an adapter again."""
+    settings = path.parent / RUN_SETTINGS
+    if settings.is_file() and (path.parent / CHECKPOINTS).is_dir():
+        command = f"mlx_loraplus.train -c {shell_word(settings)} --resume"
+        return f"{command} writes it again, from the last checkpoint"
+    return "copy the file again"
 
 
 def _check_type(path: Path, name: str, dtype: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
+from ..adapters.stored_files import CHECKPOINTS, CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import Contents, check_apart, check_contents
@@ -16,7 +16,6 @@ from ..settings_file import read_settings
 from .history import FUSED, HISTORY, PLOT, REPORT, RESIDUALS, SETTINGS, TRACKERS, read_history
 from .state import BAD_BATCH
 
-CHECKPOINTS = "checkpoints"
 FILES = (
     WEIGHTS,
     CONFIG,

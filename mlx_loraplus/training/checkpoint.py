@@ -35,7 +35,14 @@ from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
-from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, is_model_folder, read_weights
+from ..adapters.stored_files import (
+    CHECKPOINTS,
+    CONFIG,
+    MODULES,
+    WEIGHTS,
+    is_model_folder,
+    read_weights,
+)
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError, counted
 from ..files import (
@@ -49,7 +56,7 @@ from ..files import (
 )
 from ..runs.history import HISTORY, current_keys, encode_history, read_history
 from ..runs.progress import Log, no_log
-from ..runs.run_folder import CHECKPOINTS, check_names, check_unused, is_run, no_run
+from ..runs.run_folder import check_names, check_unused, is_run, no_run
 from ..runs.state import Event, Progress
 from .optimizer import LoRAPlus
 from .run_fingerprint import RunFingerprint, compare_settings

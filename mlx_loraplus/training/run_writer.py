@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_trained
-from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
+from ..adapters.stored_files import CHECKPOINTS, CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..device import gb
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError
@@ -29,7 +29,6 @@ from ..runs.run_folder import holds_full_run, newest_step
 from ..runs.start_event import versions
 from ..runs.state import BAD_BATCH, Event, Outcome
 from .checkpoint import (
-    CHECKPOINTS,
     checkpoint_folder,
     load_best,
     remove_checkpoints,

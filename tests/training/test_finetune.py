@@ -9,12 +9,13 @@ from mlx_lm import load as stock_load
 from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
+from mlx_loraplus.adapters.stored_files import CHECKPOINTS
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all
 from mlx_loraplus.models.find_model import find_model
 from mlx_loraplus.runs.history import PLOT, REPORT, RESIDUALS, SETTINGS
-from mlx_loraplus.training.checkpoint import CHECKPOINTS, HISTORY
+from mlx_loraplus.training.checkpoint import HISTORY
 
 # Mean training loss of the first five and the last three of the 8 steps below, as recorded; BLAS
 # builds round differently.
