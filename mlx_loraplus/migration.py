@@ -20,7 +20,7 @@ from .foreign_names import (
     ForeignSetting,
     find_foreign,
 )
-from .mlx_lm_schedule import read_schedule
+from .mlx_lm_schedule import read_schedule, unused_parts
 from .settings import configure, current_names, setting_names
 from .translation import Translation, about_block, value_text
 
@@ -134,6 +134,8 @@ def _line(work: Translation, names: list[str]) -> str:
     has_rate = work.get("learning_rate", None) is not None
     if has_b and has_rate and work.get("lr_ratio", None) is None:
         parts.append(f"B learns at {LR_RATIO:g} times this rate (--lr-ratio 1: at the same rate)")
+    if "mlx-lm" in programs:
+        parts += work.notes_on_loss()
     source = f"{programs[0]}'s settings" if len(programs) == 1 else " and ".join(programs)
     return f"{source}: {'; '.join(work.finished(parts)) or 'nothing to translate'}"
 
@@ -305,15 +307,20 @@ def _translate_lr_schedule(work: Translation, name: str, value: Any) -> None:
         return
 
     # In mlx-lm, the schedule's own rate is used instead of learning_rate.
-    work.ours.pop("learning_rate", None)
+    rate = work.ours.pop("learning_rate", None)
     work.put(name, value["name"], found)
+    if rate is not None and _number(rate) != found["learning_rate"]:
+        work.leave_out("learning_rate", f"{work.spell(name)} sets the rate")
+    for part, reason in unused_parts(value):
+        work.left_out.append(f"{work.spell(name)}'s {part} ({reason})")
 
 
 def _translate_max_steps(work: Translation, name: str, value: Any) -> None:
     """Translate max_steps, which is -1 by default, and overrides the epochs otherwise."""
     if value == -1:
         return
-    work.foreign.pop("num_train_epochs", None)
+    if work.foreign.pop("num_train_epochs", None) is not None:
+        work.leave_out("num_train_epochs", f"{work.spell(name)} overrides it")
     work.put(name, value, {"iters": value})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
+from .translation import value_text
 
 _NEAR_ZERO = 0.1  # a schedule that ends below this fraction of its peak counts as ending at zero
 _NEAR_END = 0.15  # a schedule may end this fraction of the run before or after the last step
@@ -21,6 +22,7 @@ _ARGUMENTS = {
     "cosine_decay": "[start, steps] or [start, steps, end]",
     "linear_schedule": "[start, end, steps]",
 }
+_PARTS = ("name", "arguments", "warmup", "warmup_init")
 _ALLOWED = "cosine_decay and linear_schedule"
 
 
@@ -51,6 +53,20 @@ def read_schedule(value: Any, steps: int | None) -> dict[str, Any]:
             f" schedules here end at the last step{advice}"
         )
     return {"learning_rate": start, "schedule": _SCHEDULES[name], "warmup": warmup}
+
+
+def unused_parts(value: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the parts of a schedule that ``read_schedule`` does not use, as (part, reason)."""
+    parts: list[tuple[str, str]] = []
+    _, warmup, (_, _, end) = _read_parts(value)
+    if end:
+        parts.append((f"end {end:g}", "schedules end at 0 here"))
+    if value.get("warmup_init"):
+        reason = "a warm-up begins at 0 here" if warmup else "there is no warm-up"
+        parts.append((f"warmup_init {value_text(value['warmup_init'])}", reason))
+
+    unknown = [name for name in value if name not in _PARTS]
+    return parts + [(str(name), "mlx-lm does not read it either") for name in unknown]
 
 
 def _read_parts(value: Any) -> tuple[str, int, tuple[float, float, float]]:

@@ -77,6 +77,17 @@ class Translation:
         named = () if self.as_flags else [*self.known, *FOREIGN_NAMES]
         return [in_names(message, named) for message in messages]
 
+    def notes_on_loss(self) -> list[str]:
+        """Return a note on what is learned, where mlx-lm learns more and nothing says what."""
+        is_given = self.get("train_on", None) is not None
+        is_sft = self.get("objective", "sft") == "sft"
+        if is_given or not is_sft or "train_on" not in self.known:
+            return []
+        return [
+            "the loss is over the answers only, as with mlx-lm's mask_prompt (--train-on"
+            " everything: over all of the text, as mlx-lm does by default)"
+        ]
+
     def get(self, name: str, default: Any) -> Any:
         """Return the value of one of this package's settings."""
         return {**self.stored, **self.ours, **self.context}.get(name, default)

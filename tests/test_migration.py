@@ -84,6 +84,48 @@ def test_a_file_of_mlx_lm_is_read_and_told_in_one_line(
     assert "scale 20 → alpha 80" in told
     assert "save_every 100 → steps_per_save 100" in told
     assert "left out: val_batches (all of the rows are used)" in told
+    for part in (
+        "learning_rate (lr_schedule sets the rate)",
+        "lr_schedule's end 1e-07 (schedules end at 0 here)",
+        "lr_schedule's warmup_init 1e-07 (a warm-up begins at 0 here)",
+    ):
+        assert part in told
+    assert "the loss is over" not in told, "mask_prompt says what is learned"
+
+
+def test_what_a_schedule_has_besides_is_told(capsys: pytest.CaptureFixture[str]):
+    schedule = {
+        "name": "linear_schedule",
+        "arguments": [1e-4, 1e-6, 100],
+        "warmup_init": 1e-6,
+        "decay": 2,
+    }
+    translate(TrainConfig, {"lr_schedule": schedule, "iters": 100})
+    told = capsys.readouterr().err
+    assert "lr_schedule's end 1e-06 (schedules end at 0 here)" in told
+    assert "lr_schedule's warmup_init 1e-06 (there is no warm-up)" in told
+    assert "lr_schedule's decay (mlx-lm does not read it either)" in told
+    translate(TrainConfig, {"lr_schedule": {"name": "cosine_decay", "arguments": [1e-4, 100]}})
+    assert "left out" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_told"),
+    [
+        ({"save_every": 5}, True),
+        ({"save_every": 5, "train_on": "last"}, False),
+        ({"save_every": 5, "mask_prompt": False}, False),
+        ({"save_every": 5, "objective": "dpo"}, False),
+        ({"lora_alpha": 16}, False),
+    ],
+)
+def test_what_is_learned_is_told_to_who_comes_from_mlx_lm(
+    capsys: pytest.CaptureFixture[str], settings: dict[str, Any], *, is_told: bool
+):
+    translate(TrainConfig, settings)
+    told = capsys.readouterr().err
+    line = "the loss is over the answers only, as with mlx-lm's mask_prompt (train_on everything:"
+    assert (line in told) == is_told
 
 
 def test_the_scale_is_that_of_mlx_lm(tmp_path: Path):

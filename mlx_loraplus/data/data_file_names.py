@@ -51,16 +51,26 @@ def check_shards(files: Sequence[Path]) -> None:
 
 
 def find_unused(folder: Path, used: Collection[Path]) -> list[str]:
-    """Return a note on the files of a folder that look like data but are not used, if any."""
+    """Return notes on the files of a folder that look like data but are not used, if any."""
     names: list[str] = []
     for path in sorted(folder.iterdir()):
         is_compressed = path.suffix.lower() in _COMPRESSED
         suffix = Path(path.stem).suffix if is_compressed else path.suffix
         if suffix.lower() in READERS and path not in used and path.is_file():
             names.append(path.name)
-    if not names:
-        return []
-    return [
-        f"files in {folder} that are not used: {', '.join(names):.200}; the files that are used"
-        " are named train, valid or test, and are not compressed"
-    ]
+
+    # Tools have a place of their own, in the rows.
+    notes: list[str] = []
+    tools = [name for name in names if Path(name).stem.lower() == "tools"]
+    others = [name for name in names if name not in tools]
+    if tools:
+        notes.append(
+            f"training does not read {', '.join(tools)} in {folder}: a row's tools are those in its"
+            " field 'tools' (generate takes such a file as --tools)"
+        )
+    if others:
+        notes.append(
+            f"training does not read {', '.join(others):.200} in {folder}: it reads files that are"
+            " named train, valid or test, and are not compressed"
+        )
+    return notes

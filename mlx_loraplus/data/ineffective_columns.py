@@ -5,7 +5,7 @@ row with a weight of 0 is refused, because it would otherwise be trained on. Oth
 those with token ids or the name of a split, are reported.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .messages import SWITCHES, BadRowError, parse_json
@@ -32,9 +32,11 @@ _NUMBERS = {"true": 1.0, "false": 0.0}
 
 
 def check_switches(
-    row: Mapping[str, Any], unused: Collection[str], *, named: bool
-) -> tuple[str, ...]:
-    """Return notes on the unused columns of a row that look like switches or tokens.
+    row: Mapping[str, Any], unused: Sequence[str], *, named: bool
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return notes on the unused columns that look like switches or tokens, and the other columns.
+
+    A switch with the value 1 is neither noted nor returned: the row is trained on, as it asks.
 
     Args:
         row: The row's columns.
@@ -46,6 +48,7 @@ def check_switches(
         BadRowError: A column excludes the row from training.
     """
     columns = {name.lower(): name for name in unused}
+    explained: set[str] = set()
 
     # A weight of 0 excludes the row, other weights have no effect.
     weighted: list[str] = []
@@ -59,6 +62,8 @@ def check_switches(
             )
         if value not in (None, 0, 1):
             weighted.append(name)
+        if value is not None and not named:
+            explained.add(name)
 
     notes: list[str] = []
     if weighted and not named:
@@ -68,26 +73,30 @@ def check_switches(
         )
 
     # 0 may mark an unwanted answer, as in KTO data, or be one of several classes
-    if "label" in columns and not named and _number(row[columns["label"]]) == 0:
+    label = columns.get("label")
+    if label is not None and not named and _number(row[label]) == 0:
+        explained.add(label)
         notes.append(
-            f"rows with {columns['label']} 0 are trained on like the others; if it marks unwanted"
-            " answers, leave these rows out, or use --objective kto"
+            f"rows with {label} 0 are trained on like the others; if it marks unwanted answers,"
+            " leave these rows out, or use --objective kto"
         )
 
     # Lists of tokens, and of the ones to learn
     tokens = [columns[name] for name in _TOKENS if name in columns]
     tokens = [name for name in tokens if isinstance(parse_json(row[name]), list)]
+    explained.update(tokens)
     if tokens:
         notes.append(
             f"{', '.join(map(repr, tokens))} of rows have no effect: the text is encoded with the"
             " model's tokenizer, and --train-on chooses what is learned"
         )
     if isinstance(row.get("split"), str) and "split" in unused:
+        explained.add("split")
         notes.append(
             "'split' of rows has no effect: write the rows of each split to a file of its own, such"
             " as train.jsonl and valid.jsonl"
         )
-    return tuple(notes)
+    return tuple(notes), tuple(name for name in unused if name not in explained)
 
 
 def _number(value: object) -> float | None:

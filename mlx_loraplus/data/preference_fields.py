@@ -58,7 +58,7 @@ def read_fields(row: object, names: Mapping[str, str], needed: Sequence[str]) ->
     fields = {field: values[column] for field, column in columns.items() if field in known}
     used = {*columns.values(), *in_templates}
     unused = tuple(column for column in values if column not in used)
-    notes = check_switches(values, unused, named=bool(named))
+    notes, unused = check_switches(values, unused, named=bool(named))
     return AnswerFields(fields, unused, bool(named), notes)
 
 

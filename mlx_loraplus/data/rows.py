@@ -128,8 +128,8 @@ def make_row(row: object, line: int, names: Mapping[str, str] | None = None) -> 
     used |= in_templates
     unused = tuple(column for column in values if column not in used)
     # A row with the weight 0 is refused, and columns such as input_ids are noted.
-    notes += check_switches(values, unused, named=found.named)
-    return Row(kind, content, line, unused, found.named, untrained, notes)
+    more_notes, unused = check_switches(values, unused, named=found.named)
+    return Row(kind, content, line, unused, found.named, untrained, notes + more_notes)
 
 
 def _check_label(values: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ class SplitReport:
         on_bad: The setting for rows that could not be used.
         rows: Rows that are used.
         examples: Examples made from these rows.
-        tokens: Tokens of the examples.
+        tokens: Tokens of the examples, up to the last supervised one of each.
         supervised_tokens: Supervised tokens of the examples.
         kinds: Rows of each kind.
         bad: Rows that could not be used.
@@ -104,7 +104,8 @@ class SplitReport:
         first = examples.first_of_rows()
         self.rows = len(first)
         self.examples = len(examples)
-        self.tokens = int((examples.spans["stop"] - examples.spans["start"]).sum())
+        # lengths counts the model's inputs; the last token of an example is only predicted.
+        self.tokens = int(examples.lengths.sum(dtype=np.int64)) + len(examples)
         self.supervised_tokens = int(examples.target_counts.sum(dtype=np.int64))
 
         kinds, counts = np.unique(examples.of_rows("kind")[first], return_counts=True)

@@ -59,8 +59,8 @@ _UNKNOWN_CHARACTERS = (
     " text"
 )
 _TOKENIZED_ALONE = (
-    "the end of the prompt has other tokens when it is encoded without the answer; training uses"
-    " these tokens, as generation does"
+    "the tokenizer splits the end of the prompt differently when no answer follows; training splits"
+    " it like that, because the model will see it so when you use it: there is nothing to do"
 )
 
 
@@ -162,7 +162,7 @@ class RowRenderer:
         # Plain texts need no template, and neither do prompts for models without one.
         if "text" in fields:
             text = fields["text"]
-            notes += self._note_control_tokens([text])
+            notes += self._note_control_tokens_of_document(text)
             return [RenderedText(text, [(0, len(text))], add_special_tokens=True)]
         if not self.tokenizer.has_chat_template:
             names = [name for name in ("system", "prompt", "completion") if name in fields]
@@ -177,29 +177,42 @@ class RowRenderer:
         notes += self._note_control_tokens(texts)
         return self.chat_renderer.render(messages, fields.get("tools"), row.untrained, notes)
 
-    def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
-        """Return notes on special tokens in a row's text, which are not encoded as plain text."""
+    def _control_tokens_in(self, texts: Sequence[str]) -> list[str]:
+        """Return the special tokens in texts; those that end generation come first."""
         if self.control_tokens is None:
             return []
 
         found: set[str] = set()
         for text in texts:
             found.update(self.control_tokens.findall(text))
+        return sorted(found, key=lambda token: (token not in self.end_tokens, token))
 
-        # Each token that ends generation has a separate note, because these tokens matter most.
-        notes: list[str] = []
-        others: list[str] = []
-        for token in sorted(found):
-            if token in self.end_tokens:
-                notes.append(f"{token} occurs inside a message, and ends it there")
-            else:
-                others.append(token)
-        if others:
-            shown = ", ".join(others[:_SHOWN_TOKENS])
-            notes.append(
-                f"the row's text contains control tokens, which are not encoded as text: {shown}"
-            )
-        return notes
+    def _note_control_tokens(self, texts: Sequence[str]) -> list[str]:
+        """Return a note on special tokens in messages, which are not encoded as plain text."""
+        found = self._control_tokens_in(texts)
+        if not found:
+            return []
+
+        # The tokens that end generation matter most.
+        ends = [token for token in found if token in self.end_tokens]
+        ending = f"; {' or '.join(ends)} ends the message where it occurs" if ends else ""
+        shown = ", ".join(found[:_SHOWN_TOKENS])
+        return [
+            "a message contains control tokens, which the model reads as such and not as text:"
+            f" {shown}{ending}"
+        ]
+
+    def _note_control_tokens_of_document(self, text: str) -> list[str]:
+        """Return a note on special tokens in a text, which may be a chat that is rendered."""
+        found = self._control_tokens_in([text])
+        if not found:
+            return []
+
+        shown = ", ".join(found[:_SHOWN_TOKENS])
+        return [
+            f"the text contains control tokens, which the model reads as such: {shown}; all of the"
+            " text is learned, so write a chat as messages if only its answers are to be learned"
+        ]
 
 
 def _to_messages(fields: Mapping[str, str]) -> list[dict[str, str]]:

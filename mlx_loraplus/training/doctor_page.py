@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ..device import gb
+from ..errors import counted
 from ..pages.pages import Headline, HTMLTable, Section, Tile, present_date, render_page
 from ..userpaths import public_name
 from .fastest_step import TuningResult
@@ -64,7 +65,11 @@ def tuning_table(tuned: TuningResult, probes: ModelProbes) -> tuple[HTMLTable, l
             " memory"
         )
     if not tuned.is_complete:
-        notes.append("not all ways were tried before the time was up")
+        count = counted(len(tuned.timings), "way")
+        notes.append(
+            f"there was only time to measure {count} to compute a step; other ways may be faster,"
+            " but nothing is wrong"
+        )
     head = (f"a step of {tuned.rows} x {tuned.length} tokens", "seconds", "peak", "")
     return HTMLTable(rows, head, marked=frozenset({str(tuned.best.way)})), notes
 

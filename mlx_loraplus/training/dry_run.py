@@ -39,7 +39,7 @@ from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
-from .make_batches import note_few_rows, plan_batches
+from .make_batches import note_few_batches, note_few_rows, plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
     check_length,
@@ -121,8 +121,10 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
         found.problems += [problem for problem in problems if problem not in found.problems]
         console.print(data)
         if data.plan is not None and starts:
+            # Loading a model may write notes, which must not appear between these lines.
+            lines = list(_describe_run(data, checkpoint, load_model, found))
             console.print()
-            for name, line in _describe_run(data, checkpoint, load_model, found):
+            for name, line in lines:
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
     for warning in found.warnings:
@@ -183,8 +185,9 @@ def _describe_run(
     yield "model", config.model
     if config.resume_adapter_file is not None and not config.resume:
         yield "start", f"from the adapter in {config.resume_adapter_file}"
-    batch = batches.full_rows * config.grad_accumulation_steps
+    batch = batches.full_rows * min(schedule.batches_per_step, schedule.batches)
     note_few_rows(batches, config, found.warnings.append)
+    note_few_batches(batches, config, found.warnings.append)
     optimizer = config.optimizer
     assert config.steps_per_report is not None
     assert config.steps_per_eval is not None

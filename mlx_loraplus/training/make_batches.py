@@ -14,6 +14,7 @@ from ..data.tokenize import Example
 from ..errors import counted
 from ..kernels.row_masks import check_packing
 from ..runs.progress import Log
+from .schedule import schedule_of
 
 
 def make_batches(
@@ -43,30 +44,47 @@ def make_batches(
 
     batches = plan_batches(examples, config.data, config.seed, processes)
     note_few_rows(batches, config, log)
+    note_few_batches(batches, config, log)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches
 
 
 def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
-    """Report that an epoch has fewer rows than a batch, or fewer batches than a step."""
+    """Report how many rows a step has if an epoch has fewer than ``batch_size``."""
     asked, rows = config.data.batch_size, batches.full_rows
-    accumulated = config.grad_accumulation_steps
+    if rows >= asked:
+        return
+
     unit = "packed row" if config.data.pack else f"training {config.objective.unit}"
-    if rows < asked:
-        has = "a step has"
-        if accumulated > 1:
-            has = f"each of the {counted(accumulated, 'batch')} of a step has"
-        log(
-            f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so"
-            f" {has} only {rows:,}"
-        )
-    elif accumulated > batches.per_epoch:
-        log(
-            f"note: --grad-accumulation-steps {accumulated:,} is more than the"
-            f" {counted(batches.per_epoch, 'batch')} of an epoch, so a step learns the same"
-            f" {unit}s more than once"
-        )
+    has = "a step has"
+    if config.grad_accumulation_steps > 1:
+        has = f"each of the {counted(config.grad_accumulation_steps, 'batch')} of a step has"
+    log(
+        f"note: --batch-size {asked:,} is more than the {counted(rows, unit)} of an epoch, so {has}"
+        f" only {rows:,}"
+    )
+
+
+def note_few_batches(batches: Batches, config: TrainConfig, log: Log) -> None:
+    """Report that a step has more batches than an epoch, unless ``note_few_rows`` reports it."""
+    asked, per_epoch = config.grad_accumulation_steps, batches.per_epoch
+    is_reported = batches.full_rows < config.data.batch_size
+    if asked <= per_epoch or is_reported:
+        return
+
+    # A run that is counted in epochs may end before its first step has all batches.
+    length = schedule_of(config, per_epoch).batches
+    if length <= per_epoch:
+        so = f"the run is one step of {counted(length, 'batch')}: for more steps, lower it,"
+        so += " --batch-size, or both"
+    else:
+        so = f"a step repeats its {config.objective.unit}s: to avoid that, give at most"
+        so += f" {per_epoch:,}"
+    log(
+        f"note: --grad-accumulation-steps {asked:,} is more than the"
+        f" {counted(per_epoch, 'batch')} of an epoch, so {so}"
+    )
 
 
 def plan_batches(

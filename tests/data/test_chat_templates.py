@@ -187,7 +187,9 @@ def test_what_a_template_leaves_out_is_noted(letters):
         {"role": "assistant", "content": "An end"},
     ]
     (encoded,) = encode_rows([Row("chat", {"messages": turns}, 1)], tokenizer)
-    assert encoded.notes == ["<|im_end|> occurs inside a message, and ends it there"]
+    assert [note.partition("; ")[2] for note in encoded.notes] == [
+        "<|im_end|> ends the message where it occurs"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -313,5 +315,23 @@ def test_control_tokens_in_a_row_are_noted(letters):
     ]
     (encoded,) = encode_rows([Row("chat", {"messages": turns}, 1)], letters("chatml", **CHATML))
     assert encoded.notes == [
-        "the row's text contains control tokens, which are not encoded as text: <|im_start|>"
+        "a message contains control tokens, which the model reads as such and not as text:"
+        " <|im_start|>"
+    ]
+
+
+def test_each_row_has_one_note_on_its_control_tokens(letters):
+    tokenizer = letters("chatml", special="<|im_start|> <|im_end|>", ends="<|im_end|>")
+    chat = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    turns = [{"role": "user", "content": chat}, {"role": "assistant", "content": "Yes"}]
+    rows = [Row("text", {"text": chat}, 1), Row("chat", {"messages": turns}, 2)]
+    text, message = encode_rows(rows, tokenizer)
+    assert text.notes == [
+        "the text contains control tokens, which the model reads as such: <|im_end|>, <|im_start|>;"
+        " all of the text is learned, so write a chat as messages if only its answers are to be"
+        " learned"
+    ]
+    assert message.notes == [
+        "a message contains control tokens, which the model reads as such and not as text:"
+        " <|im_end|>, <|im_start|>; <|im_end|> ends the message where it occurs"
     ]

@@ -21,13 +21,16 @@ EVERY_ROW = [(make_row, PLAIN), (make_row, CHAT), (make_row, {"text": "a"}),
 @pytest.mark.parametrize(("make", "row"), EVERY_ROW)
 def test_a_weight_of_a_row_has_no_effect(make: Any, row: dict[str, Any], name: str):
     for value in (0.5, 3, "2.5", -1):
-        (note,) = make(row | {name: value}, 1).notes
+        record = make(row | {name: value}, 1)
+        (note,) = record.notes
         assert note.startswith(f"a row's {name!r} has no effect")
+        assert record.unused == (), "one note says it all"
         assert "--data-weights" in note
     for value in (1, True, "1.0", "true", None, "heavy", [2]):
         record = make(row | {name: value}, 1)
         assert record.notes == ()
-        assert record.unused == (() if value is None else (name,))
+        is_text = value in ("heavy", [2])
+        assert record.unused == ((name,) if is_text else ())
 
 
 @pytest.mark.parametrize("value", [0, 0.0, False, "0", "False", "0.0"])
@@ -44,16 +47,22 @@ def test_a_row_with_weight_0_is_a_bad_row(make: Any, row: dict[str, Any], value:
 
 def test_columns_with_tokens_and_splits_are_noted():
     tokens = {"input_ids": [1, 2], "labels": "[-100, 2]", "attention_mask": [1, 1]}
-    (note,) = make_row(PLAIN | tokens, 1).notes
+    row = make_row(PLAIN | tokens | {"id": 3}, 1)
+    (note,) = row.notes
+    assert row.unused == ("id",)
     assert note.startswith("'input_ids', 'labels', 'attention_mask' of rows have no effect")
     assert make_row(PLAIN | {"labels": 3, "mask": "no list"}, 1).notes == ()
-    (note,) = make_row(PLAIN | {"split": "test"}, 1).notes
+    row = make_row(PLAIN | {"split": "test"}, 1)
+    (note,) = row.notes
+    assert row.unused == ()
     assert note.startswith("'split' of rows has no effect")
 
 
 @pytest.mark.parametrize("value", [0, 0.0, "0"])
 def test_a_label_of_0_may_mark_an_unwanted_answer(value: object):
-    (note,) = make_row(PLAIN | {"label": value}, 1).notes
+    row = make_row(PLAIN | {"label": value}, 1)
+    (note,) = row.notes
+    assert row.unused == ()
     assert note.startswith("rows with label 0 are trained on like the others")
     assert make_row(PLAIN | {"label": 1}, 1).notes == ()
     assert make_row(PLAIN | {"label": value}, 1, {"prompt": "prompt"}).notes == ()

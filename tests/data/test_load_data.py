@@ -5,11 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.first_rows import check_rows
 from mlx_loraplus.errors import DataError
+from mlx_loraplus.runs import start_event
 from mlx_loraplus.settings import configure
 from tests.data.reading import GOOD, load, write
 
@@ -113,6 +115,17 @@ def test_a_turn_whose_end_does_not_end_generation_is_noted(tmp_path: Path, lette
     )
     sound = letters("chatml", special="<|im_start|>", ends="</s> <|im_end|>")
     assert load(sound, folder).reports["train"].notes == []
+
+
+def test_tokens_are_counted_as_in_the_history_of_the_run(tmp_path: Path, letters):
+    """The template ends turns with a line break, which is not trained on."""
+    tokenizer = letters("chatml", special="<|im_start|>", ends="<|im_end|>")
+    data = load(tokenizer, write(tmp_path / "data", train=GOOD))
+    examples, report = data.examples["train"], data.reports["train"]
+    (example,) = examples
+    assert not example.supervised[-1]
+    assert report.tokens == np.flatnonzero(example.supervised)[-1] + 1
+    assert start_event._counts_of(examples)["tokens"] == report.tokens
 
 
 # --- memory

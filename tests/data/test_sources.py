@@ -74,7 +74,16 @@ def test_other_files_beside_the_training_file_are_reported(tmp_path: Path):
     for name in ("test.jsonl.gz", "notes.txt", "config.yaml", "run.zip"):
         (tmp_path / name).write_text("")
     (note,) = find_sources([str(tmp_path)])[0]["train"][0].notes
-    assert "not used: heldout.jsonl, test.jsonl.gz, train2.jsonl; the files" in note
+    assert note == (
+        f"training does not read heldout.jsonl, test.jsonl.gz, train2.jsonl in {tmp_path}: it reads"
+        " files that are named train, valid or test, and are not compressed"
+    )
+    (tmp_path / "tools.json").write_text("[]")
+    tools, _ = find_sources([str(tmp_path)])[0]["train"][0].notes
+    assert tools == (
+        f"training does not read tools.json in {tmp_path}: a row's tools are those in its field"
+        " 'tools' (generate takes such a file as --tools)"
+    )
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path):

@@ -263,4 +263,7 @@ def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     assert example.tokens[: len(asked)].tolist() == asked
     assert not example.supervised[: len(asked)].any()
     assert tokenizer.decode(example.tokens[example.supervised]).startswith("Yes")
-    assert any("has other tokens when it is encoded without" in note for note in encoded.notes)
+    assert any(
+        "splits the end of the prompt differently when no answer follows" in note
+        for note in encoded.notes
+    )

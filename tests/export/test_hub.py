@@ -165,7 +165,7 @@ def test_the_hub_gets_every_format_and_a_card_and_never_the_token(
             "On `rows`, `org/set`:",
             "| model | gemma-3 |",
             "| train | 1,200 examples, 5 tokens, 60% supervised |",
-            "| spent | 2,500 tokens, 2.0 minutes in steps |",
+            "| spent | 2,500 input tokens, 2.0 minutes in steps |",
             "| rates | A 2.00e-04, B 3.20e-03 (ratio 16), cosine",
             "| `rank` | 4 |",
         ),

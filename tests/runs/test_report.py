@@ -103,7 +103,9 @@ def test_the_headline_says_how_much_better_and_what_next(folder: Path):
     failed = headline(run)
     assert failed.lead == "The run failed: out of memory."
     assert failed.next_step == "Step 6 is saved; the command below continues from there."
-    assert [label for label, _ in failed.commands] == ["resume", "try it", "fuse it"]
+    assert [label for label, _ in failed.commands] == ["resume", "try it"], (
+        "only what has ended is fused"
+    )
     assert failed.commands[0][1].endswith("--resume")
     assert "No step was skipped" in report_page(run).decode()
 

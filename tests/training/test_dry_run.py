@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.nn as nn
@@ -95,18 +97,45 @@ def test_a_batch_that_is_larger_than_the_data_is_noted(
         assert not also or "1 in an epoch, of up to 40 rows" in said
 
 
-def test_a_step_of_more_than_an_epoch_is_noted(place: Place, capsys: pytest.CaptureFixture[str]):
-    note = (
-        "note: --grad-accumulation-steps 11 is more than the 5 batches of an epoch, so a step"
-        " learns the same training examples more than once\n"
-    )
+@pytest.mark.parametrize(
+    ("more", "so", "length"),
+    [
+        (
+            ["--iters", "2", "--grad-accumulation-steps", "100"],
+            "a step repeats its examples: to avoid that, give at most 10",
+            "2 steps of 400 examples",
+        ),
+        (
+            ["--epochs", "1", "--grad-accumulation-steps", "100"],
+            "the run is one step of 10 batches: for more steps, lower it, --batch-size, or both",
+            "1 step of 40 examples",
+        ),
+        (["--iters", "2", "--grad-accumulation-steps", "10"], None, "2 steps of 40 examples"),
+    ],
+)
+def test_a_step_that_is_longer_than_an_epoch_is_noted(
+    place: Place, capsys: pytest.CaptureFixture[str], more: list[str], so: str | None, length: str
+):
     for also in (["--dry-run"], []):
-        for steps, is_noted in (("11", True), ("5", False)):
-            more = ["--batch-size", "8", "--iters", "1", "--grad-accumulation-steps", steps]
-            cli.train(words(place, *more, *also, "--overwrite"))
-            said = capsys.readouterr().out
-            assert (note in said) == is_noted
-            assert is_noted or "note: --grad-accumulation-steps" not in said
+        cli.train([*words(place)[:-2], "--batch-size", "4", *more, *also])
+        said = capsys.readouterr().out
+        assert said.count("is more than the 10 batches of an epoch") == (so is not None)
+        assert so is None or f" of an epoch, so {so}\n" in said
+        assert not also or length in said
+
+
+def test_what_loading_a_model_writes_is_not_between_the_lines(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def describe(*_: object) -> Iterator[tuple[str, str]]:
+        yield "model", "first"
+        print("a note", file=sys.stderr)
+        yield "run", "last"
+
+    monkeypatch.setattr(dry_run, "_describe_run", describe)
+    monkeypatch.setattr(sys, "stderr", sys.stdout)
+    cli.train(words(place, "--dry-run"))
+    assert "a note\n\nmodel      first\nrun        last\n" in capsys.readouterr().out
 
 
 def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
