@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
-from .translation import value_text
 
 _NEAR_ZERO = 0.1  # a schedule that ends below this fraction of its peak counts as ending at zero
 _NEAR_END = 0.15  # a schedule may end this fraction of the run before or after the last step
@@ -63,7 +62,7 @@ def unused_parts(value: Mapping[str, Any]) -> list[tuple[str, str]]:
         parts.append((f"end {end:g}", "schedules end at 0 here"))
     if value.get("warmup_init"):
         reason = "a warm-up begins at 0 here" if warmup else "there is no warm-up"
-        parts.append((f"warmup_init {value_text(value['warmup_init'])}", reason))
+        parts.append((f"warmup_init {value['warmup_init']!s:.80}", reason))
 
     unknown = [name for name in value if name not in _PARTS]
     return parts + [(str(name), "mlx-lm does not read it either") for name in unknown]
