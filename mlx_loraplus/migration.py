@@ -22,7 +22,7 @@ from .foreign_names import (
 )
 from .mlx_lm_schedule import read_schedule, unused_parts
 from .settings import configure, current_names, setting_names
-from .translation import Translation, about_block, value_text
+from .translation import Translation, about_block, read_number, value_text
 
 _RANK = 8  # the default rank of mlx-lm, PEFT and this package
 _PER_BATCH = ("iters", "steps_per_report", "steps_per_eval", "steps_per_save")
@@ -175,7 +175,7 @@ def _unpack(work: Translation) -> None:
     for name, value in chosen.items() if isinstance(chosen, Mapping) else ():
         if name == "weight_decay":
             work.ours[name] = value
-        elif name not in _USUAL or _number(value) != _USUAL[name]:
+        elif name not in _USUAL or read_number(value) != _USUAL[name]:
             usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
             work.problems.append(
                 f"optimizer_config: {name} {value_text(value)} is not a setting{usual}"
@@ -184,7 +184,7 @@ def _unpack(work: Translation) -> None:
 
 def _instead_of_alpha(alpha: Any, rank: Any) -> str:
     """Return what mlx-lm has instead of alpha."""
-    given, size = _number(alpha), _number(rank)
+    given, size = read_number(alpha), read_number(rank)
     are_numbers = isinstance(given, int | float) and isinstance(size, int | float) and size > 0
     scale = f"scale: {given / size:g}" if are_numbers else "scale"
     return (
@@ -243,7 +243,7 @@ def _translate_by_table(work: Translation, name: str, value: Any, setting: Forei
 
 def _translate_scale(work: Translation, name: str, value: Any) -> None:
     """Translate mlx-lm's scale s, which is alpha / rank."""
-    scale, rank = _number(value), _number(work.get("rank", _RANK))
+    scale, rank = read_number(value), read_number(work.get("rank", _RANK))
     if isinstance(scale, str) or isinstance(rank, str):
         work.refuse(name, value, "alpha = scale x rank, and both must be numbers")
     else:
@@ -263,7 +263,7 @@ def _translate_field(work: Translation, name: str, value: Any) -> None:
 def _translate_warmup_ratio(work: Translation, name: str, value: Any) -> None:
     """Translate a fraction of the run to steps, for which the number of steps must be known."""
     iters = work.get("iters", work.foreign.get("max_steps", work.stored.get("max_steps")))
-    fraction = _number(value)
+    fraction = read_number(value)
     if not value:
         return
     if not isinstance(fraction, float | int) or not 0 < fraction < 1:
@@ -309,7 +309,7 @@ def _translate_lr_schedule(work: Translation, name: str, value: Any) -> None:
     # In mlx-lm, the schedule's own rate is used instead of learning_rate.
     rate = work.ours.pop("learning_rate", None)
     work.put(name, value["name"], found)
-    if rate is not None and _number(rate) != found["learning_rate"]:
+    if rate is not None and read_number(rate) != found["learning_rate"]:
         work.leave_out("learning_rate", f"{work.spell(name)} sets the rate")
     for part, reason in unused_parts(value):
         work.left_out.append(f"{work.spell(name)}'s {part} ({reason})")
@@ -393,13 +393,3 @@ def _count_steps(work: Translation) -> None:
             work.translated.append(
                 f"{work.spell(name)} {counted(value, 'batch')} → {counted(steps, 'step')}"
             )
-
-
-def _number(value: Any) -> Any:
-    """Return a number that YAML reads as text, such as 1e-5; other values are returned as given."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value

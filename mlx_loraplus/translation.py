@@ -113,3 +113,13 @@ def value_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " ".join(map(value_text, value))[:80]
     return f"{value!s:.80}"
+
+
+def read_number(value: Any) -> Any:
+    """Return a number that YAML reads as text, such as 1e-5; other values are returned as given."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
