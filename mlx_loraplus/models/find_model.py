@@ -97,8 +97,7 @@ def original_of(name: str) -> str:
     # Find the organization on the hub; only families with short names are known.
     original = quantized[1]
     family = original.split("-")[0].lower()
-    organization = _ORGANIZATIONS.get(family, "")
-    return organization + original
+    return _ORGANIZATIONS.get(family, "") + original
 
 
 def list_models() -> str:
