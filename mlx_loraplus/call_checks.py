@@ -114,7 +114,7 @@ def _check_positions(
     ]
     if any(name in keywords for name in only[len(arguments) :]):
         raise ConfigError(
-            f"{called} takes {' and '.join(only)} without names: {called}({', '.join(only)}, …)"
+            f"{called} takes {' and '.join(only)} by position: {called}({', '.join(only)}, …)"
         )
 
 

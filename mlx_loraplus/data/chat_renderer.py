@@ -37,6 +37,10 @@ from .thoughts import (
 
 TrainOn = Literal["turns", "last", "everything"]
 
+_UNASKED = (
+    "an answer before the first user message is trained on, after no question; to leave it out, add"
+    ' "weight": 0 to its message'
+)
 _SPECIAL_TOKENS = re.compile(r"(\s|<[^<>\s]+>|\[[A-Z_/]+\])*")
 
 
@@ -82,6 +86,9 @@ class ChatRenderer:
 
         chat = SupervisedChat(messages, turns, tools)
         rendered = self._render_in_best_form(chat)
+        roles = [message["role"] for message in messages[: turns[0]]]
+        if self.train_on != "everything" and "user" not in roles:
+            notes.append(_UNASKED)
         notes += rendered.notes
         notes += note_left_out(self.template, chat, rendered)
         return rendered.texts

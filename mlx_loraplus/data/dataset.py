@@ -40,7 +40,7 @@ from .stored_rows import ROW, StoredRow, store_document, store_row
 from .tokenize import Example, RowRenderer, encode
 
 # Version of the format, including its notes; a new number invalidates all encoded tables
-_VERSION = 31
+_VERSION = 32
 
 # The files of an encoded table; the arrays are those of a ``Chunk``
 ARRAYS = ("tokens", "supervised", "rows", "spans", "beginnings", "parts")

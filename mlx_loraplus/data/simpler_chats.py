@@ -76,6 +76,28 @@ def _begin_usually(messages: Sequence[Message]) -> Iterator[tuple[list[Message],
         rest = [message for message in messages[start:] if message["role"] != "system"]
         yield _join_neighbours([*systems, *rest], "system"), f"{remove} and {gather}"
 
+    # A template may allow no system messages at all.
+    move = "put each system message at the start of the user message after it"
+    for changed, advice in ((list(messages), move), (later, f"{remove} and {move}")):
+        asked = _put_systems_in_questions(changed)
+        if asked != changed:
+            yield asked, advice
+
+
+def _put_systems_in_questions(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages, with system messages at the start of the user message after them."""
+    moved: list[Message] = []
+    for message in messages:
+        if message["role"] != "user":
+            moved.append(message)
+            continue
+
+        contents = [str(message["content"])]
+        while moved and moved[-1]["role"] == "system":
+            contents.insert(0, str(moved.pop()["content"]))
+        moved.append({**message, "content": "\n\n".join(contents)})
+    return moved
+
 
 def without_field(field: str, messages: Sequence[Message], roles: Sequence[str]) -> list[Message]:
     """Return the messages, without a field in those of some roles."""

@@ -38,11 +38,19 @@ from .report import plain, summary
 from .report_answers import kept_step, shown_answer
 
 _LOSSES = ("validation loss", "training loss")  # need the same objective
+_COUNTS = ("examples", "tokens", "supervised")
 _HIDDEN = {"adapter_path", "resume", "overwrite", "rates"}  # about the folder, or repeated
 _CURVES = {"valid_loss": "validation loss", "loss": "training loss"}
 _MAX_NAMES = 4  # of settings, in the headline
 _COLUMN_WIDTH = 20  # characters; if columns are narrower, lines are printed instead
 SAVED_AS = (".html", ".png", ".svg")
+
+
+def _have_same(runs: Sequence[Run], split: str) -> bool:
+    """Return whether runs have the same examples in a split, as far as their histories know."""
+    counts = {tuple(run.start[split][name] for name in _COUNTS) for run in runs}
+    digests = {run.start[split].get("digest") for run in runs} - {None}
+    return len(counts) == 1 and len(digests) <= 1
 
 
 def _best_loss(run: Run) -> float | None:
@@ -119,9 +127,9 @@ class Comparison(RichDisplay):
         """The results that can't be compared → what differs between the runs."""
         first = self.runs[0]
         reasons: dict[str, str] = {}
-        if any(run.start["valid"] != first.start["valid"] for run in self.runs):
+        if not _have_same(self.runs, "valid"):
             reasons |= dict.fromkeys(("validation loss", "exact answers"), "validation examples")
-        if any(run.start["train"] != first.start["train"] for run in self.runs):
+        if not _have_same(self.runs, "train"):
             reasons |= {"training loss": "training examples"}
         if any(run.config.objective != first.config.objective for run in self.runs):
             reasons |= dict.fromkeys(_LOSSES, "objectives or their settings")

@@ -7,8 +7,8 @@ in nats per supervised token, or per pair or labeled answer.
 
 ============  ====================================================================================
 start, once   schema, started (ISO 8601, UTC), steps (planned), batch_rows (of a full batch),
-              model, versions; train and valid {examples, tokens, supervised}; adapter (as text);
-              memory {weights_gb, planned_gb (the peak, measured if steps were timed),
+              model, versions; train and valid {examples, tokens, supervised, digest}; adapter (as
+              text); memory {weights_gb, planned_gb (the peak, measured if steps were timed),
               available_gb}, null without a plan; modules (paths, in the order of the norms
               below); prompts [{prompt, expected}]; probes (what was found out about the model:
               gated_mlps {path: gate}, head, takes_caches, checkpoint_sound); choices (how a step is

@@ -267,7 +267,7 @@ def _cost_tiles(run: Run, found: Verdict) -> list[Tile]:
             return []
         return [Tile("Planned memory", gb(planned * 1e9), f"of {gb(available * 1e9)}")]
     tokens = run.spent([reports[-1][0]], "useful_tokens")[0]
-    tiles = [Tile("Time", duration(60 * found.minutes), f"for {tokens:,.0f} tokens")]
+    tiles = [Tile("Time", duration(60 * found.minutes), f"for {tokens:,.0f} input tokens")]
 
     # If all steps were skipped, no memory was reported.
     peaks = [value for _, value in run.losses("peak_memory_gb")]

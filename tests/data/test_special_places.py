@@ -81,6 +81,17 @@ ANSWERED = ROWS["call, answered"][0]["messages"]
             " messages into one, and put it at the start of the chat",
             lambda messages: [system("grue\n\nfrotz"), messages[2], messages[4]],
         ),
+        (
+            "no system", [user("zork"), bot("xyzzy"), system("grue"), user("frotz"), bot("quux")],
+            "put each system message at the start of the user message after it",
+            lambda messages: [*messages[:2], user("grue\n\nfrotz"), messages[4]],
+        ),
+        (
+            "no system", [system("grue"), bot("quux"), user("zork"), bot("xyzzy")],
+            "remove the assistant messages before the first user message and put each system"
+            " message at the start of the user message after it",
+            lambda messages: [user("grue\n\nzork"), messages[3]],
+        ),
     ],
 )  # fmt: skip
 def test_advice_for_a_refused_chat_is_right_when_it_is_followed(
@@ -88,7 +99,7 @@ def test_advice_for_a_refused_chat_is_right_when_it_is_followed(
 ):
     if template == "no system":
         tokenizer = letters("chatml", **CHATML)
-        refuse = "{{ raise_exception('no system') if messages[0].role == 'system' }}"
+        refuse = "{{ raise_exception('no system') if messages | selectattr('role', 'eq', 'system') | list }}"
         tokenizer.chat_template = refuse + str(tokenizer.chat_template)
     else:
         tokenizer = letters(template, **TEMPLATES[template])

@@ -252,6 +252,23 @@ def test_messages_after_the_last_answer_are_noted(smollm2):
         assert encoded.notes == []
 
 
+def test_an_answer_before_the_first_question_is_noted(smollm2):
+    greeting, question, answer = (
+        {"role": "assistant", "content": "Hello"},
+        *CHAT.fields["messages"][-2:],
+    )
+    for messages, untrained, is_noted in (
+        ([greeting, question, answer], (), True),
+        ([greeting, question, answer], (0,), False),
+        ([question, answer], (), False),
+    ):
+        row = Row("chat", {"messages": messages}, 1, untrained=untrained)
+        (encoded,) = encode_rows([row], smollm2)
+        noted = [note for note in encoded.notes if "before the first user message" in note]
+        assert len(noted) == is_noted
+        assert not encode_rows([row], smollm2, "everything")[0].notes
+
+
 def test_a_prompt_has_the_tokens_that_it_has_on_its_own():
     """Alone, the two line breaks form one token; before the answer, they are two."""
     tokenizer = load_tokenizer(find_model("smollm2-135m").path)

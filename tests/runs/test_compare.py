@@ -98,6 +98,16 @@ def test_losses_on_other_examples_have_no_best(place: Place):
     assert note in found._repr_html_()
 
 
+def test_examples_differ_although_their_counts_are_equal(place: Place):
+    found = ml.compare_runs(place.run("one"), place.run("two"))
+    assert not found.not_comparable
+    start = found.runs[1].start["valid"]
+    start["digest"] = "other"
+    assert set(found.not_comparable) == {"validation loss", "exact answers"}
+    del start["digest"]  # a run of an older version
+    assert not found.not_comparable
+
+
 def test_losses_of_other_objectives_have_no_best_and_no_unit(place: Place):
     found = ml.compare_runs(place.folder / "plain", place.folder / "plus")
     assert "(nats per token)" in found.plot().axes[0].get_ylabel()
