@@ -11,7 +11,15 @@ from collections.abc import Callable
 from types import NoneType, UnionType
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from .errors import ConfigError, DataError, LoRAPlusError, ModelError, join_problems, nearest
+from .errors import (
+    ConfigError,
+    DataError,
+    LoRAPlusError,
+    ModelError,
+    counted,
+    join_problems,
+    nearest,
+)
 from .foreign_names import find_foreign, meant_setting
 
 Given = ParamSpec("Given")
@@ -223,6 +231,7 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
         ModelError: It should be a model, but is not.
     """
     if _fits(value, hint):
+        _check_takes(function, name, value, hint)
         return
     if getattr(hint, "__name__", "") == "Module":
         raise _no_model(function, name, value)
@@ -234,10 +243,36 @@ def _check(function: str, name: str, value: Any, hint: Any) -> None:
     raise ConfigError(message)
 
 
+def _check_takes(function: str, name: str, value: Any, hint: Any) -> None:
+    """Check that a function takes as many values as it will be called with.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    for part in parts:
+        if get_origin(part) is not Callable or not callable(value):
+            continue
+        takes: Any = get_args(part)[0]
+        try:
+            signature = inspect.signature(value)
+        except (TypeError, ValueError):  # a function written in C may have none
+            continue
+
+        try:
+            signature.bind(*takes)
+        except TypeError:
+            kinds = ", ".join(_described(kind)[0] for kind in takes)
+            raise ConfigError(
+                f"{function}: {name} is called with {counted(len(takes), 'value')} ({kinds}), but"
+                f" the function takes {signature}"
+            ) from None
+
+
 def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     """Return the error for a value that should be a model."""
     given, model = shown(value), "name"
-    if isinstance(value, tuple) and any(map(_is_model, value)):
+    if isinstance(value, tuple) and any(map(is_model, value)):
         return ModelError(
             f"{function}: {name} is the tuple that load returns: write * before it, as in"
             f" {function}(*loaded), or take it apart first: model, tokenizer = loaded"
@@ -250,7 +285,7 @@ def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     )
 
 
-def _is_model(value: Any) -> bool:
+def is_model(value: Any) -> bool:
     """Return whether a value is a model of MLX, without importing MLX."""
     return any(
         kind.__name__ == "Module" and kind.__module__.startswith("mlx.")
@@ -292,4 +327,4 @@ def shown(value: Any) -> str:
     if value is None or isinstance(value, str | int | float):
         return f"{value!r:.60}"
     name = type(value).__name__
-    return f"an {name}" if name[0] in "AEIOU" else f"a {name}"
+    return f"an {name}" if name[0] in "AEIOUaeio" else f"a {name}"

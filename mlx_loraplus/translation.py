@@ -1,9 +1,10 @@
 """The state of a translation, with the lines that report it; ``migration.py`` translates."""
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
+from .call_checks import shown
 from .foreign_names import FOREIGN_NAMES, NESTED, PROGRAMS
 from .spelling import flag_of, in_names
 
@@ -96,14 +97,24 @@ class Translation:
 def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) -> str:
     """Return what to do about a setting that holds settings; "" if it is another one."""
     block = settings[name]
-    if not isinstance(block, Mapping) or not block or name in (*NESTED, "fields"):
+    if is_dataclass(block) and not isinstance(block, type):
+        names = [each.name for each in fields(block)]
+        return (
+            f"{name} is {shown(block)}, which holds settings ({_listed(names)}): give them as"
+            f" keywords, without {name}"
+        )
+    if type(block) is not dict or not block or name in (*NESTED, "fields"):
         return ""
     inside = [str(key).replace("-", "_") for key in block]
     are_foreign = FOREIGN_NAMES.issuperset(inside) and "train" not in inside  # a file's name too
     if set(inside).isdisjoint(known) and not are_foreign:
         return ""
-    shown = f"{', '.join(inside[:_MOST_SHOWN])}{', …' * (len(inside) > _MOST_SHOWN)}"
-    return f"{name} holds settings ({shown:.200}): write them one level up, without {name}"
+    return f"{name} holds settings ({_listed(inside)}): write them one level up, without {name}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first names of settings for a message."""
+    return f"{', '.join(names[:_MOST_SHOWN])}{', …' * (len(names) > _MOST_SHOWN)}"[:200]
 
 
 def value_text(value: Any) -> str:

@@ -32,10 +32,10 @@ def user_path(name: str | os.PathLike[str]) -> str:
         raise ValueError("must not begin or end with a space or a line break")
     if any(unicodedata.category(character) == "Cc" for character in text):
         raise ValueError("must not contain control characters")
-    encoded = text.encode(errors="surrogateescape")
     try:
+        encoded = text.encode(errors="surrogateescape")
         encoded.decode()
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise ValueError("must be valid UTF-8") from None
     longest_part = max(len(part) for part in encoded.split(b"/"))
     if len(encoded) > LONGEST or longest_part > LONGEST_PART:

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from ..errors import AdapterError, counted
+from ..models.language_model import check_language_model
 from .full import weight_groups
 from .lora import Adapter
 from .unfreeze import FullyTrained, own_arrays
@@ -71,7 +72,9 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
 
     Raises:
         AdapterError: It has some.
+        ModelError: It is not a language model of mlx-lm.
     """
+    check_language_model(model)
     for path, module in model.named_modules():
         if "lora_a" in module and not isinstance(module, Adapter):
             program = type(module).__module__.partition(".")[0]

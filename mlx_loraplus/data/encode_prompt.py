@@ -38,7 +38,7 @@ def encode_prompt(
 
     Raises:
         DataError: The template refuses the messages or renders no tools, or the prompt has no
-            tokens.
+            tokens, or is not valid UTF-8.
         ModelError: The template can't render any chat.
     """
     form = form or PromptFormat()
@@ -68,6 +68,12 @@ def encode_prompt(
     else:
         text = form.render_raw(prompt, system)
 
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"the prompt {text!r:.60} has characters that are not valid UTF-8"
+        ) from None
     ids = fast_tokenizer(tokenizer).encode(text, add_special_tokens=False).ids
     if ids[:1] != bos:
         ids = bos + ids

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..call_checks import DATA_ALLOWED
+from ..call_checks import DATA_ALLOWED, is_model, shown
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
 from .csv_rows import repeated_name
@@ -45,17 +45,40 @@ def _names_of(data: Any) -> list[str]:
     """Return the name of each data set; a list of rows is one data set."""
     is_list = isinstance(data, list | tuple)
     if not is_list or not any(_is_data_set(item) for item in data):
+        _check_no_lists(data)
         return [_name_of(data, "data")]
 
     names: list[str] = []
+    first = next(number for number, item in enumerate(data) if _is_data_set(item))
     for number, item in enumerate(data):
         if not _is_data_set(item):
+            is_text = isinstance(data[first], str)
+            text = ", and a text as a row, {'text': …}" if is_text else ""
             raise DataError(
-                f"data[{number}] is a {type(item).__name__}, but data[0] or another item is a whole"
-                " data set: give rows next to data sets as {'train': rows}"
+                f"data[{number}] is {shown(item)}, but data[{first}] is a whole data set"
+                f" ({shown(data[first])}): give rows next to data sets as {{'train': rows}}{text}"
             )
         names.append(_name_of(item, f"data[{number}]"))
     return names
+
+
+def _check_no_lists(data: Any) -> None:
+    """Check that the items of a list are rows, and not lists of rows.
+
+    Raises:
+        DataError: Each of them is a list that begins with a dict, which is no message of a chat.
+    """
+    items = cast("list[Any]", data) if isinstance(data, list | tuple) else []
+    for item in items:
+        first = item[0] if isinstance(item, list | tuple) and item else None
+        if not isinstance(first, Mapping) or not {"role", "from"}.isdisjoint(first):
+            return
+    if len(items) < 2:  # one list of rows is those rows
+        return
+    raise DataError(
+        "data is a list of lists of rows: name its splits, {'train': rows, 'valid': rows}, or"
+        " give several data sets, [{'train': rows}, {'train': more_rows}]"
+    )
 
 
 def _is_data_set(item: Any) -> bool:
@@ -75,6 +98,8 @@ def _has_splits(data: Mapping[Any, Any]) -> bool:
 
 def _name_of(data: Any, label: str) -> str:
     """Return the name of a data set; ``label`` names it in messages."""
+    if is_model(data):
+        raise DataError(f"{label} is a model ({type(data).__name__}); {DATA_ALLOWED}")
     if isinstance(data, io.IOBase):
         raise DataError(f"{label} is an open file; give its path, such as 'train.jsonl'")
     if not isinstance(data, str | os.PathLike):

@@ -33,6 +33,7 @@ from ..models.damaged_weights import describe_damage
 from ..models.derived_weights import start_inference
 from ..models.find_model import find_model
 from ..models.ignored_window import ignored_window
+from ..models.language_model import check_language_model
 from ..models.loading import load_folder
 from ..models.model_name_check import check_model_path
 from ..models.prompt_format import PROMPT_FORMAT, PromptFormat, format_of
@@ -191,7 +192,8 @@ def complete(
     Raises:
         ConfigError: ``max_tokens`` or ``temperature`` is out of range.
         DataError: The prompt is empty, or too long for the model.
-        ModelError: The model computes NaN, or the same probability for every token.
+        ModelError: The model computes NaN, or the same probability for every token; or it is no
+            language model of mlx-lm.
     """
     limits = {"max_tokens": int(max_tokens), "temperature": float(temperature)}
     configure(ChatConfig, limits)
@@ -223,6 +225,7 @@ def stream(
     used. ``earlier`` holds the messages before the prompt, as for ``encode_prompt``. The other
     arguments are those of ``complete``.
     """
+    check_language_model(model)
     start_inference(model)
 
     # Check the prompt; a model with learned positions may have room for fewer tokens.

@@ -1,8 +1,7 @@
 """Identify a tokenizer's vocabulary, so that an adapter is not used with another one."""
 
 import hashlib
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cached_property
 from typing import Any
 
 import mlx.nn as nn
@@ -32,12 +31,38 @@ def vocabulary_digest(tokenizer: TokenizerWrapper) -> str | None:
     return hashlib.sha256("\n".join(sorted(ordinary)).encode()).hexdigest()
 
 
+class _Vocabulary:
+    """The vocabulary of a tokenizer, whose digest is computed on first use."""
+
+    def __init__(self, tokenizer: TokenizerWrapper):
+        self.tokenizer = tokenizer
+
+    @cached_property
+    def digest(self) -> str | None:
+        return vocabulary_digest(self.tokenizer)
+
+
 def set_vocabulary(model: nn.Module, tokenizer: TokenizerWrapper) -> None:
     """Let a model know its tokenizer, whose vocabulary is stored and checked with adapters."""
-    model.vocabulary_digest = cache(partial(vocabulary_digest, tokenizer))
+    known: _Vocabulary | None = getattr(model, "vocabulary", None)
+    if known is None or known.tokenizer is not tokenizer:
+        model.vocabulary = _Vocabulary(tokenizer)
 
 
 def known_vocabulary(model: nn.Module) -> str | None:
     """Return the digest of the vocabulary of a model's tokenizer, or None if it is not known."""
-    digest: Callable[[], str | None] | None = getattr(model, "vocabulary_digest", None)
-    return digest() if digest else None
+    known: _Vocabulary | None = getattr(model, "vocabulary", None)
+    return None if known is None else known.digest
+
+
+def describe_other_tokenizer(model: nn.Module, tokenizer: TokenizerWrapper) -> str:
+    """Return a warning if a tokenizer gives other ids than the one known to the model, or ""."""
+    known: _Vocabulary | None = getattr(model, "vocabulary", None)
+    if known is None or known.tokenizer is tokenizer:
+        return ""
+    if known.digest == vocabulary_digest(tokenizer):
+        return ""
+    return (
+        "warning: the tokenizer gives other ids than the one that the model was loaded with: is it"
+        " another model's? load returns a model and its tokenizer together"
+    )

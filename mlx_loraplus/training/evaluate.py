@@ -42,6 +42,7 @@ from ..keyword_types import EvaluateOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.moved_run_paths import read_run_settings
+from ..models.vocabulary import describe_other_tokenizer
 from ..rich_display import RichDisplay
 from ..settings import configure, settings_of
 from .kto import fraction_ranked_right
@@ -209,8 +210,8 @@ def evaluate(
 
     Raises:
         DataError: The split is empty or can't be read.
-        ConfigError: ``split`` or a setting is not allowed, or a setting has no effect here, such as
-            ``rank``: the model is scored as it is.
+        ConfigError: ``split`` or a setting is not allowed, ``base`` scores other examples, or a
+            setting has no effect here, such as ``rank``: the model is scored as it is.
         ModelError: The model computes NaN, or its logits differ with and without caches.
 
     Example:
@@ -228,7 +229,9 @@ def evaluate(
             f"evaluate scores the model as it is, so {', '.join(unused)} would have no effect:"
             f" leave out all but {', '.join(sorted(_SCORED))}"
         )
-    found = _score_split(model, tokenizer, config, split, answers)
+    if warning := describe_other_tokenizer(model, tokenizer):
+        print(warning, file=sys.stderr)
+    found = _score_split(model, tokenizer, config, split, answers, base)
     return replace(found, base=base)
 
 
@@ -238,6 +241,7 @@ def _score_split(
     config: TrainConfig,
     split: SplitName,
     answers: int = 64,
+    base: Evaluation | None = None,
 ) -> Evaluation:
     """Score a model on a split of a run's data; see ``evaluate``."""
     # Read the data.
@@ -245,6 +249,13 @@ def _score_split(
     examples = load_data(config, tokenizer, split).examples[split]
     if not len(examples):
         raise no_rows_to_evaluate(config, tokenizer, split)
+    if base is not None and (base.split, base.examples) != (split, len(examples)):
+        theirs = counted(base.examples, f"{base.split} example")
+        ours = counted(len(examples), f"{split} example")
+        raise ConfigError(
+            f"base scores {theirs}, and this evaluation {ours}: evaluate the base on the same data"
+            " and split"
+        )
     check_examples(limits_of(model), {split: examples}, tokenizer, partial(print, file=sys.stderr))
     config = resolve_batch(config, model, int(examples.lengths.max()))
 

@@ -26,7 +26,7 @@ from ..keyword_types import TrainOptions
 from ..memory.run_sizes import resolve_batch, resolve_length
 from ..migration import translate
 from ..models.find_model import original_of
-from ..models.vocabulary import set_vocabulary
+from ..models.vocabulary import describe_other_tokenizer, set_vocabulary
 from ..python_messages import in_keywords
 from ..runs.history import REPORT, Run
 from ..runs.progress import Callback, Lines, LivePlot, Log, in_notebook, no_log
@@ -143,6 +143,8 @@ def finetune(
 
             # Read the data, and choose the sizes that the settings leave to this machine.
             config = resolve_length(config, model, log)
+            if warning := describe_other_tokenizer(model, tokenizer):
+                log(warning)
             set_vocabulary(model, tokenizer)
             examples = load_examples(config, tokenizer, log)
             check_examples(limits_of(model), examples, tokenizer, log)

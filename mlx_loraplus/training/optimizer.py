@@ -41,6 +41,7 @@ from ..config import OptimizerConfig
 from ..errors import ConfigError, counted
 from ..settings import checked, fill_rates, fit_warmup
 from .compensation import HALF_TYPES, narrowed, widened, zero_compensation
+from .given_gradients import flat_gradients
 from .joined_parameters import JoinedParameters
 from .schedule import rate_factor
 
@@ -183,8 +184,7 @@ class LoRAPlus:
             raise ConfigError(
                 "the optimizer knows no parameters yet: call init(model, trainable.groups) first"
             )
-        flat: dict[str, mx.array] = dict(tree_flatten(gradients))
-        parameters: dict[str, mx.array] = dict(tree_flatten(model.trainable_parameters()))
+        flat, parameters = flat_gradients(model, gradients, self.groups)
         # A and B are float32 and stay as they are; weights in half precision get their lost bits.
         exact = self._widened(parameters)
 
@@ -367,10 +367,11 @@ def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str])
     if not parameters:
         raise ConfigError("the model has nothing to train: call attach_adapters first")
     if parameters.keys() != groups.keys():
+        apart = sorted(parameters.keys() ^ groups.keys())
+        why = "trains, but is in no group" if apart[0] in parameters else "does not train"
         raise ConfigError(
-            "the groups must cover what trains:"
-            f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
-            f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
+            f"the groups differ from what trains in {counted(len(apart), 'parameter')}: {apart[0]}"
+            f" {why}: give the groups that attach_adapters returns for this model"
         )
     unknown = sorted(set(groups.values()) - set(_GROUPS))
     if unknown:

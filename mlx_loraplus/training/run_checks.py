@@ -1,6 +1,8 @@
 """Checks of a run's settings against its model, data and processes, before training starts."""
 
 from collections.abc import Mapping
+from contextlib import suppress
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,18 @@ from ..adapters.full import check_full, trains_weights
 from ..adapters.stored_files import UNKNOWN_MODEL, check_names_model
 from ..adapters.tensor_parallel import is_sharded
 from ..adapters.trainable import check_no_foreign_adapters, find_adapters
+from ..call_checks import shown
 from ..config import DIVERGED, DIVERGED_INIT2, OptimizerConfig, TrainConfig
 from ..data.dataset import Examples
-from ..errors import AdapterError, ConfigError, counted
+from ..errors import AdapterError, ConfigError, OutputError, counted
 from ..launching import check_batch_size
 from ..models.find_model import original_of
 from ..models.model_name_check import check_model_path
 from ..models.save_model_folder import origin_of
 from ..models.trainable_families import check_trainable
+from ..runs.history import Run
 from ..runs.progress import Log
+from ..runs.run_folder import is_run
 from ..runs.state import Progress
 from .distributed import World
 
@@ -85,10 +90,24 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
     # A resumed run needs its own adapters.
     if trained_in is None or config.resume or not find_adapters(model):
         return
-    raise ConfigError(
+    what = (
         f"the model still has the adapters of an earlier run ({trained_in}): load the model again"
-        f" for a new run, or load it with adapter_path={trained_in!r} to train them further"
     )
+    if _can_continue(Path(trained_in)):
+        raise ConfigError(
+            f"{what} for a new run, or continue that one, which has not ended, with resume=True and"
+            f" adapter_path={trained_in!r}"
+        )
+    raise ConfigError(
+        f"{what} for a new run, or load it with adapter_path={trained_in!r} to train them further"
+    )
+
+
+def _can_continue(folder: Path) -> bool:
+    """Return whether a folder holds a run that has not ended, such as an interrupted one."""
+    with suppress(OutputError, ConfigError):
+        return is_run(folder) and not Run.load(folder).finished
+    return False
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -199,7 +218,7 @@ def with_model_name(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, 
     A model that this package did not load is described by its kind.
 
     Raises:
-        ConfigError: The settings name another model.
+        ConfigError: The settings name another model, or hold a model.
     """
     name = getattr(model, "loaded_as", None)
     if name is None:
@@ -207,6 +226,11 @@ def with_model_name(model: nn.Module, settings: Mapping[str, Any]) -> dict[str, 
         return {"model": f"a {kind} {UNKNOWN_MODEL}", **settings}
 
     asked = settings.get("model", name)
+    if not isinstance(asked, str | PathLike):
+        raise ConfigError(
+            f"model is {shown(asked)}, and not a name: the model is the first argument, so leave"
+            " out model"
+        )
     if asked != name and Path(asked).absolute() != Path(name).absolute():
         raise ConfigError(
             f"model {asked!r:.80} is not the model given, which is {name!r:.80}: leave out model"

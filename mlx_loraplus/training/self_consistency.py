@@ -28,6 +28,7 @@ from ..kernels.float32_copy import in_float32
 from ..kernels.patch import grad_checkpointing
 from ..kernels.trunk_and_head import model_dtype
 from ..models.damaged_weights import describe_damage
+from ..models.language_model import check_language_model
 from ..models.weight_files import one_line
 
 TOKENS = 12  # the number of tokens that a model is tested on
@@ -46,6 +47,8 @@ def check_caches(model: nn.Module) -> None:
     Raises:
         ModelError: mlx-lm can't run the model, a logit is not a number, or the logits differ.
     """
+    check_language_model(model)
+
     # The type of the model may be too small for its numbers.
     tokens, training = probe_tokens(model, TOKENS), model.training
     model.eval()
