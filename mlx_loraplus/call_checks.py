@@ -262,7 +262,7 @@ def _check_takes(function: str, name: str, value: Any, hint: Any) -> None:
         try:
             signature.bind(*takes)
         except TypeError:
-            kinds = ", ".join(_described(kind)[0] for kind in takes)
+            kinds = ", ".join(kind.__name__ for kind in takes)
             raise ConfigError(
                 f"{function}: {name} is called with {counted(len(takes), 'value')} ({kinds}), but"
                 f" the function takes {signature}"

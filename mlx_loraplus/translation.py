@@ -96,7 +96,7 @@ class Translation:
 
 def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) -> str:
     """Return what to do about a setting that holds settings; "" if it is another one."""
-    block = settings[name]
+    block: Any = settings[name]
     if is_dataclass(block) and not isinstance(block, type):
         names = [each.name for each in fields(block)]
         return (

@@ -13,6 +13,7 @@ from ..models.prompt_format import PromptFormat
 from ..models.vocabulary import known_vocabulary
 from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
+from .damaged_files import how_to_restore
 from .lora import Adapter, LoRA, Projections
 from .stored_files import StoredConfig, check_floating, recorded_model
 from .stored_tensors import (
@@ -76,7 +77,9 @@ def attach_saved(
         if path in modules and path not in layers:
             problems.append(f"{path}, which lora_parameters.keys names, {MISSING}")
     if problems and all(problem.endswith(MISSING) for problem in problems):
-        raise AdapterError(f"{source} is incomplete: {join_problems(problems, most=1)}")
+        raise AdapterError(
+            f"{source} is incomplete: {join_problems(problems, most=1)}; {how_to_restore(source)}"
+        )
     if problems:
         raise AdapterError(
             f"{source} belongs to another model{_own_model(source)}:"

@@ -14,9 +14,10 @@ from ..errors import ConfigError
 from ..models.moved_run_paths import read_run_settings
 from ..settings import configure, settings_of
 from .base_layers import QUANTIZED, quantization
+from .damaged_files import RUN_SETTINGS
 from .full import trains_weights
 from .lora import Adapter, LoRA
-from .stored_files import RUN_SETTINGS, StoredConfig
+from .stored_files import StoredConfig
 from .trainable import find_adapters
 
 START = ("init", "quantize", "quantize_group_size", "loftq_iters", "svd")

@@ -76,12 +76,13 @@ def save_adapter(
         The folder.
 
     Raises:
-        AdapterError: The model has no adapters.
+        AdapterError: The model has no adapters, or they hold NaN or infinite values.
         OutputError: The folder holds a run, a sweep, a model, data or (without ``overwrite``) an
             adapter, or cannot be written. Existing files are not changed.
     """
     folder = path_of(adapter_path, "--adapter-path", OutputError)
     check_contents(folder, ("a run", "a sweep", "a model", "data"), "--adapter-path")
+    _check_finite(model)
     held = [name for name in (WEIGHTS, CONFIG, MODULES) if (folder / name).exists()]
     if held and not overwrite:
         raise OutputError(
@@ -89,6 +90,21 @@ def save_adapter(
             " --overwrite"
         )
     return write_adapter(model, folder)
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Check that adapters can be used once they are saved.
+
+    Raises:
+        AdapterError: A value of an adapter is not finite.
+    """
+    for path, adapter in find_adapters(model).items():
+        for name in adapter.groups:
+            if not mx.isfinite(adapter[name]).all().item():
+                raise AdapterError(
+                    f"{path}.{name} holds values that are not finite, as after a training that"
+                    " diverged, so it would be of no use: train again with a lower learning rate"
+                )
 
 
 def write_trained(model: nn.Module, tokenizer: TokenizerWrapper, folder: Path) -> None:

@@ -19,12 +19,11 @@ from ..models.known_models import MODELS
 from ..models.moved_run_paths import present_path, read_run_settings
 from ..setting_types import AdapterKind, Scale
 from ..userpaths import shell_word, similar_paths
+from .damaged_files import RUN_SETTINGS, describe_invalid, how_to_restore
 
 WEIGHTS = "adapters.safetensors"
 CONFIG = "adapter_config.json"
 MODULES = "modules.safetensors"
-RUN_SETTINGS = "run.yaml"  # a run's settings, beside its adapter
-CHECKPOINTS = "checkpoints"  # the folder of a run's checkpoints
 
 UNKNOWN_MODEL = "model loaded elsewhere"  # how a run describes a model without a name
 
@@ -187,15 +186,11 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
             ) from None
         raise AdapterError(_no_adapter(path, error)) from None
     except pydantic.ValidationError as error:
-        problems: list[str] = []
-        for detail in error.errors():
-            place = ".".join(map(str, detail["loc"]))
-            problems.append(f"{place} {detail['msg']}".strip())
-        raise AdapterError(
-            f"{path} is not an adapter's config: {join_problems(problems)}{hint}"
-        ) from None
+        problems = join_problems(describe_invalid(error))
+        advice = hint or f"; {how_to_restore(path.parent)}"
+        raise AdapterError(f"{path} is not an adapter's config: {problems}{advice}") from None
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}; {_how_to_restore(path)}") from None
+        raise AdapterError(f"{path} is not JSON: {error}; {how_to_restore(path.parent)}") from None
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -205,7 +200,9 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         AdapterError: The file does not exist, or its header does not match its contents.
     """
     if not path.is_file():
-        raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
+        folder = path.parent
+        advice = how_to_restore(folder)
+        raise AdapterError(f"{folder} holds no adapter: there is no {path.name}; {advice}")
 
     # safe_open checks every shape, type and offset in the header against the file; MLX does not.
     try:
@@ -220,18 +217,9 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         details = " ".join(str(error).split())[:200]
         raise AdapterError(
-            f"{path} is broken or cut off: {details}; {_how_to_restore(path)}"
+            f"{path} is broken or cut off: {details}; {how_to_restore(path.parent)}"
         ) from None
     return weights
-
-
-def _how_to_restore(path: Path) -> str:
-    """Return how to get a file of an adapter again."""
-    settings = path.parent / RUN_SETTINGS
-    if settings.is_file() and (path.parent / CHECKPOINTS).is_dir():
-        command = f"mlx_loraplus.train -c {shell_word(settings)} --resume"
-        return f"{command} writes it again, from the last checkpoint"
-    return "copy the file again"
 
 
 def _check_type(path: Path, name: str, dtype: str) -> None:

@@ -10,6 +10,7 @@ import mlx.core as mx
 from ..errors import AdapterError
 from .attach import layer_classes
 from .base_layers import QUANTIZED, base_shape, fingerprint, quantization, whole_lines
+from .damaged_files import how_to_restore
 from .lora import Adapter, Projections
 from .stored_files import BaseFingerprint, StoredConfig
 from .unfreeze import own_arrays
@@ -54,7 +55,10 @@ def group_tensors(
 
     if unknown or not layers:
         reason = f"{unknown[0][:200]} is not known" if unknown else "it is empty"
-        raise AdapterError(f"{file} holds no {kind} adapter: {reason}")
+        advice = how_to_restore(file)
+        if unknown and unknown[0].startswith("base_model."):
+            advice = "it is of PEFT: mlx_loraplus.export --from peft converts its whole folder"
+        raise AdapterError(f"{file} holds no {kind} adapter: {reason}; {advice}")
 
     # Each layer needs an A, which gives its rank.
     if "lora_a" in leaves:

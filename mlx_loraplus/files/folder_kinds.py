@@ -49,8 +49,8 @@ def check_contents(folder: Path, refused: Iterable[Contents], flag: str) -> None
 
     Raises:
         OutputError: The folder holds one of ``refused``; is a folder of the system; is or contains
-            the home folder; is inside this package; is the current folder and holds other files;
-            or is new and has the name of a file.
+            the home folder; is inside this package or the checkpoints of a run; is the
+            current folder and holds other files; or is new and has the name of a file.
     """
     _check_place(folder, flag)
     if not folder.exists():
@@ -89,6 +89,8 @@ def _check_place(folder: Path, flag: str) -> None:
         what = "your home folder, or contains it"
     elif place.is_relative_to(_PACKAGE):
         what = "inside the folder of mlx_loraplus itself"
+    elif _is_in_checkpoints(place):
+        what = "among the checkpoints of a run"
     elif any(place == Path(name).resolve() for name in (*_SYSTEM_FOLDERS, tempfile.gettempdir())):
         what = "a folder of the system"
     elif place == Path.cwd():
@@ -100,6 +102,12 @@ def _check_place(folder: Path, flag: str) -> None:
         raise OutputError(
             f"{folder} is {what}: give {flag} a folder of its own, such as {_FREE_NAME}"
         )
+
+
+def _is_in_checkpoints(place: Path) -> bool:
+    """Return whether a folder is a run's folder of checkpoints, or is inside of it."""
+    folders = [folder for folder in (place, *place.parents) if folder.name == "checkpoints"]
+    return any((folder.parent / name).is_file() for folder in folders for name in _MARKS["a run"])
 
 
 def _marks(name: str, kind: Contents) -> bool:

@@ -94,6 +94,9 @@ _REPORT: dict[str, Any] = {
 _VALIDATION: dict[str, Any] = {"valid_loss": int | float | None}
 
 
+_RESTORE = "to write the file again from the last checkpoint, resume the run"
+
+
 @dataclass(repr=False)
 class Run:
     """A run's settings and history; a notebook shows it as a page."""
@@ -125,8 +128,15 @@ class Run:
         try:
             config = configure(TrainConfig, read_run_settings(path / SETTINGS))
         except ConfigError as error:
+            settings = path / SETTINGS
+            problem = (
+                f"{error}; correct the file"
+                if settings.is_file()
+                else "it has no run.yaml; copy it"
+            )
             raise OutputError(
-                f"{path} holds no complete run: {error}; give a run's folder"
+                f"{path} holds no complete run: {problem}, or resume the run with its settings,"
+                " which writes run.yaml again"
             ) from None
 
         # The first event has the planned steps.
@@ -282,6 +292,8 @@ def read_history(folder: Path) -> list[Event]:
         lines.pop()
     history = [_read_event(line, path, number) for number, line in enumerate(lines, 1)]
     if not history:
+        if content.strip():
+            raise OutputError(f"{path} holds no events: {_RESTORE}")
         raise OutputError(f"{path} is empty: the run has reported nothing yet")
     return history
 
@@ -309,10 +321,14 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
         if not isinstance(event.get("step"), int):
             raise ValueError("an event is an object with a step")
     except (ValueError, TypeError, RecursionError) as error:
-        raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
+        raise OutputError(
+            f"{place} is not an event ({str(error)[:100]}): remove this line, or {_RESTORE}"
+        ) from None
 
     # Only the first event must contain the schema.
-    schema = event.get("schema", "none" if number == 1 else SCHEMA)
+    if number == 1 and "schema" not in event:
+        raise OutputError(f"{place} is not the start of a run, which is lost: {_RESTORE}")
+    schema = event.get("schema", SCHEMA)
     if schema not in (1, SCHEMA):
         raise OutputError(
             f"{place} has schema {schema!r:.40}, not {SCHEMA}: use the version that wrote it"

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ..adapters.stored_files import CHECKPOINTS, CONFIG, MODULES, WEIGHTS
+from ..adapters.damaged_files import CHECKPOINTS
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..errors import ConfigError, OutputError
 from ..files import Contents, check_apart, check_contents
@@ -56,19 +57,19 @@ def holds_full_run(folder: Path) -> bool:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether a folder was written by a run: it has settings, and a checkpoint or a history.
+    """Return whether a folder was written by a run: it has settings and a checkpoint, or a history.
 
     A run that was killed while it started may have left complete settings and nothing else.
     """
-    if not (folder / SETTINGS).is_file():
-        return False
-
-    if newest_step(folder) is not None:
+    has_settings = (folder / SETTINGS).is_file()
+    if has_settings and newest_step(folder) is not None:
         return True
 
     # Only the history of a run begins with a schema.
     with suppress(OutputError, IndexError):
         return "schema" in read_history(folder)[0]
+    if not has_settings:
+        return False
 
     if held_names(folder) == [SETTINGS]:
         with suppress(ConfigError):

@@ -33,10 +33,10 @@ import mlx.nn as nn
 import pydantic
 from mlx.utils import tree_flatten
 
+from ..adapters.damaged_files import CHECKPOINTS
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
 from ..adapters.stored_files import (
-    CHECKPOINTS,
     CONFIG,
     MODULES,
     WEIGHTS,

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..adapters.damaged_files import RUN_SETTINGS
 from ..adapters.storage import load_adapter
-from ..adapters.stored_files import RUN_SETTINGS, adapter_files, check_not_peft, is_model_folder
+from ..adapters.stored_files import adapter_files, check_not_peft, is_model_folder
 from ..config import TrainConfig
 from ..data.eval_prompts import choose_eval_prompts
 from ..data.first_rows import check_rows
@@ -230,7 +231,8 @@ def evaluate(
             f" leave out all but {', '.join(sorted(_SCORED))}"
         )
     if warning := describe_other_tokenizer(model, tokenizer):
-        print(warning, file=sys.stderr)
+        log = partial(print, file=sys.stderr)
+        log(warning)
     found = _score_split(model, tokenizer, config, split, answers, base)
     return replace(found, base=base)
 

@@ -10,9 +10,10 @@ import mlx.nn as nn
 import yaml
 from mlx.utils import tree_flatten
 
+from ..adapters.damaged_files import CHECKPOINTS
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_trained
-from ..adapters.stored_files import CHECKPOINTS, CONFIG, MODULES, WEIGHTS
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS
 from ..config import TrainConfig
 from ..device import gb
 from ..errors import AdapterError, DeviceError, LoRAPlusError, OutputError

@@ -9,7 +9,7 @@ from mlx_lm import load as stock_load
 from mlx_lm.utils import load_model
 
 import mlx_loraplus as ml
-from mlx_loraplus.adapters.stored_files import CHECKPOINTS
+from mlx_loraplus.adapters.damaged_files import CHECKPOINTS
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.encode_prompt import encode_prompt
 from mlx_loraplus.inference.generate import answer_all
