@@ -272,7 +272,7 @@ def _check_takes(function: str, name: str, value: Any, hint: Any) -> None:
 def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     """Return the error for a value that should be a model."""
     given, model = shown(value), "name"
-    if isinstance(value, tuple) and any(map(is_model, value)):
+    if isinstance(value, tuple) and any(map(is_mlx_module, value)):
         return ModelError(
             f"{function}: {name} is the tuple that load returns: write * before it, as in"
             f" {function}(*loaded), or take it apart first: model, tokenizer = loaded"
@@ -285,7 +285,7 @@ def _no_model(function: str, name: str, value: Any) -> LoRAPlusError:
     )
 
 
-def is_model(value: Any) -> bool:
+def is_mlx_module(value: Any) -> bool:
     """Return whether a value is a model of MLX, without importing MLX."""
     return any(
         kind.__name__ == "Module" and kind.__module__.startswith("mlx.")

@@ -1,10 +1,9 @@
 """The state of a translation, with the lines that report it; ``migration.py`` translates."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from .call_checks import shown
 from .foreign_names import FOREIGN_NAMES, NESTED, PROGRAMS
 from .spelling import flag_of, in_names
 
@@ -98,9 +97,9 @@ def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) 
     """Return what to do about a setting that holds settings; "" if it is another one."""
     block: Any = settings[name]
     if is_dataclass(block) and not isinstance(block, type):
-        names = [each.name for each in fields(block)]
+        names = list(vars(block))
         return (
-            f"{name} is {shown(block)}, which holds settings ({_listed(names)}): give them as"
+            f"{name} is of the type {type(block).__name__}, which holds settings ({_listed(names)}): give them as"
             f" keywords, without {name}"
         )
     if type(block) is not dict or not block or name in (*NESTED, "fields"):

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import get_total_parameters
 
 from ..errors import AdapterError, counted
-from ..models.language_model import check_language_model
+from ..models.language_model import check_blocks
 from .full import weight_groups
 from .lora import Adapter
 from .unfreeze import FullyTrained, own_arrays
@@ -74,7 +74,7 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
         AdapterError: It has some.
         ModelError: It is not a language model of mlx-lm.
     """
-    check_language_model(model)
+    check_blocks(model)
     for path, module in model.named_modules():
         if "lora_a" in module and not isinstance(module, Adapter):
             program = type(module).__module__.partition(".")[0]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ..call_checks import DATA_ALLOWED, is_model, shown
+from ..call_checks import DATA_ALLOWED, is_mlx_module, shown
 from ..errors import DataError, nearest
 from ..files import cache_folder, cached_folder, remove_unused, temporary_name, write_error
 from .csv_rows import repeated_name
@@ -98,7 +98,7 @@ def _has_splits(data: Mapping[Any, Any]) -> bool:
 
 def _name_of(data: Any, label: str) -> str:
     """Return the name of a data set; ``label`` names it in messages."""
-    if is_model(data):
+    if is_mlx_module(data):
         raise DataError(f"{label} is a model ({type(data).__name__}); {DATA_ALLOWED}")
     if isinstance(data, io.IOBase):
         raise DataError(f"{label} is an open file; give its path, such as 'train.jsonl'")

@@ -172,9 +172,8 @@ def _what_is_inside(folder: Path) -> str:
     contents = describe_contents(folder)
     if contents.startswith("data"):
         return f"; it holds {contents}: rows go to --data of mlx_loraplus.train"
-    if contents.startswith("a run") and (folder / "run.yaml").is_file():
-        command = f"mlx_loraplus.train -c {folder / 'run.yaml'} --resume"
-        return f"; it holds a run that has saved no adapter: {command} continues it"
+    if contents.startswith("a run"):
+        contents += " without an adapter: resume it"
     return f"; it holds {contents}" if contents else ""
 
 

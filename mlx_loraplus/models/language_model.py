@@ -7,25 +7,30 @@ import mlx.nn as nn
 from ..errors import ModelError
 
 
+def check_blocks(model: nn.Module) -> None:
+    """Check that a model has transformer blocks where mlx-lm's models have them.
+
+    Raises:
+        ModelError: It has none.
+    """
+    if not hasattr(model, "layers"):
+        raise _no_language_model(model, "has no layers")
+
+
 def check_language_model(model: nn.Module) -> None:
-    """Check that a model has transformer blocks, and takes tokens and caches, as mlx-lm's do.
+    """Check that a model has transformer blocks and takes caches, so that it can generate.
 
     Raises:
         ModelError: It does not.
     """
-    missing = ""
-    if not hasattr(model, "layers"):
-        missing = "it has no layers"
-    elif not _takes_caches(model):
-        missing = "it takes no cache"
-    if missing:
-        raise ModelError(
-            f"a {type(model).__name__} is not a language model of mlx-lm, because {missing}: model,"
-            " tokenizer = mlx_loraplus.load(name) loads one"
-        )
-
-
-def _takes_caches(model: nn.Module) -> bool:
-    """Return whether a model can be called with caches."""
+    check_blocks(model)
     parameters = inspect.signature(type(model).__call__).parameters.values()
-    return any(each.name == "cache" or each.kind is each.VAR_KEYWORD for each in parameters)
+    if not any(each.name == "cache" or each.kind is each.VAR_KEYWORD for each in parameters):
+        raise _no_language_model(model, "takes no cache")
+
+
+def _no_language_model(model: nn.Module, why: str) -> ModelError:
+    return ModelError(
+        f"the model, a {type(model).__name__}, is not a language model of mlx-lm, because it {why}:"
+        " model, tokenizer = mlx_loraplus.load(name) loads one"
+    )

@@ -128,15 +128,12 @@ class Run:
         try:
             config = configure(TrainConfig, read_run_settings(path / SETTINGS))
         except ConfigError as error:
-            settings = path / SETTINGS
-            problem = (
-                f"{error}; correct the file"
-                if settings.is_file()
-                else "it has no run.yaml; copy it"
-            )
+            problem = f"{error}; correct the file"
+            if not (path / SETTINGS).is_file():
+                problem = f"{SETTINGS} is missing; copy it"
             raise OutputError(
                 f"{path} holds no complete run: {problem}, or resume the run with its settings,"
-                " which writes run.yaml again"
+                f" which writes {SETTINGS} again"
             ) from None
 
         # The first event has the planned steps.

@@ -156,11 +156,17 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(
     [
         (None, "can't be read: No such file"),
         ("", "is empty"),
-        ('{"step": 1, "loss": 2}\n', "1 has schema 'none', not 2"),
+        (
+            '{"step": 1, "loss": 2}\n',
+            "1 is not the start of a run, which is lost: to write the file again",
+        ),
         ('{"step": 0, "schema": 2}\n{"step": 0, "schema": 3}\n', "2 has schema 3, not 2"),
         ('{"step": 0, "schema": 1}\nnot json\n', "2 is not an event"),
         ('{"step": 0, "schema": 2}\n[1]\n', "2 is not an event"),
-        ('{"step": 0, "schema": 1, "steps": 3}\n', "run.yaml can't be read"),
+        (
+            '{"step": 0, "schema": 1, "steps": 3}\n',
+            "run.yaml is missing; copy it, or resume the run",
+        ),
     ],
 )
 def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, text: str | None, told: str):
