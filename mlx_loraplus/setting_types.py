@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from .call_checks import shown
 from .errors import counted, nearest
 from .spelling import flag_of
 from .userpaths import looks_like_file, user_path
@@ -57,7 +56,7 @@ def describe_refused(details: Iterable[Any]) -> list[str]:
         # Repeat the value only if it is simple.
         given = detail["input"]
         is_simple = given is None or type(given) in (str, bool, int, float, list, tuple, dict)
-        key = (names[-1], f"{given!r:.80}" if is_simple else shown(given))
+        key = (names[-1], f"{given!r:.80}" if is_simple else f"a {type(given).__name__}")
         if detail["type"] == "missing":  # one error for each value that a pair lacks
             place = detail["loc"][-1]
             needed = counted(place + 1, "value") if isinstance(place, int) else "a value"

@@ -1,7 +1,7 @@
 """The state of a translation, with the lines that report it; ``migration.py`` translates."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .foreign_names import FOREIGN_NAMES, NESTED, PROGRAMS
@@ -96,11 +96,11 @@ class Translation:
 def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) -> str:
     """Return what to do about a setting that holds settings; "" if it is another one."""
     block: Any = settings[name]
-    if is_dataclass(block) and not isinstance(block, type):
-        names = list(vars(block))
+    if hasattr(block, "__dataclass_fields__") and not isinstance(block, type):
+        names = _listed(list(block.__dataclass_fields__))
         return (
-            f"{name} is of the type {type(block).__name__}, which holds settings ({_listed(names)}): give them as"
-            f" keywords, without {name}"
+            f"{name} is of the type {type(block).__name__}, which holds settings ({names}): give"
+            f" them as keywords, without {name}"
         )
     if type(block) is not dict or not block or name in (*NESTED, "fields"):
         return ""

@@ -4,8 +4,12 @@ import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
 
 import re
 from pathlib import Path
+from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx.utils import tree_map
 
 
 PYTHON = [
@@ -134,6 +138,32 @@ PYTHON = [
     ("plan_memory(families='nothere')", "a hub id or a folder goes to model"),
     ("plan_memory(families='model.gguf')", 'write model="model.gguf"'),
     ("attach_adapters(model, ml.AdapterConfig(target_modules=('q_prj',)))", "(did you mean 'q_proj'"),
+    # models, functions and settings in the place of something else
+    ("finetune(nn.Linear(3, 3), tokenizer, data='sums')", "the model, a Linear, is not a language model of mlx-lm, because it has no layers"),
+    ("finetune(nn.Sequential(nn.Embedding(128, 8), nn.Linear(8, 128)), tokenizer, data='sums')", "because it takes no cache"),
+    ("complete(nn.Linear(3, 3), tokenizer, 'hi')", "is not a language model of mlx-lm"),
+    ("attach_adapters(nn.Linear(3, 3), ml.AdapterConfig())", "is not a language model of mlx-lm"),
+    ("load_adapter(nn.Linear(3, 3), 'run')", "is not a language model of mlx-lm"),
+    ("finetune(model, tokenizer, data='sums', model=model)", "the model is the first argument, so leave out model"),
+    ("finetune(model, tokenizer, data=model)", "data is a model (Model); give a path"),
+    ("finetune(model, tokenizer, data='sums', adapter=ml.AdapterConfig(rank=4))", "which holds settings (adapter, init, rank, alpha, …): give them as keywords, without adapter"),
+    ("finetune(model, tokenizer, data='sums', config=ml.TrainConfig())", "give them as keywords, without config"),
+    ("finetune(model, tokenizer, data='sums', eval_dataset='sums')", "in Python data={'train': rows, 'valid': rows}"),
+    ("finetune(model, tokenizer, data='sums', trackers=['wandb'])", "(did you mean 'report_to'?)"),
+    ("finetune(model, tokenizer, data='sums', fields={'prompt': print})", "fields must be a valid string, not a builtin_function_or_method"),
+    ("finetune(model, tokenizer, data='sums', callback=lambda event: None)", "callback is called with 2 values (Run, dict), but the function takes (event)"),
+    ("finetune(model, tokenizer, data='sums', log=lambda: None)", "log is called with 1 value (str), but the function takes ()"),
+    ("finetune(model, tokenizer, data=[[{'text': 'a'}], [{'text': 'b'}]])", "a list of lists of rows: name its splits, {'train': rows, 'valid': rows}"),
+    ("finetune(model, tokenizer, data=[{'text': 'a'}, 'b'])", "data[0] is a dict, but data[1] is a whole data set ('b')"),
+    ("evaluate(model, tokenizer, data='sums', base=ml.evaluate(model, tokenizer, data='sums', split='train'))", "base scores 40 train examples, and this evaluation 6 valid examples"),
+    # half a surrogate pair
+    ("complete(model, tokenizer, 'a\\ud800')", "has characters that are not valid UTF-8"),
+    ("finetune(model, tokenizer, data='sums', prompts=['a\\ud800'])", "has characters that are not valid UTF-8"),
+    ("Run.load('a\\ud800')", "folder must be valid UTF-8"),
+    # the checkpoints of a run
+    ("finetune(model, tokenizer, data='sums', adapter_path='run/checkpoints')", "among the checkpoints of a run: give adapter_path a folder of its own"),
+    ("finetune(model, tokenizer, data='sums', adapter_path='run/checkpoints/best-000001', overwrite=True)", "among the checkpoints of a run"),
+    ("save_adapter(tuned, 'run/checkpoints/new')", "among the checkpoints of a run"),
 ]  # fmt: skip
 
 
@@ -143,7 +173,10 @@ def test_a_plausible_mistake_in_python(in_workshop: Path, call: str, told: str):
     tuned, _ = ml.load("run")
     before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
     with pytest.raises(ml.LoRAPlusError) as error:
-        eval(f"ml.{call}", {"ml": ml, "model": model, "tokenizer": tokenizer, "tuned": tuned})
+        eval(
+            f"ml.{call}",
+            {"ml": ml, "nn": nn, "model": model, "tokenizer": tokenizer, "tuned": tuned},
+        )
     said = str(error.value)
     assert told in said
     assert "\n" not in said
@@ -159,3 +192,56 @@ def test_a_plausible_mistake_in_python(in_workshop: Path, call: str, told: str):
 def test_a_name_that_does_not_exist(name: str, meant: str):
     with pytest.raises(AttributeError, match=f"did you mean '{meant}'"):
         getattr(ml, name)
+
+
+def test_gradients_that_do_not_fit_the_optimizer(in_workshop: Path):
+    model, _ = ml.load("tiny")
+    trainable = ml.attach_adapters(model, ml.AdapterConfig())
+    optimizer = ml.LoRAPlus(ml.OptimizerConfig(), 10)
+    gradients: Any = model.trainable_parameters()
+    with pytest.raises(
+        ml.ConfigError, match=r"differ from what trains in 28 parameters: model.*no group"
+    ):
+        optimizer.init(model, {})
+    optimizer.init(model, trainable.groups)
+
+    with pytest.raises(ml.ConfigError, match="the gradients lack 28 parameters, such as model"):
+        optimizer.update(model, {})
+    with pytest.raises(ml.ConfigError, match=r"takes the model, then the gradients"):
+        optimizer.update(gradients, model)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ml.ConfigError, match=r"28 parameters given to init, such as .* call init"):
+        optimizer.update(ml.load("tiny")[0], gradients)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(in_workshop: Path):
+    tuned, _ = ml.load("run")
+    tuned.update(tree_map(lambda array: array * mx.nan, tuned.trainable_parameters()))
+    with pytest.raises(ml.AdapterError, match=r"lora_a holds values that are not finite"):
+        ml.save_adapter(tuned, "new")
+    assert not Path("new").exists()
+
+
+def test_the_tokenizer_of_another_model(in_workshop: Path, capsys: pytest.CaptureFixture[str]):
+    model, _ = ml.load("tiny")
+    _, other = ml.load("swapped")
+    ml.evaluate(model, other, data="sums", answers=0)
+    assert "warning: the tokenizer gives other ids than the one" in capsys.readouterr().err
+    _, copy = ml.load("tiny")
+    ml.evaluate(model, copy, data="sums", answers=0)
+    assert not capsys.readouterr().err
+
+
+def test_an_interrupted_run_is_continued_by_the_advice(in_workshop: Path, tmp_path: Path):
+    model, tokenizer = ml.load("tiny")
+    settings: Any = {"data": "sums", "iters": 2, "warmup": 0, "adapter_path": str(tmp_path / "new")}
+
+    def stop(run: ml.Run, event: dict[str, Any]) -> None:
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        ml.finetune(model, tokenizer, callback=stop, **settings)
+    with pytest.raises(ml.ConfigError, match=r"continue that one, .* with resume=True"):
+        ml.finetune(model, tokenizer, **settings)
+    assert ml.finetune(model, tokenizer, resume=True, **settings).finished
+    with pytest.raises(ml.ConfigError, match="to train them further"):
+        ml.finetune(model, tokenizer, **settings | {"adapter_path": str(tmp_path / "second")})

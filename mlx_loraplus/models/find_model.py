@@ -172,8 +172,6 @@ def _what_is_inside(folder: Path) -> str:
     contents = describe_contents(folder)
     if contents.startswith("data"):
         return f"; it holds {contents}: rows go to --data of mlx_loraplus.train"
-    if contents.startswith("a run"):
-        contents += " without an adapter: resume it"
     return f"; it holds {contents}" if contents else ""
 
 
