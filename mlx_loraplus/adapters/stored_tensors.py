@@ -90,7 +90,7 @@ def _check_rank(name: str, a: mx.array | None, start_rank: int | None, file: Pat
         AdapterError: It does not.
     """
     if a is None:
-        raise AdapterError(f"{file} is incomplete: {name} {MISSING}")
+        raise AdapterError(f"{file} is incomplete: {name} {MISSING}; {how_to_restore(file)}")
     if a.ndim not in (2, 3) or not a.size:
         raise AdapterError(f"{file} is damaged: {name} has shape {a.shape}, which has no rank")
     # With a PiSSA start, the rank of A is twice that of the start.

@@ -189,11 +189,15 @@ def _write_lines(path: Path, lines: Iterator[bytes], update: Callable[[bytes], N
         return path.open("xb")
 
     count = 0
-    with _writing(path, open_file) as file:
+    file: BinaryIO = _writing(path, open_file)
+    try:
         for line in lines:
             update(line)
             _writing(path, lambda line=line: file.write(line))
             count += 1
+    finally:
+        # The last lines are written when the file is closed.
+        _writing(path, file.close)
     return count
 
 

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,7 @@ def _check_place(folder: Path, flag: str) -> None:
         what = "inside the folder of mlx_loraplus itself"
     elif _is_in_checkpoints(place):
         what = "among the checkpoints of a run"
-    elif any(place == Path(name).resolve() for name in (*_SYSTEM_FOLDERS, tempfile.gettempdir())):
+    elif any(place == Path(name).resolve() for name in _system_folders()):
         what = "a folder of the system"
     elif place == Path.cwd():
         names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith("."))
@@ -102,6 +103,14 @@ def _check_place(folder: Path, flag: str) -> None:
         raise OutputError(
             f"{folder} is {what}: give {flag} a folder of its own, such as {_FREE_NAME}"
         )
+
+
+def _system_folders() -> list[str]:
+    """Return the folders that belong to the system, with the one for temporary files."""
+    folders = list(_SYSTEM_FOLDERS)
+    with suppress(OSError):  # there is none if the disk is full
+        folders.append(tempfile.gettempdir())
+    return folders
 
 
 def _is_in_checkpoints(place: Path) -> bool:
