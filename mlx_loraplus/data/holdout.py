@@ -8,7 +8,7 @@ from ..config import DataConfig, TrainConfig
 from ..errors import DataError
 from .conversation_groups import group_examples
 from .dataset import Examples
-from .sources import Source
+from .sources import Source, Table
 from .split_report import SplitReport
 
 # Without validation rows, this fraction of the training examples is held out
@@ -29,9 +29,13 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
     """Return whether validation examples are held out of the training examples.
 
     Raises:
-        DataError: ``valid_split`` is set although there are validation files.
+        DataError: ``valid_split`` is set although there are validation rows.
     """
-    has_valid = any(source.get("valid") for source in sources)
+    tables = [table for source in sources for table in source.get("valid", ())]
+    has_valid = bool(tables)
+    if settings.valid_split:
+        # A validation split without rows does not contradict the setting.
+        has_valid = any(map(_has_rows, tables))
     if has_valid and settings.valid_split:
         raise DataError(
             "--valid-split holds out training rows, but the data already has a validation split:"
@@ -39,6 +43,11 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
         )
     has_train = any("train" in source for source in sources)
     return has_train and not has_valid and settings.valid_split != 0
+
+
+def _has_rows(table: Table) -> bool:
+    """Return whether a table has a row, good or bad."""
+    return bool(table.documents) or next(iter(table.rows()), None) is not None
 
 
 def hold_out(

@@ -160,7 +160,7 @@ def test_what_no_number_is_but_should_be_is_told_in_a_line(
         ('{"step": 0, "schema": 2}\n{"step": 0, "schema": 3}\n', "2 has schema 3, not 2"),
         ('{"step": 0, "schema": 1}\nnot json\n', "2 is not an event"),
         ('{"step": 0, "schema": 2}\n[1]\n', "2 is not an event"),
-        ('{"step": 0, "schema": 1, "steps": 3}\n', "run.yaml can't be read"),
+        ('{"step": 0, "schema": 1, "steps": 3}\n', "it has no run.yaml; give a run's folder"),
     ],
 )
 def test_what_is_no_run_is_told_in_a_line(tmp_path: Path, text: str | None, told: str):
