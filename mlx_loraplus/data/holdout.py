@@ -32,17 +32,17 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
         DataError: ``valid_split`` is set although there are validation rows.
     """
     tables = [table for source in sources for table in source.get("valid", ())]
-    has_valid = bool(tables)
-    if settings.valid_split:
-        # A validation split without rows does not contradict the setting.
-        has_valid = any(map(_has_rows, tables))
-    if has_valid and settings.valid_split:
+    has_train = any("train" in source for source in sources)
+    if not settings.valid_split:
+        return has_train and not tables and settings.valid_split is None
+
+    # A validation split without rows does not contradict the setting.
+    if any(map(_has_rows, tables)):
         raise DataError(
             "--valid-split holds out training rows, but the data already has a validation split:"
             " leave --valid-split out, or remove that split"
         )
-    has_train = any("train" in source for source in sources)
-    return has_train and not has_valid and settings.valid_split != 0
+    return has_train
 
 
 def _has_rows(table: Table) -> bool:
