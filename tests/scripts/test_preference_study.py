@@ -66,7 +66,7 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     for found in rows.values():
         answers = [row.get("chosen") or row["completion"] for row in found]
         contents.append({json.dumps(json.loads(answer)) for answer in answers})
-    assert len(set().union(*contents)) == sum(map(len, contents)) == 828
+    assert len(set().union(*contents)) == sum(map(len, contents)) == 918
 
 
 def test_the_search_continues_and_its_best_rates_get_more_seeds(
