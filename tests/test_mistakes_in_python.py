@@ -3,8 +3,10 @@
 import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
 
 import re
+import shutil
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 
@@ -134,6 +136,7 @@ PYTHON = [
     ("plan_memory(families='nothere')", "a hub id or a folder goes to model"),
     ("plan_memory(families='model.gguf')", 'write model="model.gguf"'),
     ("attach_adapters(model, ml.AdapterConfig(target_modules=('q_prj',)))", "(did you mean 'q_proj'"),
+    ("LoRAPlus(ml.OptimizerConfig(), 9).init(tuned, {})", "lora_a is in no group: give the groups that attach_adapters returns"),
 ]  # fmt: skip
 
 
@@ -159,3 +162,35 @@ def test_a_plausible_mistake_in_python(in_workshop: Path, call: str, told: str):
 def test_a_name_that_does_not_exist(name: str, meant: str):
     with pytest.raises(AttributeError, match=f"did you mean '{meant}'"):
         getattr(ml, name)
+
+
+def test_a_run_that_failed_before_its_first_save_can_be_resumed_as_told(in_workshop: Path):
+    model, tokenizer = ml.load("tiny")
+
+    def fail(*_: object) -> None:
+        raise ValueError("of the caller")
+
+    settings = {"data": "sums", "iters": 2, "warmup": 0, "adapter_path": "failed"}
+    with pytest.raises(ValueError, match="of the caller"):
+        ml.finetune(model, tokenizer, callback=fail, **settings)
+    with pytest.raises(ml.ConfigError, match=r"give resume=True and adapter_path='failed'"):
+        ml.finetune(model, tokenizer, **settings)
+    assert ml.finetune(model, tokenizer, resume=True, **settings).history[-1]["step"] == 2
+    shutil.rmtree("failed")
+
+
+def test_changed_files_of_an_adapter_are_not_called_those_of_another_model(in_workshop: Path):
+    shutil.copytree("run", "changed")
+    weights = mx.load("changed/adapters.safetensors")
+    assert isinstance(weights, dict)
+    cut = {name: array[:1] for name, array in weights.items()}
+    mx.eval(cut)
+    mx.save_safetensors("changed/adapters.safetensors", cut)
+    with pytest.raises(ml.AdapterError, match=r"on this model, but its files .* --resume writes"):
+        ml.load("tiny", "changed")
+
+    # Without weights, the checkpoints are named.
+    Path("changed/adapters.safetensors").unlink()
+    with pytest.raises(ml.AdapterError, match=r"there is no adapters.* --resume writes it again"):
+        ml.load("changed")
+    shutil.rmtree("changed")

@@ -195,7 +195,7 @@ def read_adapter_config(path: Path, kind: type[_Config], hint: str = "") -> _Con
             f"{path} is not an adapter's config: {join_problems(problems)}{hint}"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}; {_how_to_restore(path)}") from None
+        raise AdapterError(f"{path} is not JSON: {error}; {how_to_restore(path)}") from None
 
 
 def read_weights(path: Path) -> dict[str, mx.array]:
@@ -205,7 +205,9 @@ def read_weights(path: Path) -> dict[str, mx.array]:
         AdapterError: The file does not exist, or its header does not match its contents.
     """
     if not path.is_file():
-        raise AdapterError(f"{path.parent} holds no adapter: there is no {path.name}")
+        raise AdapterError(
+            f"{path.parent} holds no adapter: there is no {path.name}; {how_to_restore(path)}"
+        )
 
     # safe_open checks every shape, type and offset in the header against the file; MLX does not.
     try:
@@ -220,12 +222,12 @@ def read_weights(path: Path) -> dict[str, mx.array]:
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         details = " ".join(str(error).split())[:200]
         raise AdapterError(
-            f"{path} is broken or cut off: {details}; {_how_to_restore(path)}"
+            f"{path} is broken or cut off: {details}; {how_to_restore(path)}"
         ) from None
     return weights
 
 
-def _how_to_restore(path: Path) -> str:
+def how_to_restore(path: Path) -> str:
     """Return how to get a file of an adapter again."""
     settings = path.parent / RUN_SETTINGS
     if settings.is_file() and (path.parent / CHECKPOINTS).is_dir():

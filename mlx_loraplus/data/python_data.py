@@ -99,6 +99,11 @@ def _splits_of(data: Any, label: str) -> dict[SplitName, tuple[str, Any]]:
     splits = cast("Mapping[Any, Any]", data)
     if not _has_splits(splits):
         columns = ", ".join(map(str, splits))
+        if splits and {str(key).lower() for key in splits} <= SPLIT_NAMES.keys():
+            raise DataError(
+                f"{label} is one dict ({columns:.80}) whose values are not"
+                " rows; give {'train': rows, 'valid': rows}, or the folder of the files as a path"
+            )
         hint = nearest(next(iter(map(str, splits)), ""), SPLITS)
         raise DataError(
             f"{label} is one dict ({columns or 'empty':.80}){hint}; give a list of rows, such as"

@@ -367,10 +367,11 @@ def _check_groups(parameters: Mapping[str, mx.array], groups: Mapping[str, str])
     if not parameters:
         raise ConfigError("the model has nothing to train: call attach_adapters first")
     if parameters.keys() != groups.keys():
+        outside, frozen = parameters.keys() - groups.keys(), groups.keys() - parameters.keys()
+        stray = f"{min(outside)} is in no group" if outside else f"{min(frozen)} does not train"
         raise ConfigError(
-            "the groups must cover what trains:"
-            f" {sorted(parameters.keys() - groups.keys())[:3]} are in no group,"
-            f" {sorted(groups.keys() - parameters.keys())[:3]} do not train"
+            f"the groups must be those of what trains, but {stray}: give the groups that"
+            " attach_adapters returns (trainable.groups)"
         )
     unknown = sorted(set(groups.values()) - set(_GROUPS))
     if unknown:

@@ -87,7 +87,16 @@ def check_fresh(model: nn.Module, config: TrainConfig) -> None:
         return
     raise ConfigError(
         f"the model still has the adapters of an earlier run ({trained_in}): load the model again"
-        f" for a new run, or load it with adapter_path={trained_in!r} to train them further"
+        f" for a new run, or {_further(trained_in)}"
+    )
+
+
+def _further(trained_in: str) -> str:
+    """Return how to go on with a run; one that failed before its first save has no adapter."""
+    if (Path(trained_in) / "adapter_config.json").is_file():
+        return f"load it with adapter_path={trained_in!r} to train them further"
+    return (
+        f"give --resume and adapter_path={trained_in!r} to go on (it saved no adapter)"
     )
 
 
