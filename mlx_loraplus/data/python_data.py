@@ -210,8 +210,9 @@ def _rows_of(rows: Any, label: str) -> Iterator[Any]:
             reason = f" ({rows!r:.60}), and a split must hold rows"
         if callable(rows):
             reason = ", which must be called to give rows"
-        given = "None" if rows is None else f"of the type {type(rows).__name__}"
-        raise DataError(f"{label} is {given}{reason}; {DATA_ALLOWED}")
+        if rows is None:
+            raise DataError(f"{label} is None; {DATA_ALLOWED}; or leave it out")
+        raise DataError(f"{label} is of the type {type(rows).__name__}{reason}; {DATA_ALLOWED}")
     return iter(cast("Iterable[Any]", rows))
 
 

@@ -314,7 +314,9 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
         if not isinstance(event.get("step"), int):
             raise ValueError("an event is an object with a step")
     except (ValueError, TypeError, RecursionError) as error:
-        raise OutputError(f"{place} is not an event: {str(error)[:100]}") from None
+        raise OutputError(
+            f"{place} is not an event: {str(error)[:100]}; --resume of the run writes the file again"
+        ) from None
 
     # Only the first event must contain the schema.
     schema = event.get("schema", "none" if number == 1 else SCHEMA)
