@@ -315,7 +315,8 @@ def _read_event(line: bytes, path: Path, number: int) -> Event:
             raise ValueError("an event is an object with a step")
     except (ValueError, TypeError, RecursionError) as error:
         raise OutputError(
-            f"{place} is not an event: {str(error)[:100]}; --resume of the run writes the file again"
+            f"{place} is not an event: {str(error)[:100]}; --resume of the run writes the file"
+            " again"
         ) from None
 
     # Only the first event must contain the schema.
