@@ -120,7 +120,7 @@ def _about_yaml(path: Path, text: str, error: Exception) -> str:
         quotes = "put quotes around a value with a colon"
         if "mapping values" in problem:
             indented = above[-1].startswith(" ")
-            spaces = "begin the line without spaces if it is a setting, or " * indented
+            spaces = "begin the line without spaces if it is a setting, or " if indented else ""
             return f"{line} can't be read: {spaces}{quotes}"
     reason = " ".join(str(error).split())[:300]
     return f"{path} is not YAML: {reason}"

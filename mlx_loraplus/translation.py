@@ -84,8 +84,8 @@ class Translation:
         if is_given or not is_sft or "train_on" not in self.known:
             return []
         return [
-            "the loss is over the answers only, as with mlx-lm's mask_prompt (--train-on"
-            " everything: over all of the text, as mlx-lm does by default)"
+            "of chats and prompts, only the answers are learned, as with mlx-lm's mask_prompt"
+            " (--train-on everything: all of the text, as mlx-lm does by default)"
         ]
 
     def get(self, name: str, default: Any) -> Any:

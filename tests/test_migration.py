@@ -124,7 +124,7 @@ def test_what_is_learned_is_told_to_who_comes_from_mlx_lm(
 ):
     translate(TrainConfig, settings)
     told = capsys.readouterr().err
-    line = "the loss is over the answers only, as with mlx-lm's mask_prompt (train_on everything:"
+    line = "only the answers are learned, as with mlx-lm's mask_prompt (train_on everything:"
     assert (line in told) == is_told
 
 

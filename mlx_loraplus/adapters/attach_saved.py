@@ -15,7 +15,13 @@ from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
 from .damaged_files import how_to_restore
 from .lora import Adapter, LoRA, Projections
-from .stored_files import StoredConfig, check_floating, recorded_model
+from .stored_files import (
+    WEIGHTS,
+    StoredConfig,
+    check_floating,
+    how_to_restore,
+    recorded_model,
+)
 from .stored_tensors import (
     MISSING,
     PACKED,

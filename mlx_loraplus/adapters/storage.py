@@ -34,7 +34,7 @@ import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import AdapterError, OutputError
-from ..files import check_contents, replacing, write_atomically
+from ..files import check_contents, remove_folder, replacing, write_atomically
 from ..models.moved_run_paths import lasting_name
 from ..models.prompt_format import PROMPT_FORMAT, format_of
 from ..models.save_model_folder import save_model_folder
@@ -89,7 +89,13 @@ def save_adapter(
             f"{folder} already holds an adapter ({held[0]}): give another --adapter-path, or"
             " --overwrite"
         )
-    return write_adapter(model, folder)
+    is_new = not folder.exists()
+    try:
+        return write_adapter(model, folder)
+    except OutputError:
+        if is_new:  # leave no part of an adapter
+            remove_folder(folder)
+        raise
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from ..config import DataConfig, TrainConfig
 from ..errors import DataError
 from .conversation_groups import group_examples
 from .dataset import Examples
-from .sources import Source
+from .sources import Source, Table
 from .split_report import SplitReport
 
 # Without validation rows, this fraction of the training examples is held out
@@ -29,16 +29,25 @@ def has_holdout(settings: DataConfig, sources: Sequence[Source]) -> bool:
     """Return whether validation examples are held out of the training examples.
 
     Raises:
-        DataError: ``valid_split`` is set although there are validation files.
+        DataError: ``valid_split`` is set although there are validation rows.
     """
-    has_valid = any(source.get("valid") for source in sources)
-    if has_valid and settings.valid_split:
+    tables = [table for source in sources for table in source.get("valid", ())]
+    has_train = any("train" in source for source in sources)
+    if not settings.valid_split:
+        return has_train and not tables and settings.valid_split is None
+
+    # A validation split without rows does not contradict the setting.
+    if any(map(_has_rows, tables)):
         raise DataError(
             "--valid-split holds out training rows, but the data already has a validation split:"
             " leave --valid-split out, or remove that split"
         )
-    has_train = any("train" in source for source in sources)
-    return has_train and not has_valid and settings.valid_split != 0
+    return has_train
+
+
+def _has_rows(table: Table) -> bool:
+    """Return whether a table has a row, good or bad."""
+    return bool(table.documents) or next(iter(table.rows()), None) is not None
 
 
 def hold_out(

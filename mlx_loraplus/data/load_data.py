@@ -67,11 +67,14 @@ def load_examples(
     data = load_data(config, tokenizer, "train", "valid", log=log)
 
     for split, report in data.reports.items():
-        if not report.rows:
+        if report.rows:
+            log(f"{split}: {report} ({report.of_kinds()})")
+        else:
+            # The notes say why a split of the data has no rows.
+            lost = "; ".join(["no rows", *report.dropped_rows()])
             advice = validation_advice(len(data.examples["train"]))
-            log(f"{split}: no rows, so no validation loss ({advice})")
-            continue
-        log(f"{split}: {report} ({report.of_kinds()})")
+            hint = "" if report.notes else f" ({advice})"
+            log(f"{split}: {lost}, so no validation loss{hint}")
         for note in report.notes:
             log(f"{split}: {note}")
 

@@ -124,6 +124,11 @@ def _splits_of(data: Any, label: str) -> dict[SplitName, tuple[str, Any]]:
     splits = cast("Mapping[Any, Any]", data)
     if not _has_splits(splits):
         columns = ", ".join(map(str, splits))
+        if splits and {str(key).lower() for key in splits} <= SPLIT_NAMES.keys():
+            raise DataError(
+                f"{label} is one dict ({columns:.80}) whose values are not"
+                " rows; give {'train': rows, 'valid': rows}, or the folder of the files as a path"
+            )
         hint = nearest(next(iter(map(str, splits)), ""), SPLITS)
         raise DataError(
             f"{label} is one dict ({columns or 'empty':.80}){hint}; give a list of rows, such as"
@@ -234,8 +239,9 @@ def _rows_of(rows: Any, label: str) -> Iterator[Any]:
             reason = f" ({rows!r:.60}), and a split must hold rows"
         if callable(rows):
             reason = ", which must be called to give rows"
-        given = "None" if rows is None else f"of the type {type(rows).__name__}"
-        raise DataError(f"{label} is {given}{reason}; {DATA_ALLOWED}")
+        if rows is None:
+            raise DataError(f"{label} is None; {DATA_ALLOWED}; or leave it out")
+        raise DataError(f"{label} is of the type {type(rows).__name__}{reason}; {DATA_ALLOWED}")
     return iter(cast("Iterable[Any]", rows))
 
 

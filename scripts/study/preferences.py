@@ -52,7 +52,7 @@ ONE_LINE = ("light", "timer", "play")
 With a random style for each row, the style that the model prefers would depend on the last batches."""
 SFT_ROWS, PAIR_ROWS = 600, 120  # of the 1,200 train rows
 VALID_ROWS = 24  # of the SFT rows, and of the pairs
-TEST_ROWS = 60  # of the 150 test rows
+TEST_ROWS = 150  # all of them
 MAX_TOKENS = 48  # of an answer; the longest rejected one has 41
 
 Row = dict[str, str]
@@ -60,13 +60,13 @@ Row = dict[str, str]
 TRAIN = f"mlx_loraplus.train --model {MODEL}"
 DPO = (
     f"{TRAIN} --data {{data}}/pairs --objective dpo --resume-adapter-file {{runs}}/first"
-    " --reference start --batch-size 4 --iters 60"
+    " --reference start --batch-size 4 --iters 80"
 )
 COMMANDS = {  # name of a trained model → how the demo trains it
     "first": TRAIN + " --data {data}/sft --lr-ratio 16 --learning-rate 5e-4 --iters 120"
     " --adapter-path {runs}/first",
-    "dpo": DPO + " --adapter-path {runs}/dpo",
-    "fast": DPO + " --learning-rate 1e-4 --adapter-path {runs}/fast",
+    "dpo": DPO + " --beta 0.5 --adapter-path {runs}/dpo",
+    "weak": DPO + " --adapter-path {runs}/weak",
     "orpo": TRAIN + " --data {data}/pairs --objective orpo --batch-size 4 --iters 45"
     " --adapter-path {runs}/orpo",
 }

@@ -44,8 +44,8 @@ def demo_table(lines: Sequence[Line]) -> str:
     names = {
         "base": "SmolLM2 135M",
         "first": "SFT on both styles",
-        "dpo": "DPO after it",
-        "fast": "the same at four times the default rate",
+        "dpo": "DPO after it, β 0.5",
+        "weak": "DPO after it, β 0.1",
         "orpo": "ORPO alone",
     }
     rows = [

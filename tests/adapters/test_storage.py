@@ -322,12 +322,16 @@ def test_a_full_disk_keeps_the_older_adapter(tiny: TinyModel, saved: Path):
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (20_000, hard)
     )  # as a full disk: writing fails halfway
+    new = saved.with_name("new")
     try:
         with pytest.raises(OutputError, match="can't write"):
             save_adapter(model, saved, overwrite=True)
+        with pytest.raises(OutputError, match="can't write"):
+            save_adapter(model, new)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+    assert not new.exists()
     assert (saved / "adapters.safetensors").read_bytes() == before
     assert {path.name for path in saved.iterdir()} == {
         "adapters.safetensors",

@@ -129,6 +129,6 @@ def test_the_end_of_every_prompt_has_the_tokens_of_generation(smollm2: Tokenizer
             asked = smollm2.apply_chat_template(chat[:turn], add_generation_prompt=True)
             assert example.tokens[begin - 3 : begin].tolist() == asked[-3:]
         assert smollm2.decode(example.tokens).count("\n\n") == 6
-        assert sum("when it is encoded without the answer" in note for note in encoded.notes) == 1
+        assert sum("there is nothing to do" in note for note in encoded.notes) == 1
     finally:
         smollm2.chat_template = template

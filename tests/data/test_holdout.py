@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from mlx_loraplus.config import TrainConfig
 from mlx_loraplus.data.dataset import Examples
 from mlx_loraplus.data.holdout import group_conversations, split_holdout
+from mlx_loraplus.data.load_data import load_examples
 from mlx_loraplus.data.long_rows import limit_lengths
 from mlx_loraplus.data.sampling_weights import WeightedExamples
 from mlx_loraplus.data.split_report import SplitReport
@@ -75,6 +76,14 @@ def test_an_empty_validation_file_is_noted(tmp_path: Path, letters):
         assert first == "valid.jsonl has no rows"
         assert second.startswith("there is no validation, because nothing is held out beside")
         assert found.reports["test"].notes == ["test.jsonl has no rows"]
+
+    # A run says the same before it trains, and --valid-split, which its end advises, is possible.
+    told: list[str] = []
+    config = configure(TrainConfig, {"data": str(folder)})
+    load_examples(config, letters(), told.append)
+    assert "valid: no rows, so no validation loss" in told
+    assert f"valid: {second}" in told
+    assert len(load(letters(), folder, valid_split=0.25).examples["valid"]) == 5
 
     (folder / "valid.jsonl").unlink()
     assert len(load(letters(), folder, valid_split=None).examples["valid"]) == 2

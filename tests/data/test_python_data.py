@@ -152,7 +152,7 @@ def test_other_settings_work_with_rows(tmp_path: Path):
         (ROWS[0], r"data is one dict \(prompt, completion\); give a list of rows"),
         ({"prompt": ["a"], "completion": ["b"]}, "data is one dict"),
         ({}, "data is one dict"),
-        ({"train": "rows.jsonl"}, "data is one dict"),
+        ({"train": "rows.jsonl"}, r"data is one dict \(train\) whose values are not rows; give"),
         ({"train": ROWS, "valid": "v.jsonl"}, r"data\['valid'\] is of the type str \('v.jsonl'\), and a"),
         ({"train": ROWS, "extra": ROWS}, r"data\['extra'\] is not a split; give at most one each of"),
         ({"train": ROWS, "valid": VALID, "dev": VALID}, r"\['dev'\] is a second valid split"),

@@ -40,7 +40,7 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     rows = {name: study.read_rows(path) for name, path in files.items()}
     assert {name: len(found) for name, found in rows.items()} == {
         "sft/train.jsonl": 600, "sft/valid.jsonl": 24,
-        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 60,
+        "pairs/train.jsonl": 120, "pairs/valid.jsonl": 24, "pairs/test.jsonl": 150,
         "ratings/train.jsonl": 240,
     }  # fmt: skip
 
@@ -66,7 +66,7 @@ def test_the_rows_hold_both_styles_and_no_split_shares_a_prompt(tmp_path: Path):
     for found in rows.values():
         answers = [row.get("chosen") or row["completion"] for row in found]
         contents.append({json.dumps(json.loads(answer)) for answer in answers})
-    assert len(set().union(*contents)) == sum(map(len, contents)) == 828
+    assert len(set().union(*contents)) == sum(map(len, contents)) == 918
 
 
 def test_the_search_continues_and_its_best_rates_get_more_seeds(
@@ -127,7 +127,7 @@ def test_the_demo_stores_its_seed_and_reads_lines_without_one(
     assert seed_of(folder / "dpo") == 0
     table = demo_table(lines)
     assert "| SmolLM2 135M | 1 |" in table
-    assert "| DPO after it | 2 |" in table
+    assert "| DPO after it, β 0.5 | 2 |" in table
 
 
 def test_content_counts_in_any_style():
