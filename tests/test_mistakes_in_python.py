@@ -3,7 +3,6 @@
 import mlx_loraplus as ml  # noqa: I001  before mlx: it gives MLX a fast BLAS
 
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 

@@ -15,13 +15,7 @@ from .attach import adapt, find_layer_class, put_adapters
 from .base_layers import QUANTIZED, base_shape, blocks_of, packed_layer
 from .damaged_files import how_to_restore
 from .lora import Adapter, LoRA, Projections
-from .stored_files import (
-    WEIGHTS,
-    StoredConfig,
-    check_floating,
-    how_to_restore,
-    recorded_model,
-)
+from .stored_files import StoredConfig, check_floating, recorded_model
 from .stored_tensors import (
     MISSING,
     PACKED,
@@ -85,6 +79,12 @@ def attach_saved(
     if problems and all(problem.endswith(MISSING) for problem in problems):
         raise AdapterError(
             f"{source} is incomplete: {join_problems(problems, most=1)}; {how_to_restore(source)}"
+        )
+    on_this_base = config.base and layers.keys() <= modules.keys()
+    if problems and on_this_base and config.base == fingerprint_base([modules[p] for p in layers]):
+        raise AdapterError(
+            f"{source} was trained on this model, but its files were changed:"
+            f" {join_problems(problems, most=1)}; {how_to_restore(source)}"
         )
     if problems:
         raise AdapterError(

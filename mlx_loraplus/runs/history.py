@@ -124,11 +124,6 @@ class Run:
         path = path_of(folder, "folder", OutputError)
         history = read_history(path)
 
-        if not (path / SETTINGS).exists():
-            raise OutputError(
-                f"{path} holds no complete run: it has no {SETTINGS}; give a run's folder"
-            )
-
         # The folder may have moved, so the present paths are used.
         try:
             config = configure(TrainConfig, read_run_settings(path / SETTINGS))

@@ -110,13 +110,6 @@ def _can_continue(folder: Path) -> bool:
     return False
 
 
-def _further(trained_in: str) -> str:
-    """Return how to go on with a run; one that failed before its first save has no adapter."""
-    if (Path(trained_in) / "adapter_config.json").is_file():
-        return f"load it with adapter_path={trained_in!r} to train them further"
-    return f"give --resume and adapter_path={trained_in!r} to go on (it saved no adapter)"
-
-
 def check_no_adapters(model: nn.Module) -> None:
     """Check that a model has no adapters before a sweep, which attaches its own.
 
