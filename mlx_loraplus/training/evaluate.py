@@ -231,8 +231,7 @@ def evaluate(
             f" leave out all but {', '.join(sorted(_SCORED))}"
         )
     if warning := describe_other_tokenizer(model, tokenizer):
-        log = partial(print, file=sys.stderr)
-        log(warning)
+        sys.stderr.write(f"{warning}\n")
     found = _score_split(model, tokenizer, config, split, answers, base)
     return replace(found, base=base)
 
