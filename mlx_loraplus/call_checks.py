@@ -70,11 +70,11 @@ def check_call(
 ) -> None:
     """Check the arguments of a call against the types of the function's parameters.
 
-    Python itself reports missing arguments and superfluous ones, except settings that are given by
-    position and unknown names. The arguments that are not missing are checked first.
+    Python itself reports superfluous arguments, except settings that are given by position and
+    unknown names.
 
     Raises:
-        ConfigError: An argument has a wrong type.
+        ConfigError: An argument has a wrong type, or is missing.
         DataError: The data is None.
         ModelError: A model has a wrong type, or its name is None.
     """
@@ -104,6 +104,26 @@ def check_call(
                     f" {type(each).__name__}: write * before it"
                 )
             _check(called, name, each, hints[name])
+    _check_complete(called, signature, given)
+
+
+def _check_complete(called: str, signature: inspect.Signature, given: dict[str, Any]) -> None:
+    """Check that no argument is missing.
+
+    Raises:
+        ConfigError: One is.
+    """
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [
+        name
+        for name, each in signature.parameters.items()
+        if each.default is each.empty and each.kind not in several and name not in given
+    ]
+    if missing:
+        hint = ""
+        if not {"model", "tokenizer"}.isdisjoint(missing):
+            hint = f"; {_LOAD.format(name='name')}"
+        raise ConfigError(f"{called} needs {' and '.join(missing)} too{hint}")
 
 
 def _check_positions(

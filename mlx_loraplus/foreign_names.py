@@ -151,9 +151,7 @@ PEFT: Mapping[str, ForeignSetting] = {
 TRL: Mapping[str, ForeignSetting] = {
     "output_dir": ForeignSetting("adapter_path"),
     "overwrite_output_dir": ForeignSetting("overwrite", _SWITCH),
-    "resume_from_checkpoint": ForeignSetting(
-        "resume", _SWITCH, "--resume continues the run in --adapter-path"
-    ),
+    "resume_from_checkpoint": ForeignSetting("resume", _SWITCH, "-c RUN/run.yaml --resume"),
     "model_name_or_path": ForeignSetting("model"),
     "dataset_name": ForeignSetting("data"),
     "eval_dataset": _refused("valid.jsonl, or in Python data={'train': rows, 'valid': rows}"),
@@ -288,6 +286,7 @@ AXOLOTL: Mapping[str, ForeignSetting] = {
     "chat_template": _only(None, "tokenizer_default", note="the model's own template is used"),
     "special_tokens": _only(*_NONE, note="the tokenizer of the model is used as it is"),
     **dict.fromkeys(("model_type", "tokenizer_type"), _left_out("the model's config says it")),
+    "strict": _left_out("unknown names are always reported"),
     "dataset_prepared_path": _left_out("tokens are kept on disk"),
     "flash_attention": _left_out("MLX chooses the attention"),
     "wandb_project": _left_out("--report-to wandb reads WANDB_PROJECT"),

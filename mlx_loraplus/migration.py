@@ -272,9 +272,12 @@ def _translate_warmup_ratio(work: Translation, name: str, value: Any) -> None:
             " --warmup takes a number of steps"
         )
     elif not isinstance(iters, int) or iters < 1:
+        epochs = [key for key in ("num_train_epochs", "num_epochs") if key in work.foreign]
+        epochs += ["epochs"] * (work.get("epochs", None) is not None)
+        in_place = f"in place of {work.spell(epochs[0])}" if epochs else "too"
         work.problems.append(
             f"{work.spell(name)} {value_text(value)} needs the number of steps: give --iters N"
-            f" too, or {work.spell('warmup')} in steps instead"
+            f" {in_place}, or {work.spell('warmup')} in steps instead"
         )
     else:
         work.put(name, value, {"warmup": math.ceil(fraction * iters)})

@@ -8,9 +8,11 @@ from typing import Any
 
 import yaml
 
+from .command_config import CONFIGS
 from .errors import ConfigError
 from .files import read_bounded
-from .foreign_names import NESTED
+from .foreign_names import FOREIGN_NAMES, NESTED
+from .settings import setting_names
 from .userpaths import similar_paths
 
 # The files of settings in the folder of a run or a sweep
@@ -30,6 +32,9 @@ _NO_COLON = re.compile(r"(?P<name>[A-Za-z][\w-]*)\s*[:=\s]\s*(?P<value>[^\s:=].*
 _LONGEST_SHOWN = 60  # characters of a line
 
 
+_SETTINGS = frozenset(name for kind in CONFIGS.values() for name in setting_names(kind))
+
+
 class _StrictLoader(yaml.SafeLoader):
     """The safe loader, except that it refuses a repeated name, and a name without a value."""
 
@@ -39,8 +44,11 @@ class _StrictLoader(yaml.SafeLoader):
         if twice:
             line = node.start_mark.line + 1
             raise ConfigError(f"{twice[0]} is given twice, in the block of line {line}")
+        is_foreign = not FOREIGN_NAMES.isdisjoint(names)
         for key, value in node.value:
-            if value.tag == _NULL and value.value == "":  # but null and ~ may be written
+            # But null and ~ may be written, and files of other programs leave settings empty.
+            is_empty = value.tag == _NULL and value.value == ""
+            if is_empty and (key.value.replace("-", "_") in _SETTINGS or not is_foreign):
                 line = key.start_mark.line + 1
                 raise ConfigError(
                     f"{key.value} has no value, in line {line}: write one after the colon, or leave"

@@ -232,6 +232,7 @@ def test_bad_flags_are_one_line(words: list[str], told: str):
         ("1: 2", "must hold settings"),
         ("data: {a: [1]}", "'data' must be one value, a list of values"),
         ("data: {train: folder}", "data must be a list of values, not {'train': 'folder'}"),
+        ("micro_batch_size: 2\niters:\nlocal_rank:", "iters has no value, in line 2"),
         ("prompts: {a: b}", "prompts must be a list of values, not {'a': 'b'}"),
     ],
 )

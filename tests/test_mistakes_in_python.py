@@ -124,6 +124,11 @@ PYTHON = [
     ("finetune((model, tokenizer), data='sums')", "write * before it, as in finetune(*loaded)"),
     ("complete('tiny', 'hi')", "model, tokenizer = mlx_loraplus.load('tiny') loads both"),
     ("evaluate('run', data='sums')", "model, tokenizer = mlx_loraplus.load('run') loads both"),
+    ("finetune(model, data='sums')", "finetune needs tokenizer too; model, tokenizer = mlx_loraplus.load(name)"),
+    ("finetune(data='sums')", "finetune needs model and tokenizer too"),
+    ("complete(model, tokenizer)", "complete needs prompt too"),
+    ("LoRAPlus(ml.OptimizerConfig())", "LoRAPlus needs total_steps too"),
+    ("attach_adapters(model)", "attach_adapters needs config too"),
     # splits
     ("finetune(model, tokenizer, data={'test': [{'text': 'a'}]})", "no training rows, only test; training rows have the key 'train'"),
     ("evaluate(model, tokenizer, data={'test': [{'text': 'a'}]})", 'data from Python has no valid rows: give data={"valid": rows}, because rows without'),

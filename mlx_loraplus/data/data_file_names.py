@@ -13,8 +13,10 @@ SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
 # The names that files and hub splits may have for each split
 SPLIT_NAMES: dict[str, SplitName] = {
-    "train": "train", "test": "test", "testing": "test",
-    **dict.fromkeys(("valid", "validation", "val", "dev", "eval", "evaluation"), "valid"),
+    "train": "train", "training": "train", "test": "test", "testing": "test",
+    **dict.fromkeys(
+        ("valid", "validation", "validate", "val", "dev", "eval", "evaluation"), "valid"
+    ),
 }  # fmt: skip
 
 _SHARD_NUMBER = re.compile(r"-(\d+)-of-(\d+)$")

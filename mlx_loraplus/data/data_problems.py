@@ -57,7 +57,7 @@ def find_problems(
         dropped_rows = report.dropped + report.equal + report.bad
         advice = f"a row needs {needed}"
         if report.dropped + report.equal:
-            advice = f"raise --max-seq-length {settings.max_seq_length:,}"
+            advice = f"raise --max-seq-length, which is {settings.max_seq_length:,}"
         if dropped_rows:
             reasons = "; ".join(report.dropped_rows())
             problems.append(

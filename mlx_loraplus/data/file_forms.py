@@ -64,7 +64,7 @@ def check_start(path: Path, start: bytes) -> None:
     if encoding := _wide_encoding(start):
         raise DataError(
             f"{path} is UTF-16 or UTF-32: save it as UTF-8, such as with iconv -f {encoding} -t"
-            f" UTF-8 {shell_word(path)} > NEW_FILE"
+            f" UTF-8 {shell_word(path)} > NEW_FILE, and replace the file with it"
         )
 
 

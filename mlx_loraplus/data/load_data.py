@@ -55,15 +55,18 @@ def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
     return make_row, FORMATS
 
 
+DEMO_NOTE = (
+    "no --data given, so the built-in demo set is used, which maps requests in plain English"
+    " to JSON commands"
+)
+
+
 def load_examples(
     config: TrainConfig, tokenizer: TokenizerWrapper, log: Callable[[str], None]
 ) -> dict[SplitName, Examples]:
     """Return the examples of "train" and "valid", and report how their rows were used."""
     if not config.data.data:
-        log(
-            "data: no --data given, so the built-in demo set is used, which maps requests in plain"
-            " English to JSON commands"
-        )
+        log(f"data: {DEMO_NOTE}")
     data = load_data(config, tokenizer, "train", "valid", log=log)
 
     for split, report in data.reports.items():

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from ..hub_access import hub_id_in
+from ..models.known_models import MODELS
 from ..userpaths import similar_paths
 
 _MOST_SHOWN = 3
@@ -46,6 +47,8 @@ def check_spaces(names: Sequence[str]) -> None:
 
 def missing_hint(name: str) -> str:
     """Return a hint for a name that is neither a path nor a hub id; "" if nothing is similar."""
+    if name.lower() in MODELS:
+        return " (it is a model: are --model and --data swapped?)"
     if hub_id := hub_id_in(name):
         return f" (its hub id is {hub_id})"
     if name.startswith(("https://", "http://")):

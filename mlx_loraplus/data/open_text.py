@@ -17,7 +17,7 @@ PIECE = 2**20
 
 TO_UTF8 = (
     "if the file has another encoding, convert it, such as with iconv -f WINDOWS-1252 -t UTF-8 FILE"
-    " > NEW_FILE"
+    " > NEW_FILE, and replace the file with it"
 )
 """What to do about bytes that are not UTF-8."""
 

@@ -1,6 +1,7 @@
 """Say which file or folder to give, for a folder that has no training file of its own."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from .readers import READERS
 _MAX_DEPTH, _MOST_FOLDERS = 3, 1000
 
 _MOST_SHOWN = 3
+# Parts of names of files that are probably not for training
+_NOT_TRAINED = re.compile(r"val|dev|eval|test|held")
 _DATASET = "dataset_dict.json"  # the mark of a data set that ``datasets`` saved
 
 
@@ -44,9 +47,13 @@ def _advise_files(files: Sequence[Path]) -> str:
         return f"save the training rows there too, for example in train{files[0].suffix}"
     if len(files) == 1:
         return f"rename it to train{files[0].suffix}, or give the file: --data {_words(files)}"
+
+    # Every file after --data is trained on, so name none that seems to be for validation.
+    train = [file for file in files if not _NOT_TRAINED.search(stem_of(file))] or list(files)
     return (
-        f"rename the training file to train{files[0].suffix}, or give files, as in --data"
-        f" {_words(files)}"
+        f"rename the file to train on to train{train[0].suffix} and the file to validate on, if"
+        f" there is one, to valid{train[0].suffix}, or give only what to train on, as in --data"
+        f" {_words(train)}"
     )
 
 

@@ -22,6 +22,7 @@ from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.first_rows import check_rows
+from ..data.load_data import DEMO_NOTE
 from ..device import gb, on_gpu
 from ..errors import ConfigError, LoRAPlusError, counted
 from ..inference.generate import load
@@ -127,6 +128,8 @@ def rehearse(config: TrainConfig, settings: Settings, words: Sequence[str]) -> N
             for name, line in lines:
                 console.print(Text(f"{name:<10} ", "bold").append(line, "not bold"))
 
+    if not config.data.data:
+        console.print(Text(f"note: {DEMO_NOTE}", "yellow"))
     for warning in found.warnings:
         console.print(Text(warning, "yellow"))
     if found.problems:
@@ -355,6 +358,11 @@ def _seconds_per_token(
             raise ConfigError(f"{first} would be skipped, {why}; {remedy}")
         warn(f"warning: the first step would be skipped, {why}")
     reports = [event for event in events if "loss" in event]
+    if reports and "skipped" in events[-1] and not config.resume:
+        raise ConfigError(
+            f"step {len(reports) + 1} would be skipped, because the loss or a gradient is not"
+            f" finite ({events[-1]['reason']}): give a lower --learning-rate or --lr-ratio"
+        )
     if len(reports) < 2:
         return None
     return reports[-1]["seconds"] / reports[-1]["useful_tokens"]

@@ -16,7 +16,7 @@ from ..adapters.trainable import TrainableParams
 from ..config import TrainConfig
 from ..data.batches import Batches
 from ..data.eval_prompts import EvalPrompt
-from ..data.load_data import load_examples
+from ..data.load_data import DEMO_NOTE, load_examples
 from ..data.model_limits import check_examples, limits_of
 from ..data.python_data import store_data
 from ..errors import DeviceError
@@ -132,7 +132,7 @@ def finetune(
     given = with_model_name(model, given)
     config = resolve_config(model, given)
     world = World.join(config.parallel)
-    log, callback = _choose_outputs(log, callback, world)
+    log, callback = _choose_outputs(log, callback, world, config)
 
     with ExitStack() as held:
         with world.sync_errors():
@@ -176,13 +176,12 @@ def finetune(
             trackers = held.enter_context(tracking(run, log))
             callbacks = [LiveFiles(log), *trackers, callback]
 
-        session = Session(run, tokenizer, examples, checkpoint, world, log, callbacks)
-        _train(model, session)
+        _train(model, Session(run, tokenizer, examples, checkpoint, world, log, callbacks))
     return run
 
 
 def _choose_outputs(
-    log: Log | None, callback: Callback | None, world: World
+    log: Log | None, callback: Callback | None, world: World, config: TrainConfig
 ) -> tuple[Log, Callback]:
     """Return where to show messages and events; only the main process shows them."""
     if not world.is_main:
@@ -197,6 +196,8 @@ def _choose_outputs(
     def show_line(line: str) -> None:
         shown.log(in_keywords(line))
 
+    if not (config.data.data or config.resume):
+        show_line(f"warning: {DEMO_NOTE}")
     return show_line, callback or plot
 
 

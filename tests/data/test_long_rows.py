@@ -60,7 +60,7 @@ def test_long_rows(tmp_path: Path, letters):
     with pytest.raises(
         DataError,
         match=r"no training row of 3 is left \(3 rows dropped \(longer than 2 tokens\)\);"
-        " raise --max-seq-length 2$",
+        " raise --max-seq-length, which is 2$",
     ):
         load(tokenizer, folder, max_seq_length=2, on_long="drop")
 

@@ -202,7 +202,9 @@ def test_long_answers_are_cut_and_equal_ones_are_dropped(folder: Path):
         load(folder, "long.jsonl", max_seq_length=20, on_long="error")
 
     (folder / "equal.jsonl").write_text(json.dumps(rows[1]))
-    with pytest.raises(DataError, match=r"\(1 pair dropped .*\); raise --max-seq-length 20$"):
+    with pytest.raises(
+        DataError, match=r"\(1 pair dropped .*\); raise --max-seq-length, which is 20$"
+    ):
         load(folder, "equal.jsonl", max_seq_length=20)
 
 

@@ -115,9 +115,9 @@ def test_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         match=r"no train\.jsonl \(or .*\) in .*, which contains nothing; save the training rows",
     ):
         find_sources([str(tmp_path)])
-    write(tmp_path, training=GOOD)
-    (tmp_path / "training").mkdir()
-    with pytest.raises(DataError, match=r"which contains training, training\.jsonl; "):
+    write(tmp_path, exercises=GOOD)
+    (tmp_path / "exercises").mkdir()
+    with pytest.raises(DataError, match=r"which contains exercises, exercises\.jsonl; "):
         find_sources([str(tmp_path)])
     (tmp_path / "rows.xlsx").write_text("x")
     with pytest.raises(
@@ -266,7 +266,9 @@ def test_a_split_that_is_no_file_is_told_and_not_left_out(tmp_path: Path, name: 
         ("train/a.jsonl valid/a.jsonl", "give files in its folders, as in --data train/a.jsonl"),
         (".git/train.jsonl", "save the training rows there, for example in train.jsonl"),
         ("rows.csv", "rename it to train.csv, or give the file: --data rows.csv"),
-        ("a.jsonl b.jsonl", "rename the training file to train.jsonl, or give files, as in --data a.jsonl b.jsonl"),
+        ("a.jsonl b.jsonl", "or give only what to train on, as in --data a.jsonl b.jsonl"),
+        ("a.jsonl my_val.jsonl", "rename the file to train on to train.jsonl and the file to validate on, if there is one,"
+            " to valid.jsonl, or give only what to train on, as in --data a.jsonl"),
         ("valid.jsonl test.jsonl", "save the training rows there too, for example in train.jsonl"),
         ("train.jsonl.gz", "'train.jsonl.gz' is not read (decompress it first)"),
     ],

@@ -138,6 +138,25 @@ def test_what_loading_a_model_writes_is_not_between_the_lines(
     assert "a note\n\nmodel      first\nrun        last\n" in capsys.readouterr().out
 
 
+def test_a_rate_that_spoils_the_second_step_stops_the_run(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit, match="2"):
+        cli.train(words(place, "--dry-run", "--learning-rate", "1e30", "--schedule", "constant"))
+    said = capsys.readouterr().out
+    assert "step 2 would be skipped, because the loss or a gradient is not finite" in said
+    assert "to start:" not in said
+
+
+def test_the_demo_set_is_named_if_no_data_is_given(
+    place: Place, capsys: pytest.CaptureFixture[str]
+):
+    given = [word for word in words(place, "--dry-run") if word != str(place.folder / "data")]
+    given.remove("--data")
+    cli.train(given)
+    assert "note: no --data given, so the built-in demo set is used" in capsys.readouterr().out
+
+
 def test_several_processes_need_one_dry_run(place: Place, capsys: pytest.CaptureFixture[str]):
     cli.train(words(place, "--launch", "2", "--dry-run"))
     assert capsys.readouterr().out.endswith("--iters 20 --launch 2\n")
