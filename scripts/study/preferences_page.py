@@ -46,18 +46,23 @@ def demo_table(lines: Sequence[Line]) -> str:
         "first": "SFT on both styles",
         "dpo": "DPO after it, β 0.5",
         "weak": "DPO after it, β 0.1",
+        "weak-60": "DPO after it, β 0.1, 60 steps",
+        "fast-60": "the same at four times the default rate",
         "orpo": "ORPO alone",
     }
     rows = [
-        "| model | seeds | chosen preferred | right content | on one line | loss of the chosen |",
-        "|---|--:|--:|--:|--:|--:|",
+        (
+            "| model | seeds | test pairs | chosen preferred | right content | on one line |"
+            " loss of the chosen |"
+        ),
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
     for model, title in names.items():
         mine = [line for line in lines if line["model"] == model]
         if mine:
-            rows.append(f"| {title} | {len(mine)} | {scores(means_of(mine))} |")
-    size = f"{lines[0]['pairs']} test pairs."
-    return "\n".join([*rows, "", LEGEND, "", f"{size} {source_line(lines[-1])}"])
+            pairs = mine[0]["pairs"]
+            rows.append(f"| {title} | {len(mine)} | {pairs} | {scores(means_of(mine))} |")
+    return "\n".join([*rows, "", LEGEND, "", source_line(lines[0])])
 
 
 def scores(line: Line) -> str:

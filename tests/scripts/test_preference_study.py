@@ -126,8 +126,8 @@ def test_the_demo_stores_its_seed_and_reads_lines_without_one(
     assert seed_of(folder / "seed-1/dpo") == 1
     assert seed_of(folder / "dpo") == 0
     table = demo_table(lines)
-    assert "| SmolLM2 135M | 1 |" in table
-    assert "| DPO after it, β 0.5 | 2 |" in table
+    assert "| SmolLM2 135M | 1 | 48 |" in table
+    assert "| DPO after it, β 0.5 | 2 | 48 |" in table
 
 
 def test_content_counts_in_any_style():
