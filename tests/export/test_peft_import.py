@@ -111,10 +111,10 @@ def test_an_imported_adapter_trains_saves_and_fuses(tmp_path: Path):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"peft_type": 3}, "peft_type Input should be a valid string"),
+        ({"peft_type": 3}, "peft_type must be a valid string"),
         ({"peft_type": "lora"}, "type 'lora', and only LORA can be read"),
-        ({"r": 0}, "r Input should be greater"),
-        ({"r": 10**400}, "r Input should be less"),
+        ({"r": 0}, "r must be greater"),
+        ({"r": 10**400}, "r must be less"),
         ({"lora_alpha": math.nan}, "lora_alpha"),
         ({"lora_alpha": 5e-324}, "lora_alpha"),
         ({"bias": "all"}, "bias"),
