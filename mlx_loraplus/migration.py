@@ -178,7 +178,8 @@ def _unpack(work: Translation) -> None:
         elif name not in _USUAL or read_number(value) != _USUAL[name]:
             usual = f": it is {_USUAL[name]} here" if name in _USUAL else ""
             work.problems.append(
-                f"optimizer_config: {name} {value_text(value)} is not a setting{usual}"
+                f"optimizer_config: {name} {value_text(value)} is not a setting{usual}; leave it"
+                " out"
             )
 
 
