@@ -113,7 +113,8 @@ def about_block(settings: Mapping[str, Any], name: str, known: Collection[str]) 
 
 def _listed(names: Sequence[str]) -> str:
     """Return the first names of settings for a message."""
-    return f"{', '.join(names[:_MOST_SHOWN])}{', …' * (len(names) > _MOST_SHOWN)}"[:200]
+    more = ["…"] if len(names) > _MOST_SHOWN else []
+    return ", ".join([*names[:_MOST_SHOWN], *more])[:200]
 
 
 def value_text(value: Any) -> str:

@@ -253,7 +253,10 @@ def test_what_has_no_counterpart_names_ours(words: str, told: str):
             "iters: 9\nlr_schedule: {name: cosine_decay, arguments: [1e-5, 99]}",
             "ends at step 99 (warmup 0 + 99) of a run of 9, and schedules",
         ),
-        ("optimizer_config: {adamw: {betas: [0.9, 0.98]}}", "it is [0.9, 0.999] here; leave it out"),
+        (
+            "optimizer_config: {adamw: {betas: [0.9, 0.98]}}",
+            "it is [0.9, 0.999] here; leave it out",
+        ),
         ("hf_dataset: {path: a/b}", "data org/name, with fields"),
         ("train: false\ntest: true", "--test only evaluates"),
     ],

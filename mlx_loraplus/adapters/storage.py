@@ -104,13 +104,17 @@ def _check_finite(model: nn.Module) -> None:
     Raises:
         AdapterError: A value of an adapter is not finite.
     """
+    finite: dict[str, mx.array] = {}
     for path, adapter in find_adapters(model).items():
         for name in adapter.groups:
-            if not mx.isfinite(adapter[name]).all().item():
-                raise AdapterError(
-                    f"{path}.{name} holds values that are not finite, as after a training that"
-                    " diverged, so it would be of no use: train again with a lower learning rate"
-                )
+            finite[f"{path}.{name}"] = mx.isfinite(adapter[name]).all()
+    mx.eval(finite)
+    for name, is_finite in finite.items():
+        if not is_finite.item():
+            raise AdapterError(
+                f"{name} holds values that are not finite, as after a training that diverged, so it"
+                " would be of no use: train again with a lower learning rate"
+            )
 
 
 def write_trained(model: nn.Module, tokenizer: TokenizerWrapper, folder: Path) -> None:

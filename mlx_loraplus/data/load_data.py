@@ -30,6 +30,11 @@ from .sampling_weights import WeightedExamples
 from .sources import SPLITS, Source, SplitName, find_sources
 from .split_report import SplitReport
 
+DEMO_NOTE = (
+    "no --data given, so the built-in demo set is used, which maps requests in plain English to"
+    " JSON commands"
+)
+
 
 @dataclass
 class Data:
@@ -53,12 +58,6 @@ def row_format(objective: ObjectiveConfig) -> tuple[MakeRow, str]:
     if objective.is_labeled:
         return make_labeled, LABELED_FORMAT
     return make_row, FORMATS
-
-
-DEMO_NOTE = (
-    "no --data given, so the built-in demo set is used, which maps requests in plain English"
-    " to JSON commands"
-)
 
 
 def load_examples(

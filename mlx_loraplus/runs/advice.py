@@ -150,11 +150,10 @@ def _advice_on_few(run: Run, kept: str) -> Advice:
 
 def _advice_on_divergence(run: Run, found: Verdict) -> str:
     """Return what to do after losses that are not finite."""
-    failure = find_failure(run)
-    if run.progress.mostly_skipped and failure is not None:
-        return failure[1]
-    if failure is not None:
-        return ": ".join(failure)
+    if failure := find_failure(run):
+        reason, remedy = failure
+        return remedy if run.progress.mostly_skipped else f"{reason}: {remedy}"
+
     lower = f"train from the start with a lower --learning-rate, such as {_lower_rate(run)}"
     since = diverged_at(run)
     if since is None:

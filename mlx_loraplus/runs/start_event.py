@@ -79,13 +79,12 @@ def _memory_of(
     return memory
 
 
-def _counts_of(split: Examples) -> dict[str, int | str]:
+def _counts_of(split: Examples) -> dict[str, int]:
     return {
         "examples": len(split),
         # lengths counts the model's inputs; the last token of an example is only predicted.
         "tokens": int(split.lengths.sum()) + len(split),
         "supervised": int(split.target_counts.sum()),
-        "digest": split.fingerprint(),
     }
 
 

@@ -36,13 +36,7 @@ from mlx.utils import tree_flatten
 from ..adapters.damaged_files import CHECKPOINTS
 from ..adapters.full import trains_weights
 from ..adapters.storage import write_adapter
-from ..adapters.stored_files import (
-    CONFIG,
-    MODULES,
-    WEIGHTS,
-    is_model_folder,
-    read_weights,
-)
+from ..adapters.stored_files import CONFIG, MODULES, WEIGHTS, is_model_folder, read_weights
 from ..config import TrainConfig
 from ..errors import AdapterError, OutputError, counted
 from ..files import (

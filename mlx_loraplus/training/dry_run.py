@@ -40,7 +40,7 @@ from ..runs.verdict import duration
 from ..settings import fit_to_length, replace_auto_rate
 from .checkpoint import Checkpoint, check_folder, find_run
 from .data_preview import Preview, preview_run
-from .make_batches import note_few_batches, note_few_rows, plan_batches
+from .make_batches import note_short_epoch, plan_batches
 from .optimizer import LoRAPlus
 from .run_checks import (
     check_length,
@@ -189,8 +189,7 @@ def _describe_run(
     if config.resume_adapter_file is not None and not config.resume:
         yield "start", f"from the adapter in {config.resume_adapter_file}"
     batch = batches.full_rows * min(schedule.batches_per_step, schedule.batches)
-    note_few_rows(batches, config, found.warnings.append)
-    note_few_batches(batches, config, found.warnings.append)
+    note_short_epoch(batches, config, found.warnings.append)
     optimizer = config.optimizer
     assert config.steps_per_report is not None
     assert config.steps_per_eval is not None

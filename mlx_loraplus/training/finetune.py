@@ -223,17 +223,17 @@ def _train(model: nn.Module, session: Session) -> None:
 def _start_folder(model: nn.Module, session: Session, start: StartState) -> list[EvalPrompt]:
     """Start or resume the history in the run's folder, and return the prompts to answer."""
     world, run, checkpoint = session.world, session.run, session.checkpoint
+    state, trainable = start.train_state, start.trainable
     with world.sync_errors(), world.computing():
         eval_prompts = choose_prompts(model, session)
         if checkpoint is None:
             start_history(
-                session, start.train_state, start.trainable, eval_prompts, start.reference
+                session, state, trainable, eval_prompts, start.reference, start.identity.rows
             )
         else:
-            resume_history(session, start.train_state, checkpoint)
+            resume_history(session, state, checkpoint)
         if world.is_main:
-            residuals = start.trainable.residuals
-            start_folder(run, start.train_state, anew=checkpoint is None, residuals=residuals)
+            start_folder(run, state, anew=checkpoint is None, residuals=trainable.residuals)
 
     # All processes start from the same parameters.
     world.broadcast(model)

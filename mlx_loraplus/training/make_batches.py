@@ -43,19 +43,23 @@ def make_batches(
         check_packing(model)
 
     batches = plan_batches(examples, config.data, config.seed, processes)
-    note_few_rows(batches, config, log)
-    note_few_batches(batches, config, log)
+    note_short_epoch(batches, config, log)
     if isinstance(batches, PackedBatches):
         log(f"train: {batches}")
     return batches
 
 
-def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
-    """Report how many rows a step has if an epoch has fewer than ``batch_size``."""
-    asked, rows = config.data.batch_size, batches.full_rows
-    if rows >= asked:
-        return
+def note_short_epoch(batches: Batches, config: TrainConfig, log: Log) -> None:
+    """Report that an epoch has fewer rows than a batch, or fewer batches than a step."""
+    if batches.full_rows < config.data.batch_size:
+        _note_few_rows(batches, config, log)
+    elif batches.per_epoch < config.grad_accumulation_steps:
+        _note_few_batches(batches, config, log)
 
+
+def _note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
+    """Report how many rows a step has."""
+    asked, rows = config.data.batch_size, batches.full_rows
     unit = "packed row" if config.data.pack else f"training {config.objective.unit}"
     has = "a step has"
     if config.grad_accumulation_steps > 1:
@@ -66,13 +70,9 @@ def note_few_rows(batches: Batches, config: TrainConfig, log: Log) -> None:
     )
 
 
-def note_few_batches(batches: Batches, config: TrainConfig, log: Log) -> None:
-    """Report that a step has more batches than an epoch, unless ``note_few_rows`` reports it."""
+def _note_few_batches(batches: Batches, config: TrainConfig, log: Log) -> None:
+    """Report what it means that a step has more batches than an epoch."""
     asked, per_epoch = config.grad_accumulation_steps, batches.per_epoch
-    is_reported = batches.full_rows < config.data.batch_size
-    if asked <= per_epoch or is_reported:
-        return
-
     # A run that is counted in epochs may end before its first step has all batches.
     length = schedule_of(config, per_epoch).batches
     if length <= per_epoch:

@@ -54,8 +54,18 @@ def start_history(
     trainable: TrainableParams,
     eval_prompts: list[EvalPrompt],
     reference: str | None,
+    rows: str,
 ) -> None:
-    """Start the run's history with an event that describes the training."""
+    """Start the run's history with an event that describes the training.
+
+    Args:
+        session: The session.
+        state: What the training loop works on.
+        trainable: The parameters that train.
+        eval_prompts: The prompts to answer.
+        reference: A digest of the model that answers are compared with, if there is one.
+        rows: The digests of the splits, as in ``RunFingerprint``.
+    """
     run = session.run
     event = start_event(
         state.model,
@@ -66,6 +76,8 @@ def start_history(
         state.batches,
         grad_checkpoint=state.grad_checkpoint,
     )
+    for name, digest in zip(session.examples, rows.split(), strict=True):
+        event[name]["digest"] = digest
     event["prompts"] = [{"prompt": each.prompt, "expected": each.expected} for each in eval_prompts]
     if eval_prompts:
         event["answer_tokens"] = answer_length(eval_prompts)

@@ -46,6 +46,7 @@ def demo_table(lines: Sequence[Line]) -> str:
         "first": "SFT on both styles",
         "dpo": "DPO after it, β 0.5",
         "weak": "DPO after it, β 0.1",
+        # Measured by an older demo, with 60 test pairs.
         "weak-60": "DPO after it, β 0.1, 60 steps",
         "fast-60": "the same at four times the default rate",
         "orpo": "ORPO alone",
